@@ -1,0 +1,35 @@
+# Two commands do everything, set-up included:  make demo   make test
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-all test-gpu check clean
+.DEFAULT_GOAL := test
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,examples]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## Train a small CNN for about a minute and watch where it looks
+	$(BIN)/python examples/demo.py
+
+check: $(STAMP)  ## Lint, types, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## Checks and the test suite
+	$(BIN)/python -m pytest
+
+test-all: check  ## The suite with the big models as well
+	$(BIN)/python -m pytest -m 'not gpu'
+
+test-gpu: $(STAMP)  ## What needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache
