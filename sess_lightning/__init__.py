@@ -1,0 +1,1 @@
+"""Explanation quality, tracked while a vision model learns."""

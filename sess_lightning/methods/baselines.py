@@ -1,0 +1,81 @@
+"""The floors every score is read against: maps that know nothing of the model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sess_lightning.introspection import borrowed, check_inputs, explaining, score
+from sess_lightning.ops import min_max
+from sess_lightning.types import Activation, Explanation, SaliencyMethod
+
+
+class _Blind(SaliencyMethod):
+    forwards: ClassVar[int] = 0
+
+    @abstractmethod
+    def draw(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
+        """Draw a map for each image."""
+
+    def __call__(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B H W"]:
+        """Return the maps alone: no forward."""
+        check_inputs(type(self).__name__, images, targets)
+        return self.draw(images)
+
+    def explain(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Explanation:
+        """Return the maps, and the scores of one plain forward."""
+        check_inputs(type(self).__name__, images, targets)
+        with explaining(model):
+            images, targets = borrowed(images), borrowed(targets)
+            return Explanation(self.draw(images), score(model, images, targets, self.activation).exp())
+
+
+@dataclass(frozen=True)
+class RandomMap(_Blind):
+    """Uniform noise, the same for every image of a size: what a ranking without any knowledge scores.
+
+    Attributes:
+        seed: Of its own generator; the global one is never touched.
+        activation: How the model's logits become probabilities.
+    """
+
+    seed: int = 0
+    activation: Activation = "softmax"
+
+    def draw(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
+        """Draw a map for each image."""
+        size = images.shape[-2:]
+        if images.device.type == "meta":
+            return images.new_zeros(images.shape[0], *size, dtype=torch.float32)
+        generator = torch.Generator(images.device).manual_seed(self.seed)
+        noise = torch.rand(1, *size, generator=generator, device=images.device)
+        return min_max(noise).expand(images.shape[0], -1, -1)
+
+
+@dataclass(frozen=True)
+class CentreGaussian(_Blind):
+    """A Gaussian in the middle of the picture: what photographers' habits alone score.
+
+    Attributes:
+        sigma: Standard deviation, as a share of each side.
+        activation: How the model's logits become probabilities.
+    """
+
+    sigma: float = 0.25
+    activation: Activation = "softmax"
+
+    def draw(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
+        """Draw a map for each image."""
+        y, x = (((torch.arange(n, device=images.device) + 0.5) / n - 0.5) / self.sigma for n in images.shape[-2:])
+        return min_max(torch.exp(-(y[None, :, None] ** 2 + x[None, None, :] ** 2) / 2)).expand(
+            images.shape[0], -1, -1
+        )

@@ -1,0 +1,177 @@
+"""SESS around any method; itself a method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sess_lightning.engine import (
+    Fusion,
+    Plan,
+    canvas_strips,
+    channel_weights,
+    chunked,
+    crop,
+    crop_strips,
+    fuse,
+    kept_count,
+    plan_windows,
+    prefilter,
+    sides_of,
+    smooth,
+    windows,
+)
+from sess_lightning.introspection import borrowed, check_inputs, explaining, input_window, score
+from sess_lightning.ops import min_max
+from sess_lightning.types import Activation, Explanation, SaliencyMethod
+
+
+@dataclass(frozen=True)
+class SESS(SaliencyMethod):
+    """Saliency Enhancing with Scaling and Sliding (Tursun et al., ECCV 2022) around a base method.
+
+    Many windows of the image at many scales are explained by the base method and fused, weighted by the model's
+    score of each window. Windows of all images are packed into full batches; a base that yields maps and scores in
+    one forward (the CAM family) costs exactly one forward per window, any other a scoring forward per window and
+    its own cost per window kept.
+
+    Where the authors' code parts from the paper, this follows the paper: the fused map is min-max normalised, a flat
+    window is left out (theirs turns all it covers into NaN), scores are divided by the best one in logarithms.
+
+    Attributes:
+        base: The method to enhance.
+        num_scales: Scales, shorter sides being 224, 288, 352, ... px for a window of 224, in proportion for others.
+        prefilter_ratio: Share of windows with the lowest scores to leave out, in [0, 1).
+        scales: The shorter sides themselves, px, instead of ``num_scales``; none below the window.
+        window: Side of a window, px; None is the size the model says it was built for, else the image's shorter side.
+        stride: Step between windows, px; None is the window.
+        antialias: Antialias when a scale is smaller than the image (what torchvision does today); False is the
+            published behaviour.
+        theta: What a weighted value must exceed to take part in the mean, as a fraction of the top weight.
+        fusion: ``"mean"`` (equation 2) or ``"max"``.
+        channel_weights: Weight each map by its window's score (equation 1).
+        smoothing: Blur the seams of the fused map: for pictures, not for scores.
+        batch_size: Windows that go through the model at once.
+    """
+
+    base: SaliencyMethod
+    num_scales: int = 6
+    prefilter_ratio: float = 0.0
+    scales: tuple[int, ...] | None = None
+    window: int | None = None
+    stride: int | None = None
+    antialias: bool = True
+    theta: float = 0.0
+    fusion: Fusion = "mean"
+    channel_weights: bool = True
+    smoothing: bool = False
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, SaliencyMethod):
+            raise TypeError(f"SESS: base must be a saliency method such as GradCAM(), got {self.base!r}.")
+        if self.scales is not None:
+            object.__setattr__(self, "scales", tuple(self.scales))
+        sides_of(self.scales, 224, self.num_scales)
+        kept_count(1, self.prefilter_ratio)
+        if self.fusion not in ("mean", "max"):
+            raise ValueError(f'SESS: fusion must be "mean" or "max", got {self.fusion!r}.')
+        if not 0 <= self.theta < 1:
+            raise ValueError(f"SESS: theta must be in [0, 1), a fraction of the top weight, got {self.theta}.")
+        if self.batch_size < 1:
+            raise ValueError(f"SESS: batch_size must be at least 1, got {self.batch_size}.")
+
+    @property
+    def activation(self) -> Activation:  # type: ignore[override]
+        """The base method's."""
+        return self.base.activation
+
+    def plan(self, model: nn.Module, size: tuple[int, int]) -> Plan:
+        """Return the windows that an image of ``size`` (height, width) gets.
+
+        Raises:
+            ValueError: If the window exceeds a scale, or the stride the window.
+        """
+        window = self.window if self.window is not None else input_window(model) or min(size)
+        stride = self.stride if self.stride is not None else window
+        return plan_windows(tuple(size), window, stride, sides_of(self.scales, window, self.num_scales))
+
+    def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
+        """Return how many forwards of windows one map of an image of ``size`` costs."""
+        count = len(self.plan(model, size))
+        if self.base.single_forward:
+            return count
+        window = self.plan(model, size).window
+        kept = kept_count(count, self.prefilter_ratio)
+        return count + kept * self.base.count_forwards(model, (window, window))
+
+    def explain(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Explanation:
+        """Explain ``targets`` on ``images`` of any one size.
+
+        The scores are those of the window that is the whole image where there is one, else of the best window.
+
+        Raises:
+            ValueError: If an argument has the wrong shape, or the windows do not fit.
+        """
+        check_inputs("SESS", images, targets)
+        plan = self.plan(model, tuple(images.shape[-2:]))
+        with explaining(model):
+            maps, logs = self.fused(model, borrowed(images), borrowed(targets), plan)
+        maps = min_max(maps)
+        whole = plan.scales[0] == (plan.window, plan.window)
+        scores = (logs[:, 0] if whole else logs.amax(1)).exp()
+        return Explanation(smooth(maps) if self.smoothing else maps, scores)
+
+    @torch.no_grad()
+    def fused(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"], plan: Plan
+    ) -> tuple[Float[Tensor, "B H W"], Float[Tensor, "B P"]]:
+        """Return equation 2 before its min-max, and every window's log-score."""
+        batches = zip(
+            chunked(windows(images, plan, self.antialias), self.batch_size),
+            targets.repeat_interleave(len(plan)).split(self.batch_size),
+            strict=True,
+        )
+        if self.base.single_forward:
+            extracted = [self.base.extract(model, part, target) for part, target in batches]
+            coarse = torch.cat([maps for maps, _ in extracted]).unflatten(0, (-1, len(plan)))
+            logs = torch.cat([log for _, log in extracted]).unflatten(0, (-1, len(plan)))
+            kept = prefilter(logs, self.prefilter_ratio)
+            stream = chain.from_iterable(maps[which] for maps, which in zip(coarse, kept, strict=True))
+            grid = tuple(coarse.shape[-2:])
+        else:
+            parts = [score(model, part, target, self.activation) for part, target in batches]
+            logs = torch.cat(parts).unflatten(0, (-1, len(plan)))
+            kept = prefilter(logs, self.prefilter_ratio)
+            stream = self._kept_maps(model, images, targets, plan, kept)
+            grid = (plan.window, plan.window)
+        weights = channel_weights(logs) if self.channel_weights else torch.ones_like(logs)
+        strips = canvas_strips(plan, grid, images.device)
+        fused = [
+            fuse(
+                islice(stream, kept.shape[1]), weight[which], strips, which, theta=self.theta, fusion=self.fusion
+            )
+            for weight, which in zip(weights, kept, strict=True)
+        ]
+        return torch.stack(fused), logs
+
+    def _kept_maps(
+        self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan, kept: Int[Tensor, "B K"]
+    ) -> Iterator[Float[Tensor, "w w"]]:
+        """Yield the base's maps of the kept windows, image by image, from full batches."""
+        rows, columns = crop_strips(plan, self.antialias, images.device)
+        cut = chain.from_iterable(
+            crop(image, rows, columns, which)
+            for image, some in zip(images, kept, strict=True)
+            for which in some.split(self.batch_size)
+        )
+        of_window = targets.repeat_interleave(kept.shape[1]).split(self.batch_size)
+        for part, target in zip(chunked(cut, self.batch_size), of_window, strict=True):
+            yield from self.base(model, part, target)

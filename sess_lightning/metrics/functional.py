@@ -1,0 +1,257 @@
+"""How good a map is: insertion, deletion and the Pointing Game, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sess_lightning.engine import chunked
+from sess_lightning.introspection import borrowed, check_inputs, explaining, score
+from sess_lightning.ops import blur, upsample
+from sess_lightning.types import Activation
+
+Ties: TypeAlias = Literal["first", "random"]
+Ends: TypeAlias = "tuple[Float[Tensor, ' B'] | None, Float[Tensor, ' B'] | None]"
+
+
+def blurred_baseline(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """Return the evidence-free images insertion starts from: a heavy Gaussian blur.
+
+    51 x 51 px with sigma 50 at a shorter side of 224 px (RISE, Group-CAM), in proportion for other sizes.
+    """
+    factor = min(images.shape[-2:]) / 224
+    return blur(images, 2 * max(1, round(25 * factor)) + 1, 50 * factor).to(images.dtype)
+
+
+def insertion_curve(
+    model: nn.Module,
+    images: Float[Tensor, "B C H W"],
+    maps: Float[Tensor, "B H W"],
+    targets: Int[Tensor, " B"],
+    *,
+    steps: int = 28,
+    baseline: Float[Tensor, "B C H W"] | None = None,
+    ties: Ties = "first",
+    activation: Activation = "softmax",
+    batch_size: int = 32,
+    ends: Ends = (None, None),
+) -> Float[Tensor, "B {steps}+1"]:
+    """Return the target's probability as pixels are shown, most salient first.
+
+    Args:
+        model: Any classifier; given back as it was.
+        images: As the model takes them.
+        maps: One map per image, same height and width, higher is more salient.
+        targets: The explained class of each image.
+        steps: Number of equal steps; each shows ``ceil(H * W / steps)`` pixels (28: 3.57 %).
+        baseline: What is seen before; None is ``blurred_baseline``.
+        ties: Pixels of equal saliency are shown in raster order (``"first"``) or in a seeded random one.
+        activation: How logits become probabilities.
+        batch_size: Images that go through the model at once.
+        ends: Scores of the baseline and of the image where they are known; each saves one forward per image.
+
+    Raises:
+        ValueError: If shapes do not fit.
+
+    Source: Petsiuk et al., "RISE", BMVC 2018.
+    """
+    start = blurred_baseline(images) if baseline is None else baseline
+    return _transition(model, start, images, maps, targets, steps, ties, activation, batch_size, ends)
+
+
+def deletion_curve(
+    model: nn.Module,
+    images: Float[Tensor, "B C H W"],
+    maps: Float[Tensor, "B H W"],
+    targets: Int[Tensor, " B"],
+    *,
+    steps: int = 28,
+    baseline: Float[Tensor, "B C H W"] | None = None,
+    ties: Ties = "first",
+    activation: Activation = "softmax",
+    batch_size: int = 32,
+    ends: Ends = (None, None),
+) -> Float[Tensor, "B {steps}+1"]:
+    """Return the target's probability as pixels are taken away, most salient first.
+
+    As ``insertion_curve``, from the image to its baseline: None is zeros, the data set's mean in normalised space.
+    ``ends`` are the scores of the image and of the baseline.
+    """
+    end = torch.zeros_like(images) if baseline is None else baseline
+    return _transition(model, images, end, maps, targets, steps, ties, activation, batch_size, ends)
+
+
+def _transition(
+    model: nn.Module,
+    start: Tensor,
+    end: Tensor,
+    maps: Tensor,
+    targets: Tensor,
+    steps: int,
+    ties: Ties,
+    activation: Activation,
+    batch_size: int,
+    ends: Ends,
+) -> Tensor:
+    check_inputs("Insertion and deletion", start, targets)
+    _check_maps(maps, start.shape[0], tuple(start.shape[-2:]))
+    if start.shape != end.shape:
+        raise ValueError(f"baseline has shape {tuple(end.shape)}; it must be that of images, {tuple(start.shape)}.")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    asked = [t for t in range(steps + 1) if not (t == 0 and ends[0] is not None or t == steps and ends[1] is not None)]
+    with explaining(model), torch.no_grad():
+        start, end, targets = borrowed(start), borrowed(end), borrowed(targets)
+        step_of = pixel_steps(borrowed(maps), steps, ties)
+        of_image = targets.repeat_interleave(len(asked)).split(batch_size)
+        scores = torch.cat([
+            score(model, part, target, activation).exp()
+            for part, target in zip(
+                chunked(_mixtures(start, end, step_of, asked), batch_size), of_image, strict=True
+            )
+        ]).unflatten(0, (-1, len(asked)))
+    known = [end[:, None].to(scores) if end is not None else None for end in ends]
+    return torch.cat([part for part in (known[0], scores, known[1]) if part is not None], 1)
+
+
+def _mixtures(start: Tensor, end: Tensor, step_of: Tensor, asked: Sequence[int]) -> Iterator[Tensor]:
+    for before, after, steps in zip(start, end, step_of, strict=True):
+        for t in asked:
+            yield torch.where(steps < t, after, before)
+
+
+def pixel_steps(
+    maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first"
+) -> Int[Tensor, "B H W"]:
+    """Return at which step, from 0, each pixel changes: by rank, descending, ties in raster or seeded random order."""
+    flat = maps.flatten(1).nan_to_num(0)
+    order = torch.arange(flat.shape[1], device=flat.device)
+    if ties == "random":
+        order = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0)).to(flat.device)
+    elif ties != "first":
+        raise ValueError(f'ties must be "first" or "random", got {ties!r}.')
+    ranked = order[flat[:, order].sort(dim=1, descending=True, stable=True).indices]
+    step_of_rank = torch.arange(flat.shape[1], device=flat.device) // -(-flat.shape[1] // steps)
+    return torch.empty_like(ranked).scatter_(1, ranked, step_of_rank.expand_as(ranked)).view(maps.shape)
+
+
+def tied_share(maps: Float[Tensor, "B H W"]) -> Float[Tensor, " B"]:
+    """Return the share of each map's pixels whose value another pixel has too: tie order decides about those."""
+    ranked = maps.flatten(1).sort(dim=1).values
+    same = ranked[:, 1:] == ranked[:, :-1]
+    edge = same.new_zeros(same.shape[0], 1)
+    return (torch.cat([edge, same], 1) | torch.cat([same, edge], 1)).float().mean(1)
+
+
+def curve_auc(curves: Float[Tensor, "*B T"]) -> Float[Tensor, "*B"]:
+    """Return the area under curves over [0, 1], trapezoid rule."""
+    return (curves.sum(-1) - (curves[..., 0] + curves[..., -1]) / 2) / (curves.shape[-1] - 1)
+
+
+def pointing_hits(
+    maps: Float[Tensor, "B h w"],
+    regions: Bool[Tensor, "B H W"] | Sequence[Float[Tensor, "_ 4"]],
+    tolerance: float = 15.0,
+    size: tuple[int, int] | None = None,
+) -> Bool[Tensor, " B"]:
+    """Return whether each map's highest point lies on, or nearer than ``tolerance`` to, the region.
+
+    The point is the first maximum in raster order; NaN counts as 0; a flat map is a miss, and so is an empty region.
+
+    Args:
+        maps: One map per image; resized bilinearly to the regions' resolution.
+        regions: Per image a mask, or boxes (x0, y0, x1, y1), half-open pixels.
+        tolerance: Distance in px of the regions' resolution, exclusive; 15 at original resolution in the literature.
+        size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
+
+    Raises:
+        ValueError: If there is not one region per map, or the tolerance is not positive.
+
+    Source: Zhang et al., "Excitation Backprop", IJCV 2018, with TorchRay's rules.
+    """
+    if tolerance <= 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}; 1 asks for the region itself.")
+    if len(regions) != maps.shape[0]:
+        raise ValueError(f"regions: got {len(regions)} for {maps.shape[0]} maps; give one per map.")
+    masks = regions if isinstance(regions, Tensor) else None
+    target = tuple(masks.shape[-2:]) if masks is not None else size
+    maps = maps.nan_to_num(0)
+    maps = upsample(maps, target) if target is not None else maps
+    flat = maps.flatten(1)
+    point = flat.argmax(1)
+    u, v = point % maps.shape[2], point // maps.shape[2]
+    hit = _near_mask(masks, u, v, tolerance) if masks is not None else _near_box(regions, u, v, tolerance)
+    return hit & (flat.amax(1) > flat.amin(1))
+
+
+def _near_mask(masks: Tensor, u: Tensor, v: Tensor, tolerance: float) -> Tensor:
+    reach = int(tolerance)
+    offsets = [
+        (dx, dy)
+        for dy in range(-reach, reach + 1)
+        for dx in range(-reach, reach + 1)
+        if dx * dx + dy * dy < tolerance * tolerance
+    ]
+    disc = torch.tensor(offsets, device=masks.device)
+    x, y = u[:, None] + disc[:, 0], v[:, None] + disc[:, 1]
+    height, width = masks.shape[-2:]
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    index = (y * width + x).clamp(0, height * width - 1)
+    return (masks.bool().flatten(1).gather(1, index) & inside).any(1)
+
+
+def _near_box(boxes: Sequence[Tensor], u: Tensor, v: Tensor, tolerance: float) -> Tensor:
+    padded = pad_boxes(boxes, u.device)
+    x0, y0, x1, y1 = padded.unbind(-1)
+    u, v = u[:, None].to(padded), v[:, None].to(padded)
+    dx = torch.maximum(x0 - u, u - (x1 - 1)).clamp(min=0)
+    dy = torch.maximum(y0 - v, v - (y1 - 1)).clamp(min=0)
+    real = (x1 > x0) & (y1 > y0)
+    return ((dx * dx + dy * dy < tolerance * tolerance) & real).any(1)
+
+
+def pad_boxes(
+    boxes: Sequence[Float[Tensor, "_ 4"]], device: torch.device
+) -> Float[Tensor, "B N 4"]:
+    """Return boxes as one tensor, short lists filled up with empty boxes.
+
+    Raises:
+        ValueError: If an entry is not (N, 4).
+    """
+    for each in boxes:
+        if each.ndim != 2 or each.shape[1] != 4:
+            raise ValueError(f"boxes must be (N, 4) per image, (x0, y0, x1, y1), got {tuple(each.shape)}.")
+    padded = torch.zeros(len(boxes), max((len(each) for each in boxes), default=0), 4, device=device)
+    for row, each in zip(padded, boxes, strict=True):
+        row[: len(each)] = each.to(padded)
+    return padded
+
+
+def has_region(
+    regions: Bool[Tensor, "B H W"] | Sequence[Float[Tensor, "_ 4"]], device: torch.device
+) -> Bool[Tensor, " B"]:
+    """Return which images have a region at all; the others are no trials."""
+    if isinstance(regions, Tensor):
+        return regions.flatten(1).any(1)
+    x0, y0, x1, y1 = pad_boxes(regions, device).unbind(-1)
+    return ((x1 > x0) & (y1 > y0)).any(1)
+
+
+def class_mean(
+    hits: Int[Tensor, "*B K"], trials: Int[Tensor, "*B K"], unseen_as_zero: bool = False
+) -> Float[Tensor, "*B"]:
+    """Return the mean over classes of hits / trials: over the classes seen, or with the unseen as zeros (TorchRay)."""
+    accuracy = hits / trials.clamp(min=1)
+    seen = trials.shape[-1] if unseen_as_zero else (trials > 0).sum(-1)
+    return accuracy.sum(-1) / seen
+
+
+def _check_maps(maps: Tensor, count: int, size: tuple[int, int]) -> None:
+    if tuple(maps.shape) != (count, *size):
+        raise ValueError(
+            f"maps must be (B, H, W) like the images, {(count, *size)}, got {tuple(maps.shape)}; resize them first."
+        )

@@ -1,0 +1,81 @@
+"""The Pointing Game as a torchmetrics Metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+
+from sess_lightning.metrics.functional import class_mean, has_region, pointing_hits
+
+
+class PointingGame(Metric):
+    """Does the highest point of a map lie on the object? Mean over classes of hits / (hits + misses).
+
+    Args:
+        num_classes: Number of classes.
+        tolerance: Distance in px that still hits, exclusive, at the regions' resolution.
+        unseen_as_zero: Count classes without a trial as 0 in the mean, as TorchRay does.
+        kwargs: For ``torchmetrics.Metric``.
+
+    Attributes:
+        hits: Per class, int64.
+        misses: Per class, int64.
+        skipped: Maps without a region, int64.
+
+    Source: Zhang et al., IJCV 2018, with TorchRay's rules.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    hits: Tensor
+    misses: Tensor
+    skipped: Tensor
+
+    def __init__(
+        self, num_classes: int, tolerance: float = 15.0, unseen_as_zero: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if num_classes < 1:
+            raise ValueError(f"PointingGame: num_classes must be at least 1, got {num_classes}.")
+        self.num_classes, self.tolerance, self.unseen_as_zero = num_classes, tolerance, unseen_as_zero
+        for name in ("hits", "misses"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("skipped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        maps: Float[Tensor, "B h w"],
+        regions: Bool[Tensor, "B H W"] | Sequence[Float[Tensor, "_ 4"]],
+        targets: Int[Tensor, " B"],
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """Play one trial per map.
+
+        Args:
+            maps: Saliency of each image's target.
+            regions: Where the target's objects are: masks, or boxes per image; an empty one is no trial.
+            targets: Class indices.
+            size: (height, width) that boxes refer to, if not the maps'.
+        """
+        hit = pointing_hits(maps, regions, self.tolerance, size)
+        trial = has_region(regions, maps.device)
+        # Sums, not in-place: the state may have been made in inference mode.
+        self.hits = self.hits.index_add(0, targets.long(), (trial & hit).long())
+        self.misses = self.misses.index_add(0, targets.long(), (trial & ~hit).long())
+        self.skipped = self.skipped + (~trial).sum()
+
+    def compute(self) -> Float[Tensor, ""]:
+        """Return the mean accuracy over classes; NaN if there was no trial."""
+        return class_mean(self.hits, self.hits + self.misses, self.unseen_as_zero)
+
+    def per_class(self) -> Float[Tensor, " K"]:
+        """Return each class's accuracy; NaN for classes without a trial."""
+        return self.hits / (self.hits + self.misses)

@@ -1,0 +1,135 @@
+"""Tensor in, tensor out: normalise, resize and blur. Nothing here waits for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Keep our own arithmetic in float32, whatever autocast or TF32 setting the training runs under."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        if before != "highest":
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type if device.type != "meta" else "cpu", enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+
+
+def min_max(maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:
+    """Stretch each map to [0, 1]; a flat map, or one with a NaN or an infinity in it, becomes zeros."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return _stretch(maps, low, high).clamp(0, 1)
+
+
+def min_max_upsampled(maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B h w"]:
+    """Scale coarse maps so that their bilinear upsampling to ``size`` is what ``min_max`` makes of it.
+
+    Bilinear weights sum to 1, so a shift and a gain may be applied before upsampling as well as after.
+    """
+    drawn = upsample(maps, size)
+    return _stretch(maps, drawn.amin((1, 2), keepdim=True), drawn.amax((1, 2), keepdim=True))
+
+
+def _stretch(maps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    span = high - low
+    usable = torch.isfinite(span) & (span > 0)
+    # A gain above 1 / tiny would overflow: subnormal spans count as flat.
+    usable &= span >= torch.finfo(maps.dtype).tiny
+    return torch.where(usable, (maps - low) / torch.where(usable, span, 1), 0)
+
+
+def upsample(maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:
+    """Resize bilinearly, half-pixel centres, no antialias; the same size is returned untouched."""
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def resize(
+    images: Float[Tensor, "B C h w"], size: tuple[int, int], antialias: bool = True
+) -> Float[Tensor, "B C H W"]:
+    """Resize bilinearly, half-pixel centres; the same size is returned untouched."""
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=antialias)
+
+
+def resize_matrix(
+    source: int, target: int, device: torch.device, antialias: bool = False
+) -> Float[Tensor, "{target} {source}"]:
+    """Return the matrix that resizes a column of ``source`` samples to ``target``, as ``resize`` does.
+
+    Bilinear resizing is linear and separable, so an image resizes as ``rows @ image @ columns.T``, and any
+    part of the result needs only its own rows and columns. Positions are kept as exact integers, in units
+    of 1 / (2 * target) of a source sample.
+    """
+    unit = 2 * target
+    centres = (2 * torch.arange(target, device=device) + 1) * source - target
+    if not (antialias and source > target):
+        centres = centres.clamp(0, (source - 1) * unit)
+    distance = (centres[:, None] - unit * torch.arange(source, device=device)).abs()
+    reach = 2 * source if antialias and source > target else unit
+    weights = (reach - distance).clamp(min=0).to(torch.float32)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def gaussian_matrix(
+    size: int, kernel_size: int, sigma: float, device: torch.device
+) -> Float[Tensor, "{size} {size}"]:
+    """Return the matrix that blurs a column of ``size`` samples, border mirrored without the edge sample."""
+    offsets = torch.arange(kernel_size, device=device) - kernel_size // 2
+    kernel = torch.exp(-(offsets.to(torch.float32) ** 2) / (2 * sigma**2))
+    reached = torch.arange(size, device=device)[:, None] + offsets
+    period = max(1, 2 * (size - 1))
+    reached = (reached % period + period) % period
+    reached = torch.minimum(reached, period - reached) if size > 1 else reached
+    weights = (kernel / kernel.sum()).expand(size, -1)
+    return torch.zeros(size, size, device=device).scatter_add_(1, reached, weights)
+
+
+def blur(
+    images: Float[Tensor, "*B H W"], kernel_size: int = 11, sigma: float = 5.0
+) -> Float[Tensor, "*B H W"]:
+    """Blur with a square Gaussian kernel, reflect-101 border.
+
+    Args:
+        images: Any range; the result is float32.
+        kernel_size: Side of the kernel, px, odd.
+        sigma: Standard deviation of the kernel, px.
+
+    Raises:
+        ValueError: If ``kernel_size`` is even or ``sigma`` is not positive.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"blur: kernel_size must be odd and positive, got {kernel_size}.")
+    if sigma <= 0:
+        raise ValueError(f"blur: sigma must be positive, got {sigma}.")
+    rows, columns = (gaussian_matrix(n, kernel_size, sigma, images.device) for n in images.shape[-2:])
+    with full_precision(images.device):
+        return rows @ images.to(torch.float32) @ columns.T
+
+
+def upper_percentile(maps: Float[Tensor, "B h w"], percent: float) -> Float[Tensor, " B"]:
+    """Return a high percentile of each map, linearly interpolated; sorts only what lies above it.
+
+    Raises:
+        ValueError: If ``percent`` is not in [0, 100].
+    """
+    if not 0 <= percent <= 100:
+        raise ValueError(f"percentile must be in [0, 100], got {percent}.")
+    values = maps.flatten(1)
+    place = percent / 100 * (values.shape[1] - 1)
+    below = int(place)
+    top = values.topk(values.shape[1] - below, dim=1).values
+    above = top[:, -2] if top.shape[1] > 1 else top[:, -1]
+    return torch.lerp(top[:, -1], above, place - below)

@@ -1,0 +1,124 @@
+"""The words that every room uses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Activation: TypeAlias = Literal["softmax", "sigmoid"]
+"""How logits become probabilities; a head with a single logit is always read with a sigmoid."""
+
+
+class SESSWarning(UserWarning):
+    """Something was not as expected; the run goes on."""
+
+
+class Explanation(NamedTuple):
+    """What a method says about a batch.
+
+    Attributes:
+        maps: Saliency, min-max normalised to [0, 1] per map; a flat map is all zeros, never NaN.
+        scores: The model's probability of each target, float32.
+    """
+
+    maps: Float[Tensor, "B H W"]
+    scores: Float[Tensor, " B"]
+
+
+class Extraction(NamedTuple):
+    """Maps as they come out of the scoring forward, before they are drawn at full resolution.
+
+    Attributes:
+        maps: Saliency on the layer's own grid, scaled so that its bilinear upsampling lies in [0, 1].
+        log_scores: Natural logarithm of the model's probability of each target, float32.
+    """
+
+    maps: Float[Tensor, "B h w"]
+    log_scores: Float[Tensor, " B"]
+
+
+class SaliencyMethod(ABC):
+    """Explains a batch of images; holds hyper-parameters only, the model is always an argument.
+
+    Attributes:
+        single_forward: The maps come out of the very forward that gives the scores (see ``extract``).
+        forwards: Forwards of one image that one map of it costs.
+        activation: How the model's logits become probabilities.
+    """
+
+    single_forward: ClassVar[bool] = False
+    forwards: ClassVar[int] = 1
+    activation: Activation = "softmax"
+
+    @abstractmethod
+    def explain(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Explanation:
+        """Explain ``targets`` on ``images``; the model is given back as it was."""
+
+    def __call__(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B H W"]:
+        """Return the maps alone."""
+        return self.explain(model, images, targets).maps
+
+    def extract(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Extraction:
+        """Return maps that may stay on a coarser grid, and log-scores: what SESS calls per chunk of windows."""
+        maps, scores = self.explain(model, images, targets)
+        return Extraction(maps, scores.log())
+
+    def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:  # noqa: ARG002
+        """Return how many forwards of the model one map of an image of ``size`` (height, width) costs."""
+        return self.forwards
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Labelled images with whatever says where the labelled thing is.
+
+    Attributes:
+        images: As the model takes them.
+        labels: Class index of each image.
+        boxes: Per image, the boxes of the label's objects: (x0, y0, x1, y1), half-open pixels of ``images``.
+        masks: Per image, the pixels of the label's objects.
+        ids: A name for each image.
+        difficult: Whether the object is small and other objects are about, where the data set knows.
+        size: (height, width) of the pictures before they were resized to ``images``, where it is known.
+    """
+
+    images: Float[Tensor, "B C H W"]
+    labels: Int[Tensor, " B"]
+    boxes: list[Float[Tensor, "_ 4"]] | None = None
+    masks: Bool[Tensor, "B H W"] | None = None
+    ids: list[str] | None = None
+    difficult: Bool[Tensor, " B"] | None = None
+    size: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def take(self, count: int) -> Batch:
+        """Return the first ``count`` samples."""
+        return Batch(**{
+            name: value[:count] if isinstance(value, (Tensor, list)) else value
+            for name, value in vars(self).items()
+        })
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on ``device``."""
+
+        def move(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, list):
+                return [move(item) for item in value]
+            return value
+
+        return Batch(**{name: move(value) for name, value in vars(self).items()})  # type: ignore[arg-type]
