@@ -130,11 +130,11 @@ class Strips(NamedTuple):
 
     Attributes:
         matrices: For each position, what maps a window's axis to the image's (or back).
-        index: For each window of the plan, its strip.
+        strip_of: For each window of the plan, its strip.
     """
 
     matrices: Float[Tensor, "S w n"]
-    index: Int[Tensor, " P"]
+    strip_of: Int[Tensor, " P"]
 
 
 def _positions(plan: Plan, axis: int) -> tuple[list[tuple[int, int]], list[int]]:
@@ -146,7 +146,7 @@ def _positions(plan: Plan, axis: int) -> tuple[list[tuple[int, int]], list[int]]
 
 
 def canvas_strips(plan: Plan, grid: tuple[int, int], device: torch.device) -> tuple[Strips, Strips]:
-    """Return what lays a map of ``grid`` on the canvas of its scale and resizes that to the image: rows, columns.
+    """Return what lays a map of ``grid`` on its scale's canvas and resizes that to the image: rows, columns.
 
     Calibration in the paper is: upsample the map to the window, put it on zeros as large as the scaled image,
     resize that to the image. All three are linear and separable, so they are one small matrix per axis.
@@ -167,9 +167,7 @@ def crop_strips(plan: Plan, antialias: bool, device: torch.device) -> tuple[Stri
 
     def strips(axis: int) -> Strips:
         distinct, index = _positions(plan, axis)
-        scaled = [
-            resize_matrix(plan.size[axis], scale[axis], device, antialias) for scale in plan.scales
-        ]
+        scaled = [resize_matrix(plan.size[axis], scale[axis], device, antialias) for scale in plan.scales]
         matrices = [scaled[s][start : start + plan.window] for s, start in distinct]
         return Strips(torch.stack(matrices), torch.tensor(index, device=device))
 
@@ -184,8 +182,8 @@ def crop(
     Agrees with ``windows`` to the rounding of the resize kernel.
     """
     with full_precision(image.device):
-        cut = rows.matrices[rows.index[which]][:, None] @ image.to(torch.float32)
-        return (cut @ columns.matrices[columns.index[which]][:, None].mT).to(image.dtype)
+        cut = rows.matrices[rows.strip_of[which]][:, None] @ image.to(torch.float32)
+        return (cut @ columns.matrices[columns.strip_of[which]][:, None].mT).to(image.dtype)
 
 
 def kept_count(count: int, ratio: float) -> int:
@@ -206,7 +204,9 @@ def prefilter(scores: Float[Tensor, "*B P"], ratio: float) -> Int[Tensor, "*B K"
         scores: Scores or log-scores; NaN ranks last.
         ratio: Share of windows to drop, in [0, 1).
     """
-    ranked = torch.where(scores.isnan(), -torch.inf, scores).sort(dim=-1, descending=True, stable=True).indices
+    ranked = (
+        torch.where(scores.isnan(), -torch.inf, scores).sort(dim=-1, descending=True, stable=True).indices
+    )
     return ranked[..., : kept_count(scores.shape[-1], ratio)]
 
 
@@ -230,7 +230,7 @@ def fuse(
     fusion: Fusion = "mean",
     chunk: int = 16,
 ) -> Float[Tensor, "H W"]:
-    """Lay weighted maps where their windows were and take the mean (or the maximum) of what exceeds ``theta``.
+    """Lay weighted maps where their windows were; take the mean (or the maximum) of what exceeds ``theta``.
 
     Equation 2 of the paper, before its min-max. A running sum and a count are all that is kept, whatever the
     number of windows. A map that is all zeros, or weighs nothing, neither adds nor counts.
@@ -252,7 +252,11 @@ def fuse(
     for part, weight, window in parts:
         with full_precision(total.device):
             weighted = part.to(torch.float32) * weight[:, None, None]
-            drawn = rows.matrices[rows.index[window]].mT @ weighted @ columns.matrices[columns.index[window]]
+            drawn = (
+                rows.matrices[rows.strip_of[window]].mT
+                @ weighted
+                @ columns.matrices[columns.strip_of[window]]
+            )
         voting = drawn > theta
         voted = torch.where(voting, drawn, 0)
         if fusion == "max":
@@ -263,9 +267,7 @@ def fuse(
     return total if fusion == "max" else total / count.clamp(min=1)
 
 
-def smooth(
-    maps: Float[Tensor, "B H W"], kernel_size: int = 11, sigma: float = 5.0
-) -> Float[Tensor, "B H W"]:
+def smooth(maps: Float[Tensor, "B H W"], kernel_size: int = 11, sigma: float = 5.0) -> Float[Tensor, "B H W"]:
     """Blur away the seams that windows leave behind.
 
     Args:

@@ -14,13 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from sess_lightning.ops import size_of
 from sess_lightning.types import Activation
 
 _LENT: ContextVar[tuple[nn.Module, ...]] = ContextVar("_LENT", default=())
-_FOUND: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-# What a model says ----------------------------------------------------------------------------------------
+_FOUND: WeakKeyDictionary[nn.Module, dict[tuple[int, int], str]] = WeakKeyDictionary()
 
 
 def logits_of(output: Any) -> Float[Tensor, "B N"]:
@@ -39,8 +37,9 @@ def logits_of(output: Any) -> Float[Tensor, "B N"]:
         found = output[0]
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"The model's forward returned {type(output).__name__}; expected logits (B, N) as a tensor, the first "
-            'item of a tuple, a dict\'s "logits" or an attribute `.logits`. Wrap the model so that it returns them.'
+            f"The model's forward returned {type(output).__name__}; expected logits (B, N) as a tensor, the "
+            'first item of a tuple, a dict\'s "logits" or an attribute `.logits`. Wrap the model so that it '
+            "returns them."
         )
     if found.ndim == 1:
         found = found[:, None]
@@ -53,10 +52,25 @@ def logits_of(output: Any) -> Float[Tensor, "B N"]:
 
 
 def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Return each target's logit; a head with a single logit speaks for class 1, and negated for class 0."""
+    """Return each target's logit; a head with a single logit speaks for class 1, and negated for class 0.
+
+    Raises:
+        ValueError: If a target is none of the model's classes. Where reading it would wait for the device it
+            is not read: there, such a target's logit is NaN.
+    """
+    classes = max(2, logits.shape[1])
+    if targets.device.type == "cpu" and not all(0 <= target < classes for target in targets.tolist()):
+        raise ValueError(
+            f"targets must be class indices in 0..{classes - 1}, as the model has, got {targets.tolist()}; "
+            "leave out samples without a class, and check that labels and model count classes alike."
+        )
     if logits.shape[1] == 1:
-        return torch.where(targets > 0, logits[:, 0], -logits[:, 0])
-    return logits.gather(1, targets[:, None].long())[:, 0]
+        logits = torch.cat([-logits, logits], 1)
+    known = (targets >= 0) & (targets < classes)
+    # Clamped, because out of range is a fault that kills the whole process on a GPU.
+    return torch.where(
+        known, logits.gather(1, targets[:, None].long().clamp(0, classes - 1))[:, 0], torch.nan
+    )
 
 
 def log_scores(
@@ -67,13 +81,30 @@ def log_scores(
     Args:
         logits: Raw outputs.
         targets: Class indices.
-        activation: ``"softmax"`` for single-label heads, ``"sigmoid"`` for multi-label ones; a head with a single
-            logit is always read with a sigmoid.
+        activation: ``"softmax"`` for single-label heads, ``"sigmoid"`` for multi-label ones; a head with a
+            single logit is always read with a sigmoid.
     """
     logits = logits.to(torch.float32)
     if activation == "sigmoid" or logits.shape[1] == 1:
         return F.logsigmoid(target_logits(logits, targets))
     return target_logits(logits.log_softmax(1), targets)
+
+
+def classify(model: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N"]:
+    """Run one forward and return the logits.
+
+    Raises:
+        ValueError: If the model does not take images with this number of channels.
+    """
+    try:
+        return logits_of(model(images))
+    except RuntimeError as error:
+        if f"got {images.shape[1]} channels" not in str(error):
+            raise
+        raise ValueError(
+            f"images have {images.shape[1]} channels, which the model does not take; give them as the model "
+            f"takes them ({error})."
+        ) from error
 
 
 @torch.no_grad()
@@ -84,67 +115,60 @@ def score(
     activation: Activation = "softmax",
 ) -> Float[Tensor, " B"]:
     """Return the log-score of each target: one plain forward."""
-    return log_scores(logits_of(model(images)), targets, activation)
+    return log_scores(classify(model, images), targets, activation)
 
 
 def check_inputs(speaker: str, images: Tensor, targets: Tensor) -> None:
-    """Refuse what no method can explain; reads shapes only, never values.
+    """Refuse what no method can explain; values are read only where that waits for no device.
 
     Raises:
         TypeError: If an argument is not a tensor of the right kind.
-        ValueError: If a shape is wrong.
+        ValueError: If a shape is wrong, or a picture on the CPU holds NaN or infinity.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(
-            f"{speaker}: images must be a floating point tensor as the model takes it, got {kind}; "
+            f"{speaker}: images must be a floating point tensor as the model takes it, got {_kind(images)}; "
             "convert and normalise the pictures first."
         )
     if images.ndim != 4:
         raise ValueError(
-            f"{speaker}: images must be (B, C, H, W), got {tuple(images.shape)}; use images[None] for a single image."
+            f"{speaker}: images must be (B, C, H, W), got {tuple(images.shape)}; "
+            "use images[None] for a single image."
         )
     if 0 in images.shape:
         raise ValueError(f"{speaker}: images is empty, {tuple(images.shape)}; give at least one image.")
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
-        raise TypeError(f"{speaker}: targets must be an integer tensor of class indices, one per image.")
+    if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
+        raise TypeError(
+            f"{speaker}: targets must be an integer tensor of class indices, one per image, got "
+            f"{_kind(targets)}; use targets.long(), or logits.argmax(1) to explain predictions."
+        )
     if targets.shape != images.shape[:1]:
         raise ValueError(
             f"{speaker}: targets must have shape ({images.shape[0]},), one class index per image, "
-            f"got {tuple(targets.shape)}."
+            f"got {tuple(targets.shape)}; use one target per image."
         )
     if targets.device != images.device:
-        raise ValueError(f"{speaker}: targets are on {targets.device}, images on {images.device}; move them together.")
-
-
-def check_values(speaker: str, images: Tensor, targets: Tensor, num_classes: int | None = None) -> None:
-    """Refuse NaN pictures and targets the head does not have. Waits for the device: never called per window.
-
-    Raises:
-        ValueError: If a picture holds NaN or infinity, or a target is out of range.
-    """
-    if images.device.type == "meta":
-        return
-    broken, low, high = torch.stack([
-        (~images.isfinite()).any().long(), targets.amin().long(), targets.amax().long(),
-    ]).tolist()
-    if broken:
+        raise ValueError(
+            f"{speaker}: targets are on {targets.device}, images on {images.device}; move them together."
+        )
+    if images.device.type == "cpu" and not images.isfinite().all().tolist():
         raise ValueError(f"{speaker}: images hold NaN or infinite values; clean the pictures first.")
-    top = 2 if num_classes == 1 else num_classes
-    if low < 0 or (top is not None and high >= top):
-        bound = f"0..{top - 1}" if top is not None else "0 and up"
-        raise ValueError(f"{speaker}: targets range from {low} to {high}, the model's classes are {bound}.")
 
 
-# Lend, then give back -------------------------------------------------------------------------------------
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 @contextmanager
 def explaining(model: nn.Module) -> Iterator[nn.Module]:
     """Borrow a model: eval mode, gradients on, inference mode off, eager; all is given back whatever happens.
 
-    Inside, Lightning's inference mode is off, so clone what came out of it before use (``borrowed``). On the way
-    out each submodule has its own mode back, buffers their values, and the random generators their state.
+    Inside, Lightning's inference mode is off, so clone what came out of it before use (``borrowed``). On the
+    way out each submodule has its own mode back, buffers and attributes their values, and the random
+    generators their state.
     """
     with torch.inference_mode(False), torch.enable_grad():
         if any(lent is model for lent in _LENT.get()):
@@ -152,49 +176,71 @@ def explaining(model: nn.Module) -> Iterator[nn.Module]:
             return
         with ExitStack() as stack:
             stack.enter_context(_keep_rng(model))
-            stack.enter_context(_keep_modes(model))
             stack.enter_context(_no_inference_tensors(model))
-            stack.enter_context(_keep_buffers(model))
+            stack.enter_context(_keep_state(model))
+            stack.enter_context(_evaluating(model))
             stack.enter_context(_plain_attention())
+            stack.enter_context(_no_autocast_cache())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             token = _LENT.set((*_LENT.get(), model))
             stack.callback(_LENT.reset, token)
-            model.eval()
             yield model
 
 
 def borrowed(tensor: Tensor) -> Tensor:
-    """Return a tensor that autograd accepts: an inference tensor is cloned, even here where the mode is off."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
+    """Return a copy that autograd accepts, even of an inference tensor, and that a forward may write to."""
+    return tensor.detach().clone()
 
 
 @contextmanager
-def _keep_modes(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    # Not `model.eval()`: an override of `train` may do more than can be undone, such as merging LoRA weights.
     modes = [(module, module.training) for module in model.modules()]
     try:
+        for module, _ in modes:
+            module.training = False
         yield
     finally:
         for module, training in modes:
             module.training = training
 
 
+_TORCHS_OWN = frozenset(vars(nn.Module())) - {"_buffers"}
+
+
+def _stores(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield the dicts where a model keeps what is no parameter: attributes, buffers, caches."""
+    for module in model.modules():
+        yield vars(module)
+        yield from (
+            value
+            for name, value in vars(module).items()
+            if isinstance(value, dict) and name not in _TORCHS_OWN
+        )
+
+
 @contextmanager
-def _keep_buffers(model: nn.Module) -> Iterator[None]:
-    # `_version` counts in-place writes, so that only buffers that a forward wrote to are copied back.
-    kept = [
-        (module, name, buffer, buffer._version, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+def _keep_state(model: nn.Module) -> Iterator[None]:
+    # `_version` counts in-place writes, so that only tensors that a forward wrote to are copied back.
+    kept = [(store, dict(store)) for store in _stores(model)]
+    values = [value for _, before in kept for value in before.values()]
+    tensors = [
+        (value, value._version, value.detach().clone()) for value in values if isinstance(value, Tensor)
     ]
+    lists = [(value, list(value)) for value in values if isinstance(value, list)]
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, version, copy in kept:
-                if buffer._version != version:
-                    buffer.copy_(copy)
-                module._buffers[name] = buffer
+            for tensor, version, copy in tensors:
+                if tensor._version != version:
+                    tensor.copy_(copy)
+        for values, copies in lists:
+            values[:] = copies
+        for store, before in kept:
+            for name in store.keys() - before.keys():
+                del store[name]
+            store.update(before)
 
 
 @contextmanager
@@ -213,15 +259,14 @@ def _keep_rng(model: nn.Module) -> Iterator[None]:
 def _no_inference_tensors(model: nn.Module) -> Iterator[None]:
     # What was created under inference mode (lazy caches, re-assigned buffers) cannot enter autograd.
     swapped: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-    for module in model.modules():
-        for store in (module._parameters, module._buffers, vars(module)):
-            for name, value in list(store.items()):
-                if isinstance(value, Tensor) and value.is_inference():
-                    clone = value.clone()
-                    if isinstance(value, nn.Parameter):
-                        clone = nn.Parameter(clone, requires_grad=value.requires_grad)
-                    swapped.append((store, name, value, clone))
-                    store[name] = clone
+    for store in (*_stores(model), *(module._parameters for module in model.modules())):
+        for name, value in list(store.items()):
+            if isinstance(value, Tensor) and value.is_inference():
+                clone = value.clone()
+                if isinstance(value, nn.Parameter):
+                    clone = nn.Parameter(clone, requires_grad=value.requires_grad)
+                swapped.append((store, name, value, clone))
+                store[name] = clone
     try:
         yield
     finally:
@@ -241,7 +286,15 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-# Layers ---------------------------------------------------------------------------------------------------
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    # Weights that were cast without gradients would be found by a later training forward.
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @dataclass
@@ -250,24 +303,27 @@ class Tap:
 
     Attributes:
         features: The layer's output, detached, with gradients on: differentiate the head's output by it.
-        calls: How often the layer was called.
     """
 
     features: Tensor | None = None
-    calls: int = 0
 
 
 @contextmanager
 def recording(layer: nn.Module) -> Iterator[Tap]:
-    """Cut the graph at a layer: run the forward under ``no_grad`` and only what follows the layer is recorded.
+    """Cut the graph at a layer: run the forward under ``no_grad`` and only what follows is recorded.
 
     A layer that is called several times is cut at its last call.
     """
     tap = Tap()
 
     def cut(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        tap.calls += 1
-        features = _first_tensor(output).detach().requires_grad_()
+        features = _first_tensor(output)
+        if features.is_inference():
+            raise RuntimeError(
+                "The model's forward runs the target layer in its own inference_mode, which no gradient "
+                "leaves; use no_grad there, or name a target_layer outside of it."
+            )
+        features = features.detach().requires_grad_()
         tap.features = features
         torch.set_grad_enabled(True)  # The surrounding no_grad puts the mode back.
         # The clone lets whatever follows work in place: a leaf may not be written to.
@@ -286,24 +342,50 @@ def head_forward(
     """Run one forward and return the logits and the layer's features, with a graph from these to those.
 
     Raises:
-        RuntimeError: If the layer never ran, or no gradient can flow from the logits back to it.
+        RuntimeError: If the layer never ran.
     """
     # A backbone inside the model's own `no_grad` switches recording off again on its way out; retried, its
     # surroundings have gradients on.
     for grad in (False, True):
         with recording(layer) as tap, torch.set_grad_enabled(grad):
-            logits = logits_of(model(images))
-        if tap.features is None:
-            raise RuntimeError(
-                f"{type(layer).__name__} did not run in the model's forward, so its features are unknown; name a "
-                "target_layer that does. Scripted, traced and exported modules cannot be looked into."
-            )
+            logits = classify(model, images)
         if logits.requires_grad:
-            return logits, tap.features
-    raise RuntimeError(
-        "No gradient flows from the model's logits back to the target layer: the forward detaches it or runs in "
-        "its own inference_mode. Name a later target_layer, or remove the detach."
-    )
+            break
+    if tap.features is None:
+        raise RuntimeError(
+            f"target_layer {type(layer).__name__} did not run in the model's forward, so its features are "
+            "unknown; name one that does. Scripted, traced and exported modules cannot be looked into."
+        )
+    return logits, tap.features
+
+
+def gradient(outputs: Float[Tensor, " B"], inputs: Tensor) -> Tensor:
+    """Return the gradient of the sum of ``outputs`` by ``inputs``; no ``.grad`` is touched.
+
+    Raises:
+        RuntimeError: If no gradient flows from the one to the other.
+    """
+    found = _gradient(outputs.float().sum(), inputs)
+    if found is None:
+        raise RuntimeError(
+            "No gradient flows from the model's logits back to the target layer or the image: the forward "
+            "detaches it, runs it under no_grad, or leaves torch. Name a later target_layer, or let it pass."
+        )
+    return found
+
+
+def _gradient(output: Float[Tensor, ""], inputs: Tensor, retain_graph: bool = False) -> Tensor | None:
+    if not output.requires_grad:
+        return None
+    try:
+        return torch.autograd.grad(output, inputs, retain_graph=retain_graph, allow_unused=True)[0]
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise RuntimeError(
+            "The model checkpoints its activations with use_reentrant=True, which shows gradients to "
+            "backward() only; call torch.utils.checkpoint with use_reentrant=False."
+        ) from error
 
 
 def _first_tensor(output: Any) -> Tensor:
@@ -314,7 +396,10 @@ def _first_tensor(output: Any) -> Tensor:
         for value in values:
             if isinstance(value, Tensor):
                 return value
-    raise TypeError(f"A target layer must return a tensor, or a tuple or dict that holds one; got {type(output)}.")
+    raise TypeError(
+        f"target_layer must return a tensor, or a tuple or dict that holds one, got {type(output).__name__}; "
+        "name another layer."
+    )
 
 
 def _with_first_tensor(output: Any, tensor: Tensor) -> Any:
@@ -340,20 +425,22 @@ def resolve_layer(
     """
     if target_layer is None:
         return find_target_layer(model, images)
-    modules = {_plain(name): module for name, module in model.named_modules()}
+    modules: dict[str, nn.Module] = {
+        _plain(name): module for name, module in model.named_modules(remove_duplicate=False)
+    }
     if isinstance(target_layer, nn.Module):
         if not any(module is target_layer for module in modules.values()):
             raise ValueError(
-                f"target_layer {type(target_layer).__name__} is not a part of this model; give one of its own "
-                'modules, or a dotted name such as "layer4".'
+                f"target_layer {type(target_layer).__name__} is not a part of this model; give one of its "
+                'own modules, or a dotted name such as "layer4".'
             )
         return target_layer
     found = modules.get(_plain(target_layer))
     if found is None or not target_layer:
         near = [name for name in modules if name and name.count(".") < 2]
         raise ValueError(
-            f"target_layer {target_layer!r} is unknown; this model has, among others: {', '.join(near[-12:])}. "
-            "Leave it out to have one found."
+            f"target_layer {target_layer!r} is unknown; this model has, among others, "
+            f"{', '.join(near[-12:])}; leave it out to have one found."
         )
     return found
 
@@ -366,20 +453,20 @@ def find_target_layer(model: nn.Module, images: Float[Tensor, "B C H W"]) -> nn.
     """Find the last layer whose features still lie on a grid, by one traced forward of one image.
 
     For a CNN that is the block before global pooling (ResNet's ``layer4``, VGG-16's last ReLU before its last
-    pooling). For a transformer it is the last layer whose patch tokens still reach the logits: a class token is
-    read at the end, so the very last layers tell nothing about place. The answer is remembered per model.
+    pooling). For a transformer it is the last layer whose patch tokens still reach the logits: a class token
+    is read at the end, so the very last layers tell nothing about place. The answer is remembered per model
+    and image size.
 
     Raises:
         ValueError: If no layer keeps a grid.
     """
-    modules = dict(model.named_modules())
-    remembered = _FOUND.get(model)
-    if remembered in modules:
-        return modules[remembered]
-    with explaining(model):
-        name = _last_on_a_grid(model, borrowed(images[:1]))
-    _FOUND[model] = name
-    return modules[name]
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    remembered = _FOUND.setdefault(model, {})
+    size = size_of(images)
+    if remembered.get(size) not in modules:
+        with explaining(model):
+            remembered[size] = _last_on_a_grid(model, borrowed(images[:1]))
+    return modules[remembered[size]]
 
 
 _PASS_THROUGH = (
@@ -389,9 +476,36 @@ _PASS_THROUGH = (
 
 
 def _last_on_a_grid(model: nn.Module, image: Float[Tensor, "1 C H W"]) -> str:
+    size = size_of(image)
+    logits, seen = _trace(model, image)
+    probe = _probe(logits, seen)
+    class_map = None
+    for name, features in reversed(seen):
+        grid = find_grid(features.shape, size)
+        if grid is None or features.shape[0] != 1:
+            continue
+        reached = _gradient(probe, features, retain_graph=True)
+        if reached is None or not grid.to_maps(reached).any():
+            continue
+        if grid.channels != logits.shape[1] or not _is_class_map(logits, features, grid):
+            return name
+        class_map = class_map or name
+    if class_map is not None:
+        return class_map
+    tried = ", ".join(f"{name} {tuple(features.shape)}" for name, features in seen[-6:])
+    raise ValueError(
+        f"No layer with spatial features reaches the logits for a {size[0]}x{size[1]} image "
+        f"(the last ones seen: {tried}). Name target_layer, or use larger images."
+    )
+
+
+def _trace(
+    model: nn.Module, image: Float[Tensor, "1 C H W"]
+) -> tuple[Float[Tensor, "1 N"], list[tuple[str, Tensor]]]:
+    """Return the logits and what each layer gave, in order; layers that only pool or pass on are left out."""
     names = {module: name for name, module in model.named_modules() if name}
     seen: list[tuple[str, Tensor]] = []
-    pooled: list[Tensor] = []  # Held, so that no tensor's identity is used twice.
+    passed: list[Tensor] = []  # Held, so that no tensor's identity is used twice.
 
     def note(module: nn.Module, _inputs: Any, output: Any) -> None:
         try:
@@ -399,43 +513,35 @@ def _last_on_a_grid(model: nn.Module, image: Float[Tensor, "1 C H W"]) -> str:
         except TypeError:
             return
         if isinstance(module, _PASS_THROUGH):
-            pooled.append(features)
-        elif features.requires_grad and not any(features is tensor for tensor in pooled):
+            passed.append(features)
+        elif features.requires_grad and not any(features is tensor for tensor in passed):
             seen.append((names[module], features))
+
+    def record(_module: nn.Module, _inputs: Any) -> None:
+        torch.set_grad_enabled(True)  # Even where the model's own `no_grad` wraps a frozen backbone.
 
     with ExitStack() as stack:
         for module in names:
+            stack.callback(module.register_forward_pre_hook(record).remove)
             stack.callback(module.register_forward_hook(note).remove)
-        image = image.detach().requires_grad_()
-        logits = logits_of(model(image))
-    channels_out = logits.shape[1]
-    usable = [
-        (name, features)
-        for name, features in seen
-        if (grid := find_grid(features.shape, image.shape[-2:])) is not None and grid.channels != channels_out
-    ]
-    probe = _probe(logits, seen)
-    for name, features in reversed(usable):
-        gradient = torch.autograd.grad(probe, features, retain_graph=True, allow_unused=True)[0]
-        if gradient is None:
-            continue
-        grid = find_grid(features.shape, image.shape[-2:])
-        if grid is not None and bool((grid.to_maps(gradient) != 0).any()):
-            return name
-    tried = ", ".join(f"{name} {tuple(f.shape)}" for name, f in seen[-6:])
-    raise ValueError(
-        f"No layer with spatial features reaches the logits for a {image.shape[-2]}x{image.shape[-1]} image "
-        f"(the last ones seen: {tried}). Name target_layer, or use larger images."
-    )
+        return classify(model, image.requires_grad_().clone()), seen
+
+
+def _is_class_map(logits: Float[Tensor, "1 N"], features: Tensor, grid: Grid) -> bool:
+    """Whether the features are the logits before pooling: each logit then hangs on its own channel."""
+    reached = _gradient(logits[0, 0], features, retain_graph=True)
+    return reached is not None and not grid.to_maps(reached)[:, 1:].any()
 
 
 def _probe(logits: Tensor, seen: list[tuple[str, Tensor]]) -> Tensor:
     """Return a scalar whose gradient tells what can reach the logits."""
     mix = torch.linspace(1, 2, logits.shape[1], device=logits.device, dtype=logits.dtype)
     probe = (logits * mix).sum()
-    before_head = [features for _, features in seen if features.ndim == 2 and features.shape[1] != logits.shape[1]]
+    before_head = [
+        features for _, features in seen if features.ndim == 2 and features.shape[1] != logits.shape[1]
+    ]
     if not logits.any() and before_head:
-        # A head of zeros, as torchvision's ViT has before training, stops every gradient: look in front of it.
+        # A head of zeros, as an untrained torchvision ViT has, stops every gradient: look in front of it.
         probe = before_head[-1].cumsum(1).sum()
     return probe
 
@@ -445,7 +551,8 @@ class Grid:
     """How a layer's features lie on the image.
 
     Attributes:
-        layout: ``"channels"`` (B, C, h, w), ``"channels_last"`` (B, h, w, C) or ``"tokens"`` (B, extra + h * w, C).
+        layout: ``"channels"`` (B, C, h, w), ``"channels_last"`` (B, h, w, C) or ``"tokens"``
+            (B, extra + h * w, C).
         height: Rows of the grid.
         width: Columns of the grid.
         channels: Feature channels.
@@ -463,48 +570,46 @@ class Grid:
         if self.layout == "channels_last":
             return features.permute(0, 3, 1, 2)
         if self.layout == "tokens":
-            return features[:, self.extra :].unflatten(1, (self.height, self.width)).permute(0, 3, 1, 2)
+            features = features[:, self.extra :].unflatten(1, (self.height, self.width))
+            return features.permute(0, 3, 1, 2)
         return features
 
 
-def find_grid(shape: tuple[int, ...] | torch.Size, size: tuple[int, int] | torch.Size) -> Grid | None:
+def find_grid(shape: tuple[int, ...], size: tuple[int, int]) -> Grid | None:
     """Read a feature shape as a grid over an image of ``size``, or return None if it is none.
 
-    Channels may come first or last: the reading whose proportions fit the image's wins. Tokens (B, N, C) are read
-    with the patch size that leaves the fewest tokens over.
+    Channels may come first or last: the reading whose proportions fit the image's wins, if they fit at all.
+    Tokens (B, N, C) are read with the patch size that leaves the fewest tokens over.
     """
     height, width = size
     if len(shape) == 4:
-
-        def misfit(rows: int, columns: int) -> float:
-            ratio = rows * width / (columns * height)
-            return max(ratio, 1 / ratio)
-
-        first, last = (shape[2], shape[3]), (shape[1], shape[2])
-        readings = [
-            (misfit(*grid), layout, *grid, channels)
-            for grid, layout, channels in ((first, "channels", shape[1]), (last, "channels_last", shape[3]))
-            if grid[0] * grid[1] > 1 and grid[0] <= height and grid[1] <= width
-        ]
-        if not readings:
-            return None
-        best = min(readings, key=lambda reading: reading[0])
-        return Grid(*best[1:])
+        readings = [Grid("channels", shape[2], shape[3], shape[1]), Grid("channels_last", *shape[1:])]
+        misfits = [_misfit(grid, height, width) for grid in readings]
+        return readings[misfits.index(min(misfits))] if min(misfits) < 2 else None
     if len(shape) == 3:
+        grids = {(height // patch, width // patch) for patch in range(2, min(height, width) + 1)}
         tokens = [
-            Grid("tokens", height // p, width // p, shape[2], extra)
-            for p in range(2, min(height, width) + 1)
-            if 0 <= (extra := shape[1] - (height // p) * (width // p)) <= 32 and (height // p) * (width // p) > 1
+            Grid("tokens", *grid, shape[2], shape[1] - grid[0] * grid[1]) for grid in grids if grid != (1, 1)
         ]
-        return min(tokens, key=lambda grid: grid.extra) if tokens else None
+        return min(
+            (grid for grid in tokens if 0 <= grid.extra <= 32), key=lambda grid: grid.extra, default=None
+        )
     return None
+
+
+def _misfit(grid: Grid, height: int, width: int) -> float:
+    """How many times longer or flatter the grid is than the image; infinite where it is no grid over it."""
+    if grid.height * grid.width == 1 or grid.height > height or grid.width > width:
+        return float("inf")
+    ratio = grid.height * width / (grid.width * height)
+    return max(ratio, 1 / ratio)
 
 
 def input_window(model: nn.Module) -> int | None:
     """Return the side of the square input a model was built for, where it says so; None otherwise.
 
-    Read from torchvision's ``image_size``, timm's ``pretrained_cfg`` and Hugging Face's ``config.image_size``, on the
-    model or on a wrapped one.
+    Read from torchvision's ``image_size``, timm's ``pretrained_cfg`` and Hugging Face's
+    ``config.image_size``, on the model or on a wrapped one.
     """
     for module in model.modules():
         for size in _stated_sizes(module):
@@ -523,4 +628,3 @@ def _stated_sizes(module: nn.Module) -> Iterator[Any]:
     config = vars(module).get("config")
     if config is not None and not isinstance(config, Mapping):
         yield getattr(config, "image_size", None)
-

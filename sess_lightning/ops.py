@@ -25,6 +25,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
+def size_of(images: Tensor) -> tuple[int, int]:
+    """Return (height, width)."""
+    return images.shape[-2], images.shape[-1]
+
+
 def min_max(maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:
     """Stretch each map to [0, 1]; a flat map, or one with a NaN or an infinity in it, becomes zeros."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -70,9 +71,18 @@ class SaliencyMethod(ABC):
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Extraction:
-        """Return maps that may stay on a coarser grid, and log-scores: what SESS calls per chunk of windows."""
+        """Return maps that may stay on a coarser grid, and log-scores: what SESS asks of each batch."""
         maps, scores = self.explain(model, images, targets)
         return Extraction(maps, scores.log())
+
+    def __str__(self) -> str:
+        """Return the call that makes this method, defaults left out."""
+        told = [
+            str(value) if field.default is MISSING else f"{field.name}={value}"
+            for field in fields(self)  # type: ignore[arg-type]
+            if (value := getattr(self, field.name)) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:  # noqa: ARG002
         """Return how many forwards of the model one map of an image of ``size`` (height, width) costs."""
@@ -104,12 +114,15 @@ class Batch:
     def __len__(self) -> int:
         return self.images.shape[0]
 
-    def take(self, count: int) -> Batch:
-        """Return the first ``count`` samples."""
-        return Batch(**{
-            name: value[:count] if isinstance(value, (Tensor, list)) else value
-            for name, value in vars(self).items()
-        })
+    def take(self, which: Sequence[int]) -> Batch:
+        """Return the samples ``which``."""
+
+        def pick(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value[list(which)]
+            return [value[i] for i in which] if isinstance(value, list) else value
+
+        return Batch(**{name: pick(value) for name, value in vars(self).items()})  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""

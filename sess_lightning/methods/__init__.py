@@ -1,4 +1,4 @@
-"""Saliency methods: each a frozen record of hyper-parameters, called as ``method(model, images, targets)``."""
+"""Saliency methods: frozen records of hyper-parameters, called as ``method(model, images, targets)``."""
 
 from sess_lightning.methods.baselines import CentreGaussian, RandomMap
 from sess_lightning.methods.cam import GradCAM

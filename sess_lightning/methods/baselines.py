@@ -23,7 +23,10 @@ class _Blind(SaliencyMethod):
         """Draw a map for each image."""
 
     def __call__(
-        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+        self,
+        model: nn.Module,  # noqa: ARG002
+        images: Float[Tensor, "B C H W"],
+        targets: Int[Tensor, " B"],
     ) -> Float[Tensor, "B H W"]:
         """Return the maps alone: no forward."""
         check_inputs(type(self).__name__, images, targets)
@@ -75,7 +78,9 @@ class CentreGaussian(_Blind):
 
     def draw(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
         """Draw a map for each image."""
-        y, x = (((torch.arange(n, device=images.device) + 0.5) / n - 0.5) / self.sigma for n in images.shape[-2:])
+        y, x = (
+            ((torch.arange(n, device=images.device) + 0.5) / n - 0.5) / self.sigma for n in images.shape[-2:]
+        )
         return min_max(torch.exp(-(y[None, :, None] ** 2 + x[None, None, :] ** 2) / 2)).expand(
             images.shape[0], -1, -1
         )

@@ -14,12 +14,13 @@ from sess_lightning.introspection import (
     check_inputs,
     explaining,
     find_grid,
+    gradient,
     head_forward,
     log_scores,
     resolve_layer,
     target_logits,
 )
-from sess_lightning.ops import full_precision, min_max_upsampled, upsample
+from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
 
@@ -29,20 +30,21 @@ def layer_evidence(
     images: Float[Tensor, "B C H W"],
     targets: Int[Tensor, " B"],
 ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"], Float[Tensor, "B N"]]:
-    """Return a layer's features and the target logit's gradients on the image grid, and the logits: one forward.
+    """Return a layer's features and the target logit's gradients on its grid, and the logits: one forward.
 
     Raises:
         ValueError: If the layer's features lie on no grid.
+        RuntimeError: If no gradient flows back to the layer.
     """
     layer = resolve_layer(model, target_layer, images)
     logits, features = head_forward(model, layer, images)
-    (gradients,) = torch.autograd.grad(target_logits(logits, targets).float().sum(), features)
-    grid = find_grid(features.shape, images.shape[-2:])
-    if grid is None:
+    grid = find_grid(features.shape, size_of(images))
+    if grid is None or features.shape[0] != images.shape[0]:
         raise ValueError(
-            f"target_layer {type(layer).__name__} gives features of shape {tuple(features.shape)}, which lie on no grid "
-            f"over a {images.shape[-2]}x{images.shape[-1]} image; name an earlier layer."
+            f"target_layer {type(layer).__name__} gives features of shape {tuple(features.shape)}, which lie "
+            f"on no grid over {tuple(images.shape)} images; name an earlier layer."
         )
+    gradients = gradient(target_logits(logits, targets), features)
     on_grid = (grid.to_maps(tensor.detach()).to(torch.float32) for tensor in (features, gradients))
     return *on_grid, logits.detach()  # type: ignore[return-value]
 
@@ -51,8 +53,9 @@ def layer_evidence(
 class GradCAM(SaliencyMethod):
     """Grad-CAM (Selvaraju et al., ICCV 2017): features weighted by their mean gradient, rectified.
 
-    Written here rather than taken from a library because SESS calls it per window: scores and maps come out of one
-    forward, the backward runs through the head only, and maps stay on the layer's small grid until they are fused.
+    Written here rather than taken from a library because SESS calls it per window: scores and maps come out
+    of one forward, the backward runs through the head only, and maps stay on the layer's small grid until
+    fused.
 
     Attributes:
         target_layer: The layer, as a dotted name or a module; None finds the last one that keeps a grid.
@@ -79,7 +82,7 @@ class GradCAM(SaliencyMethod):
         """
         check_inputs(type(self).__name__, images, targets)
         maps, logs = self.extract(model, images, targets)
-        return Explanation(upsample(maps, tuple(images.shape[-2:])).clamp(0, 1), logs.exp())
+        return Explanation(upsample(maps, size_of(images)).clamp(0, 1), logs.exp())
 
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
@@ -90,8 +93,8 @@ class GradCAM(SaliencyMethod):
             features, gradients, logits = layer_evidence(model, self.target_layer, images, targets)
             with torch.no_grad(), full_precision(images.device):
                 maps = self.combine(features, gradients)
-                size = tuple(images.shape[-2:])
-                return Extraction(min_max_upsampled(maps, size), log_scores(logits, targets, self.activation))
+                logs = log_scores(logits, targets, self.activation)
+                return Extraction(min_max_upsampled(maps, size_of(images)), logs)
 
     def combine(
         self, features: Float[Tensor, "B K h w"], gradients: Float[Tensor, "B K h w"]

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from sess_lightning.introspection import borrowed, check_inputs, explaining, log_scores, score
 from sess_lightning.methods.cam import layer_evidence
-from sess_lightning.ops import blur, min_max, upsample
+from sess_lightning.ops import blur, min_max, size_of, upsample
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
 
 @dataclass(frozen=True)
 class GroupCAM(SaliencyMethod):
-    """Group-CAM (Zhang et al., 2021): groups of weighted features, weighted by what each reveals to the model.
+    """Group-CAM (Zhang et al., 2021): groups of weighted features, weighted by their gain.
 
-    A flat group reveals nothing and scores 0 (in the SESS authors' code it loses the whole window). As in their code
-    no percentile is cut from the groups, and it is the groups themselves that are summed, not their masks.
+    A flat group reveals nothing and scores 0 (in the SESS authors' code it loses the whole window). As in
+    their code no percentile is cut from the groups, and it is the groups themselves that are summed, not
+    their masks.
 
     Attributes:
         groups: Number of groups, and of masked images.
@@ -47,7 +48,7 @@ class GroupCAM(SaliencyMethod):
     ) -> Explanation:
         """Explain ``targets`` on ``images``; raises what ``GradCAM`` raises."""
         check_inputs(type(self).__name__, images, targets)
-        size = tuple(images.shape[-2:])
+        size = size_of(images)
         with explaining(model):
             images, targets = borrowed(images), borrowed(targets)
             features, gradients, logits = layer_evidence(model, self.target_layer, images, targets)
@@ -77,4 +78,5 @@ class GroupCAM(SaliencyMethod):
                 image_of.split(self.batch_size), masks.flatten(0, 1).split(self.batch_size), strict=True
             )
         ]
-        return (torch.cat(after).unflatten(0, (-1, groups)) - before[:, None]).relu()
+        gains: Tensor = torch.cat(after).unflatten(0, (-1, groups)) - before[:, None]
+        return gains.relu()

@@ -27,7 +27,7 @@ from sess_lightning.engine import (
     windows,
 )
 from sess_lightning.introspection import borrowed, check_inputs, explaining, input_window, score
-from sess_lightning.ops import min_max
+from sess_lightning.ops import min_max, size_of
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
 
@@ -35,23 +35,26 @@ from sess_lightning.types import Activation, Explanation, SaliencyMethod
 class SESS(SaliencyMethod):
     """Saliency Enhancing with Scaling and Sliding (Tursun et al., ECCV 2022) around a base method.
 
-    Many windows of the image at many scales are explained by the base method and fused, weighted by the model's
-    score of each window. Windows of all images are packed into full batches; a base that yields maps and scores in
-    one forward (the CAM family) costs exactly one forward per window, any other a scoring forward per window and
-    its own cost per window kept.
+    Many windows of the image at many scales are explained by the base method and fused, weighted by the
+    model's score of each window. Windows of all images are packed into full batches; a base that yields maps
+    and scores in one forward (the CAM family) costs exactly one forward per window, any other a scoring
+    forward per window and its own cost per window kept.
 
-    Where the authors' code parts from the paper, this follows the paper: the fused map is min-max normalised, a flat
-    window is left out (theirs turns all it covers into NaN), scores are divided by the best one in logarithms.
+    Where the authors' code parts from the paper, this follows the paper: the fused map is min-max normalised,
+    a flat window is left out (theirs turns all it covers into NaN), scores are divided by the best one in
+    logarithms.
 
     Attributes:
         base: The method to enhance.
-        num_scales: Scales, shorter sides being 224, 288, 352, ... px for a window of 224, in proportion for others.
+        num_scales: Scales, shorter sides being 224, 288, 352, ... px for a window of 224, in proportion for
+            others.
         prefilter_ratio: Share of windows with the lowest scores to leave out, in [0, 1).
         scales: The shorter sides themselves, px, instead of ``num_scales``; none below the window.
-        window: Side of a window, px; None is the size the model says it was built for, else the image's shorter side.
+        window: Side of a window, px; None is the size the model says it was built for, else the image's
+            shorter side.
         stride: Step between windows, px; None is the window.
-        antialias: Antialias when a scale is smaller than the image (what torchvision does today); False is the
-            published behaviour.
+        antialias: Antialias when a scale is smaller than the image (what torchvision does today); False is
+            the published behaviour.
         theta: What a weighted value must exceed to take part in the mean, as a fraction of the top weight.
         fusion: ``"mean"`` (equation 2) or ``"max"``.
         channel_weights: Weight each map by its window's score (equation 1).
@@ -82,7 +85,9 @@ class SESS(SaliencyMethod):
         if self.fusion not in ("mean", "max"):
             raise ValueError(f'SESS: fusion must be "mean" or "max", got {self.fusion!r}.')
         if not 0 <= self.theta < 1:
-            raise ValueError(f"SESS: theta must be in [0, 1), a fraction of the top weight, got {self.theta}.")
+            raise ValueError(
+                f"SESS: theta must be in [0, 1), a fraction of the top weight, got {self.theta}."
+            )
         if self.batch_size < 1:
             raise ValueError(f"SESS: batch_size must be at least 1, got {self.batch_size}.")
 
@@ -115,13 +120,14 @@ class SESS(SaliencyMethod):
     ) -> Explanation:
         """Explain ``targets`` on ``images`` of any one size.
 
-        The scores are those of the window that is the whole image where there is one, else of the best window.
+        The scores are those of the window that is the whole image where there is one, else of the best
+        window.
 
         Raises:
             ValueError: If an argument has the wrong shape, or the windows do not fit.
         """
         check_inputs("SESS", images, targets)
-        plan = self.plan(model, tuple(images.shape[-2:]))
+        plan = self.plan(model, size_of(images))
         with explaining(model):
             maps, logs = self.fused(model, borrowed(images), borrowed(targets), plan)
         maps = min_max(maps)
@@ -139,13 +145,14 @@ class SESS(SaliencyMethod):
             targets.repeat_interleave(len(plan)).split(self.batch_size),
             strict=True,
         )
+        stream: Iterator[Tensor]
         if self.base.single_forward:
             extracted = [self.base.extract(model, part, target) for part, target in batches]
             coarse = torch.cat([maps for maps, _ in extracted]).unflatten(0, (-1, len(plan)))
             logs = torch.cat([log for _, log in extracted]).unflatten(0, (-1, len(plan)))
             kept = prefilter(logs, self.prefilter_ratio)
             stream = chain.from_iterable(maps[which] for maps, which in zip(coarse, kept, strict=True))
-            grid = tuple(coarse.shape[-2:])
+            grid = size_of(coarse)
         else:
             parts = [score(model, part, target, self.activation) for part, target in batches]
             logs = torch.cat(parts).unflatten(0, (-1, len(plan)))
@@ -156,7 +163,7 @@ class SESS(SaliencyMethod):
         strips = canvas_strips(plan, grid, images.device)
         fused = [
             fuse(
-                islice(stream, kept.shape[1]), weight[which], strips, which, theta=self.theta, fusion=self.fusion
+                islice(stream, len(which)), weight[which], strips, which, theta=self.theta, fusion=self.fusion
             )
             for weight, which in zip(weights, kept, strict=True)
         ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sess_lightning.engine import chunked
 from sess_lightning.introspection import borrowed, check_inputs, explaining, score
-from sess_lightning.ops import blur, upsample
+from sess_lightning.ops import blur, size_of, upsample
 from sess_lightning.types import Activation
 
 Ties: TypeAlias = Literal["first", "random"]
@@ -78,8 +78,8 @@ def deletion_curve(
 ) -> Float[Tensor, "B {steps}+1"]:
     """Return the target's probability as pixels are taken away, most salient first.
 
-    As ``insertion_curve``, from the image to its baseline: None is zeros, the data set's mean in normalised space.
-    ``ends`` are the scores of the image and of the baseline.
+    As ``insertion_curve``, from the image to its baseline: None is zeros, the data set's mean in normalised
+    space. ``ends`` are the scores of the image and of the baseline.
     """
     end = torch.zeros_like(images) if baseline is None else baseline
     return _transition(model, images, end, maps, targets, steps, ties, activation, batch_size, ends)
@@ -98,22 +98,30 @@ def _transition(
     ends: Ends,
 ) -> Tensor:
     check_inputs("Insertion and deletion", start, targets)
-    _check_maps(maps, start.shape[0], tuple(start.shape[-2:]))
+    _check_maps(maps, start.shape[0], size_of(start))
     if start.shape != end.shape:
-        raise ValueError(f"baseline has shape {tuple(end.shape)}; it must be that of images, {tuple(start.shape)}.")
+        raise ValueError(
+            f"baseline has shape {tuple(end.shape)}; it must be that of images, {tuple(start.shape)}."
+        )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    asked = [t for t in range(steps + 1) if not (t == 0 and ends[0] is not None or t == steps and ends[1] is not None)]
+    asked = [
+        t
+        for t in range(steps + 1)
+        if not ((t == 0 and ends[0] is not None) or (t == steps and ends[1] is not None))
+    ]
     with explaining(model), torch.no_grad():
         start, end, targets = borrowed(start), borrowed(end), borrowed(targets)
         step_of = pixel_steps(borrowed(maps), steps, ties)
         of_image = targets.repeat_interleave(len(asked)).split(batch_size)
-        scores = torch.cat([
-            score(model, part, target, activation).exp()
-            for part, target in zip(
-                chunked(_mixtures(start, end, step_of, asked), batch_size), of_image, strict=True
-            )
-        ]).unflatten(0, (-1, len(asked)))
+        scores = torch.cat(
+            [
+                score(model, part, target, activation).exp()
+                for part, target in zip(
+                    chunked(_mixtures(start, end, step_of, asked), batch_size), of_image, strict=True
+                )
+            ]
+        ).unflatten(0, (-1, len(asked)))
     known = [end[:, None].to(scores) if end is not None else None for end in ends]
     return torch.cat([part for part in (known[0], scores, known[1]) if part is not None], 1)
 
@@ -124,10 +132,8 @@ def _mixtures(start: Tensor, end: Tensor, step_of: Tensor, asked: Sequence[int])
             yield torch.where(steps < t, after, before)
 
 
-def pixel_steps(
-    maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first"
-) -> Int[Tensor, "B H W"]:
-    """Return at which step, from 0, each pixel changes: by rank, descending, ties in raster or seeded random order."""
+def pixel_steps(maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first") -> Int[Tensor, "B H W"]:
+    """Return at which step, from 0, each pixel changes: most salient first."""
     flat = maps.flatten(1).nan_to_num(0)
     order = torch.arange(flat.shape[1], device=flat.device)
     if ties == "random":
@@ -140,7 +146,7 @@ def pixel_steps(
 
 
 def tied_share(maps: Float[Tensor, "B H W"]) -> Float[Tensor, " B"]:
-    """Return the share of each map's pixels whose value another pixel has too: tie order decides about those."""
+    """Return the share of each map's pixels whose value another has too: tie order decides about those."""
     ranked = maps.flatten(1).sort(dim=1).values
     same = ranked[:, 1:] == ranked[:, :-1]
     edge = same.new_zeros(same.shape[0], 1)
@@ -160,12 +166,14 @@ def pointing_hits(
 ) -> Bool[Tensor, " B"]:
     """Return whether each map's highest point lies on, or nearer than ``tolerance`` to, the region.
 
-    The point is the first maximum in raster order; NaN counts as 0; a flat map is a miss, and so is an empty region.
+    The point is the first maximum in raster order; NaN counts as 0; a flat map is a miss, and so is an empty
+    region.
 
     Args:
         maps: One map per image; resized bilinearly to the regions' resolution.
         regions: Per image a mask, or boxes (x0, y0, x1, y1), half-open pixels.
-        tolerance: Distance in px of the regions' resolution, exclusive; 15 at original resolution in the literature.
+        tolerance: Distance in px of the regions' resolution, exclusive; 15 at original resolution in the
+            literature.
         size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
 
     Raises:
@@ -177,15 +185,17 @@ def pointing_hits(
         raise ValueError(f"tolerance must be positive, got {tolerance}; 1 asks for the region itself.")
     if len(regions) != maps.shape[0]:
         raise ValueError(f"regions: got {len(regions)} for {maps.shape[0]} maps; give one per map.")
-    masks = regions if isinstance(regions, Tensor) else None
-    target = tuple(masks.shape[-2:]) if masks is not None else size
+    target = size_of(regions) if isinstance(regions, Tensor) else size
     maps = maps.nan_to_num(0)
     maps = upsample(maps, target) if target is not None else maps
     flat = maps.flatten(1)
     point = flat.argmax(1)
     u, v = point % maps.shape[2], point // maps.shape[2]
-    hit = _near_mask(masks, u, v, tolerance) if masks is not None else _near_box(regions, u, v, tolerance)
-    return hit & (flat.amax(1) > flat.amin(1))
+    if isinstance(regions, Tensor):
+        near = _near_mask(regions, u, v, tolerance)
+    else:
+        near = _near_box(regions, u, v, tolerance)
+    return near & (flat.amax(1) > flat.amin(1))
 
 
 def _near_mask(masks: Tensor, u: Tensor, v: Tensor, tolerance: float) -> Tensor:
@@ -214,9 +224,7 @@ def _near_box(boxes: Sequence[Tensor], u: Tensor, v: Tensor, tolerance: float) -
     return ((dx * dx + dy * dy < tolerance * tolerance) & real).any(1)
 
 
-def pad_boxes(
-    boxes: Sequence[Float[Tensor, "_ 4"]], device: torch.device
-) -> Float[Tensor, "B N 4"]:
+def pad_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], device: torch.device) -> Float[Tensor, "B N 4"]:
     """Return boxes as one tensor, short lists filled up with empty boxes.
 
     Raises:
@@ -244,7 +252,7 @@ def has_region(
 def class_mean(
     hits: Int[Tensor, "*B K"], trials: Int[Tensor, "*B K"], unseen_as_zero: bool = False
 ) -> Float[Tensor, "*B"]:
-    """Return the mean over classes of hits / trials: over the classes seen, or with the unseen as zeros (TorchRay)."""
+    """Return the mean of hits / trials over the classes seen, or over all with the unseen as 0 (TorchRay)."""
     accuracy = hits / trials.clamp(min=1)
     seen = trials.shape[-1] if unseen_as_zero else (trials > 0).sum(-1)
     return accuracy.sum(-1) / seen
@@ -253,5 +261,5 @@ def class_mean(
 def _check_maps(maps: Tensor, count: int, size: tuple[int, int]) -> None:
     if tuple(maps.shape) != (count, *size):
         raise ValueError(
-            f"maps must be (B, H, W) like the images, {(count, *size)}, got {tuple(maps.shape)}; resize them first."
+            f"maps must be (B, H, W) like the images, {(count, *size)}, got {tuple(maps.shape)}; resize them."
         )

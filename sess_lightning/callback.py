@@ -1,0 +1,552 @@
+"""SESSCallback: explanation quality, logged beside the loss of every validation run."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import Metric
+from typing_extensions import override
+
+from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
+from sess_lightning.introspection import borrowed, check_inputs, classify, explaining
+from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
+from sess_lightning.metrics import SESSMetric
+from sess_lightning.metrics.functional import curve_auc
+from sess_lightning.metrics.sess_metric import NO_TRIAL
+from sess_lightning.ops import size_of
+from sess_lightning.reporting.panels import Panel, displayed, overlay
+from sess_lightning.reporting.sinks import Sink, sink_for
+from sess_lightning.types import Batch, SaliencyMethod, SESSWarning
+
+WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.0}
+LITERATURE_TOLERANCE, LITERATURE_SIDE = 15.0, 224
+FLOOR_SAMPLES = 4
+"""How many samples at least the floors are scored on, when that costs other samples."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A panel's sample: all that is needed to draw it once the run is over."""
+
+    batch: Batch
+    maps: dict[str, Tensor]
+    figures: Tensor
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What a validation run will do: samples on this process, floors' samples, forwards of all processes."""
+
+    samples: int
+    floors: int
+    forwards: int
+
+
+class SESSCallback(Callback):
+    """Runs SESS on a few validation samples of every run, and logs maps and their scores.
+
+    One line in a Trainer: ``Trainer(callbacks=[SESSCallback()])``. The LightningModule's ``forward`` must
+    return logits. Samples are taken from the validation (or test) batches as they pass, spread evenly over
+    the loader, and stay the same in all epochs. Logged are ``sess/insertion``, ``sess/deletion``,
+    ``sess/overall``, where boxes or masks are in the batch ``sess/pointing_game``, the same for the base
+    method alone (``sess/base/...``) and for the floors (``sess/random/...``, ``sess/centre/...``), their
+    counts and 95 % intervals, the panel ``sess/panel`` and the mean curves ``sess/curves``. The scalars work
+    as ``monitor=`` of EarlyStopping and ModelCheckpoint.
+
+    Training goes on exactly as it would without the callback, and an error in it costs a warning, not the
+    run.
+
+    Args:
+        method: What explains; None is ``SESS(GradCAM())``.
+        num_samples: Samples that are explained and scored per run, over all processes; fewer if
+            ``max_forwards`` says so.
+        num_images: Samples in the panel.
+        every_n_epochs: Run in every n-th epoch of ``fit``; ``validate`` and ``test`` always run.
+        prefix: First part of all keys; give two callbacks different ones.
+        target: Explain the ``"label"``, or what the model ``"predicted"``.
+        batch_adapter: Turns a batch into ``(images, labels)``, or anything else ``read_batch`` understands.
+        on_error: ``"warn"`` and go on, or ``"raise"``.
+        max_forwards: Upper bound on forwards of single images per run, curves and floors included.
+        tolerance: Of the Pointing Game, px of the images as the model takes them; None scales the
+            literature's 15 px at 224 px to the images' shorter side.
+        compare: Methods to score beside it, by name; None is the base method, a random map and a centre
+            Gaussian.
+        class_names: Names for the captions; None looks on datamodule, data set and weights.
+        normalisation: (mean, std) to undo for display; None looks on datamodule, data set, transforms and
+            weights.
+        dataloader_idx: Which validation loader to watch.
+
+    Raises:
+        ValueError: If an argument makes no sense.
+    """
+
+    def __init__(
+        self,
+        method: SaliencyMethod | None = None,
+        *,
+        num_samples: int = 32,
+        num_images: int = 8,
+        every_n_epochs: int = 1,
+        prefix: str = "sess",
+        target: Literal["label", "predicted"] = "label",
+        batch_adapter: Callable[[Any], Any] | None = None,
+        on_error: Literal["warn", "raise"] = "warn",
+        max_forwards: int = 5000,
+        tolerance: float | None = None,
+        compare: Mapping[str, SaliencyMethod] | None = None,
+        class_names: list[str] | None = None,
+        normalisation: tuple[list[float], list[float]] | None = None,
+        dataloader_idx: int = 0,
+    ) -> None:
+        super().__init__()
+        if method is not None and not isinstance(method, SaliencyMethod):
+            raise TypeError(
+                f"SESSCallback: method must be a saliency method such as SESS(GradCAM()), got {method!r}."
+            )
+        for name, value, low in (
+            ("num_samples", num_samples, 1), ("num_images", num_images, 0),
+            ("every_n_epochs", every_n_epochs, 1), ("max_forwards", max_forwards, 1),
+        ):  # fmt: skip
+            if not isinstance(value, int) or value < low:
+                raise ValueError(
+                    f"SESSCallback: {name} must be a whole number of at least {low}, got {value!r}."
+                )
+        if target not in ("label", "predicted"):
+            raise ValueError(f'SESSCallback: target must be "label" or "predicted", got {target!r}.')
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f'SESSCallback: on_error must be "warn" or "raise", got {on_error!r}.')
+        self.method, self.compare = method, compare
+        self.num_samples, self.num_images, self.every_n_epochs = num_samples, num_images, every_n_epochs
+        self.prefix, self.target, self.batch_adapter, self.on_error = prefix, target, batch_adapter, on_error
+        self.max_forwards, self.tolerance, self.dataloader_idx = max_forwards, tolerance, dataloader_idx
+        self.class_names, self.normalisation = class_names, normalisation
+        self._metric: SESSMetric | None = None
+        self._budget: _Budget | None = None
+        self._sinks: list[Sink] = []
+        self._kept: dict[int, Batch] = {}
+        self._panel: list[_Sample] = []
+        self._taken = 0
+        self._last: dict[str, float] = {}
+        self._error: str | None = None
+        self._failures, self._failed = 0, 0
+
+    @property
+    def state_key(self) -> str:
+        """Two callbacks in one Trainer need different prefixes; other settings may change on resume."""
+        return f"{type(self).__qualname__}[prefix={self.prefix!r}]"
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find what surrounds the run: sinks, class names, normalisation."""
+        log_dir = trainer.log_dir or trainer.default_root_dir  # Broadcast: on every process, or all hang.
+        with self._guarded(trainer):
+            self._metric, self._budget, self._kept = None, None, {}
+            found = (
+                sink_for(logger, getattr(logger, "log_dir", None) or log_dir)
+                for logger in (trainer.loggers or (None,))
+            )
+            self._sinks = [sink for sink in found if sink is not None] if trainer.is_global_zero else []
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a run."""
+        self._begin(trainer, pl_module)
+
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a run."""
+        self._begin(trainer, pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Explain this batch's share of the samples, with the very weights that were validated."""
+        if dataloader_idx == self.dataloader_idx:
+            self._watch(trainer, pl_module, batch, batch_idx, trainer.num_val_batches)
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Explain this batch's share of the samples."""
+        if dataloader_idx == self.dataloader_idx:
+            self._watch(trainer, pl_module, batch, batch_idx, trainer.num_test_batches)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the run."""
+        self._finish(trainer, pl_module)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the run."""
+        self._finish(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs; plain floats only, so that weights-only loading accepts it."""
+        return {"last": dict(self._last), "failures": self._failures, "failed": self._failed}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint holds."""
+        self._last = {str(name): float(value) for name, value in dict(state_dict.get("last", {})).items()}
+        self._failures, self._failed = int(state_dict.get("failures", 0)), int(state_dict.get("failed", 0))
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.sanity_checking or self._failures >= 3:
+            return False
+        return trainer.state.fn != "fit" or trainer.current_epoch % self.every_n_epochs == 0
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        # EarlyStopping and ModelCheckpoint fail on a missing key: until a run is over the last figures stand.
+        for name, value in {**WORST, **self._last}.items():
+            pl_module.log(
+                f"{self.prefix}/{name}", value, logger=False, on_step=False, on_epoch=True, batch_size=1
+            )
+        self._error, self._panel, self._taken = None, [], 0
+        if self._metric is not None:
+            self._metric.reset()
+
+    def _watch(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, counts: Any
+    ) -> None:
+        if self._error is not None or not (trainer.sanity_checking or self._is_due(trainer)):
+            return
+        with self._guarded(trainer), _isolated(pl_module):
+            if self._metric is None:
+                self._prepare(trainer, pl_module, read_batch(batch, self.batch_adapter))
+            if trainer.sanity_checking:
+                return
+            batches = counts[self.dataloader_idx] if isinstance(counts, list) else counts
+            samples = self._samples(batch, batch_idx, batches)
+            if samples is not None:
+                self._explain(trainer, pl_module, samples)
+
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Batch) -> None:
+        """Settle, on the first batch, what a run costs, and say so."""
+        size = size_of(batch.images)
+        method = self.method if self.method is not None else SESS(GradCAM(activation=_activation(pl_module)))
+        compare = dict(self.compare) if self.compare is not None else _comparisons(method)
+        tolerance = self.tolerance or LITERATURE_TOLERANCE * min(size) / LITERATURE_SIDE
+        self._budget = self._spend(trainer, pl_module, method, compare, size)
+        floors = [name for name, each in compare.items() if each.forwards == 0]
+        limits = dict.fromkeys(floors, self._budget.floors)
+        self._metric = SESSMetric(method, compare=compare, limits=limits, tolerance=tolerance).to(
+            pl_module.device
+        )
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        owners = (trainer.datamodule, loaders, pl_module)  # type: ignore[attr-defined]
+        self._names = self.class_names or find_class_names(*owners)
+        self._normalisation = self.normalisation or find_normalisation(*owners)
+        regions = f"Pointing Game within {tolerance:.3g} px"
+        if _regions(batch) is None:
+            regions = "no boxes or masks, no Pointing Game"
+        world = trainer.world_size
+        beside = [f"{name} ({limits.get(name, self._budget.samples) * world})" for name in compare]
+        rank_zero_info(
+            f"SESSCallback: each run explains {self._budget.samples * world} samples of {size[0]}x{size[1]} "
+            f"px with {method}, {method.count_forwards(pl_module, size)} forwards a map, beside "
+            f"{', '.join(beside)}; {regions}; at most {self._budget.forwards:,} forwards a run; "
+            f"pictures: {', '.join(sink.name for sink in self._sinks) or 'none'}."
+        )
+
+    def _spend(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        method: SaliencyMethod,
+        compare: Mapping[str, SaliencyMethod],
+        size: tuple[int, int],
+    ) -> _Budget:
+        further = 2 * (28 - 1)  # Forwards of the curves of one more map, their ends being known.
+        fixed = 1 + (self.target == "predicted")
+        models = [each for each in compare.values() if each.forwards > 0]
+        each = fixed + 1 + method.count_forwards(pl_module, size) + further
+        each += sum(other.count_forwards(pl_module, size) + further for other in models)
+        floors = further * (len(compare) - len(models))
+        here = self.max_forwards // trainer.world_size - 1  # One for the picture of zeros.
+        samples = min(-(-self.num_samples // trainer.world_size), (here - FLOOR_SAMPLES * floors) // each)
+        if samples < 1:
+            raise ValueError(
+                f"max_forwards={self.max_forwards} does not pay for a single sample, which costs {each} "
+                f"forwards of {size[0]}x{size[1]} px; raise it, or use fewer scales."
+            )
+        on_floors = min(samples, (here - samples * each) // floors) if floors else 0
+        return _Budget(samples, on_floors, trainer.world_size * (1 + samples * each + on_floors * floors))
+
+    def _samples(self, batch: Any, batch_idx: int, batches: float) -> Batch | None:
+        """Return this batch's share of the samples: those of the first run, even if the loader shuffles."""
+        if batch_idx not in self._kept:
+            assert self._budget is not None
+            found = read_batch(batch, self.batch_adapter)
+            share = self._budget.samples
+            if batches != float("inf"):
+                share = share * (batch_idx + 1) // int(batches)
+            count = min(share - self._taken, len(found))
+            if count < 1:
+                return None
+            kept = found.take(_spread(count, len(found), batch_idx)).to("cpu")
+            check_inputs("SESSCallback", kept.images, kept.labels)
+            check_boxes(kept)
+            self._kept[batch_idx] = kept
+        kept = self._kept[batch_idx]
+        self._taken += len(kept)
+        return kept
+
+    def _explain(self, trainer: Trainer, pl_module: LightningModule, samples: Batch) -> None:
+        assert self._metric is not None
+        here = samples.to(pl_module.device)
+        precision = trainer.precision_plugin
+        with torch.inference_mode(False), precision.forward_context(), _muted(pl_module):
+            images = precision.convert_input(here.images)
+            labels, regions = here.labels, _regions(here)
+            if self.target == "predicted":
+                labels, regions = _predicted(pl_module, images, labels, regions)
+            self._metric.update(pl_module, images, labels, regions, difficult=here.difficult, size=here.size)
+        if trainer.is_global_zero:
+            self._remember(samples, labels)
+
+    def _remember(self, samples: Batch, labels: Tensor) -> None:
+        """Keep what the panel shows of these samples; read back from the device when the run is over."""
+        assert self._metric is not None
+        assert self._budget is not None
+        total, first = self._budget.samples, self._taken - len(samples)
+        shown = min(self.num_images, total)
+        found = {name or "SESS": each for name, each in self._metric.latest.items()}
+        own = [found[name] for name in ("SESS", "base") if name in found]
+        for i in range(len(samples)):
+            if (first + i + 1) * shown // total == (first + i) * shown // total:
+                continue
+            figures = [labels[i], self._metric.predicted[-1][i], self._metric.ends[-1][i, 0]]
+            for each in own:
+                figures += [curve_auc(each.insertion[i]), curve_auc(each.deletion[i]), each.hits[i]]
+            maps: dict[str, Tensor] = {
+                name: found[name].maps[i] for name in ("base", "SESS") if name in found
+            }
+            self._panel.append(_Sample(samples.take([i]), maps, torch.stack([f.double() for f in figures])))
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_due(trainer):
+            return
+        # A process that fails must not leave the others waiting in a collective.
+        if not trainer.strategy.reduce_boolean_decision(self._error is None, all=True):
+            self._failures, self._failed = self._failures + 1, self._failed + 1
+            pl_module.log(
+                f"{self.prefix}/failed", float(self._failed), on_step=False, on_epoch=True, batch_size=1
+            )
+            if self._failures >= 3:
+                self._warn(trainer, "three runs failed in a row; SESSCallback is off until the next start.")
+            return
+        self._failures = 0
+        if self._metric is None:
+            return
+        with self._guarded(trainer), _isolated(pl_module):
+            values = _chosen(self._metric.compute())
+            self._last = {name: value for name, value in values.items() if np.isfinite(value)}
+            for name, value in self._last.items():
+                pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=1)
+            if self._failed:
+                pl_module.log(
+                    f"{self.prefix}/failed", float(self._failed), on_step=False, on_epoch=True, batch_size=1
+                )
+        if self._error is None and self._last and self._sinks:
+            self._show(trainer)
+
+    def _show(self, trainer: Trainer) -> None:
+        assert self._metric is not None
+        when = {"epoch": trainer.current_epoch, "step": _step(trainer)}
+        panels: list[Panel] = []
+        curves: dict[str, Tensor] = {}
+        with self._guarded(trainer), _keep_rng():
+            panels = [self._draw(i, sample) for i, sample in enumerate(self._panel)]
+            curves = {
+                f"{name or 'SESS'} (n={self._last.get(f'{name}/curves_n'.lstrip('/'), 0):.0f})": curve
+                for name, curve in self._metric.curves().items()
+            }
+        for sink in self._sinks:
+            # Some loggers draw from the global generators; each may fail alone.
+            with self._guarded(trainer), _keep_rng():
+                if panels:
+                    sink.panels(f"{self.prefix}/panel", panels, when)
+                sink.curves(f"{self.prefix}/curves", curves, when)
+                sink.scalars(f"{self.prefix}/scalars", self._last, when)
+        self._panel = []
+
+    def _draw(self, number: int, sample: _Sample) -> Panel:
+        picture = displayed(sample.batch.images, self._normalisation)[0]
+        label, predicted, score, *rest = sample.figures.tolist()
+        lines = [
+            f"label: {self._name(label)}",
+            f"prediction: {self._name(predicted)}",
+            f"score of the {'label' if self.target == 'label' else 'prediction'}: {score:.3f}",
+        ]
+        for name, at in zip(("SESS", "base"), range(0, len(rest), 3), strict=False):
+            insertion, deletion, hit = rest[at : at + 3]
+            played = "" if hit == NO_TRIAL else ", hit" if hit else ", miss"
+            lines.append(f"{name}: insertion {insertion:.3f}, deletion {deletion:.3f}{played}")
+        boxes = (
+            sample.batch.boxes[0].tolist()
+            if sample.batch.boxes is not None and sample.batch.size is None
+            else []
+        )
+        return Panel(
+            image=picture,
+            overlays={name: overlay(picture, saliency) for name, saliency in sample.maps.items()},
+            caption="\n".join(lines),
+            boxes=[tuple(box) for box in boxes if box[2] > box[0] and box[3] > box[1]],
+            label=self._name(label),
+            title=sample.batch.ids[0] if sample.batch.ids else f"sample {number + 1}",
+        )
+
+    def _name(self, index: float) -> str:
+        names = self._names
+        return names[int(index)] if names and 0 <= int(index) < len(names) else f"class {int(index)}"
+
+    @contextmanager
+    def _guarded(self, trainer: Trainer) -> Iterator[None]:
+        """Turn any error into a warning; only its text is kept, for an exception holds on to tensors."""
+        try:
+            yield
+        except Exception as error:
+            self._error = f"{type(error).__name__}: {error}"
+            if self.on_error == "raise":
+                raise
+            self._warn(trainer, f"{self._error} Training goes on; this run's explanations are left out.")
+
+    def _warn(self, trainer: Trainer, text: str) -> None:
+        text = f"SESSCallback (process {trainer.global_rank}, epoch {trainer.current_epoch}): {text}"
+        try:
+            warnings.warn(text, SESSWarning, stacklevel=4)
+        except SESSWarning:  # Warnings may be errors in this process; the run still goes on.
+            rank_zero_info(text)
+
+
+@contextmanager
+def _isolated(pl_module: LightningModule) -> Iterator[None]:
+    """Keep what a forward of the user's module may touch and ``explaining`` does not keep."""
+    with ExitStack() as stack:
+        stack.enter_context(_keep_rng())
+        stack.enter_context(_keep_metrics(pl_module))
+        yield
+
+
+@contextmanager
+def _keep_rng() -> Iterator[None]:
+    # Lightning's isolate_rng restores nothing after an error.
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])  # noqa: NPY002
+        torch.set_rng_state(kept[2])
+
+
+@contextmanager
+def _keep_metrics(pl_module: nn.Module) -> Iterator[None]:
+    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
+    kept = [(metric, metric._update_count, metric._computed, metric._copy_state_dict()) for metric in metrics]
+    try:
+        yield
+    finally:
+        for metric, count, computed, state in kept:
+            metric._update_count, metric._computed = count, computed
+            for name, value in state.items():
+                setattr(metric, name, value)
+
+
+@contextmanager
+def _muted(pl_module: LightningModule) -> Iterator[None]:
+    """Swallow ``self.log`` of a forward that logs: those figures are the user's, and of their batches."""
+    names = [name for name in ("log", "log_dict") if name not in vars(pl_module)]
+    for name in names:
+        vars(pl_module)[name] = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(pl_module).pop(name, None)
+
+
+def _activation(pl_module: nn.Module) -> Literal["softmax", "sigmoid"]:
+    sigmoid = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+    return "sigmoid" if any(isinstance(module, sigmoid) for module in pl_module.modules()) else "softmax"
+
+
+def _comparisons(method: SaliencyMethod) -> dict[str, SaliencyMethod]:
+    base = {"base": method.base} if isinstance(method, SESS) else {}
+    return {
+        **base,
+        "random": RandomMap(activation=method.activation),
+        "centre": CentreGaussian(activation=method.activation),
+    }
+
+
+def _regions(batch: Batch) -> Any:
+    return batch.masks if batch.masks is not None else batch.boxes
+
+
+def _predicted(pl_module: nn.Module, images: Tensor, labels: Tensor, regions: Any) -> tuple[Tensor, Any]:
+    """Return the predicted classes; the regions are the label's, so that another prediction is no trial."""
+    with explaining(pl_module), torch.no_grad():
+        logits = classify(pl_module, borrowed(images))
+    predicted = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+    right = predicted == labels
+    if isinstance(regions, Tensor):
+        regions = regions & right[:, None, None]
+    elif regions is not None:
+        regions = [box * same for box, same in zip(regions, right, strict=True)]
+    return predicted, regions
+
+
+def _chosen(values: Mapping[str, float]) -> dict[str, float]:
+    """Return what is logged: floors without intervals and differences, or the dashboards drown."""
+    return {
+        name: value
+        for name, value in values.items()
+        if "/" not in name
+        or name.startswith(("base/", "minus_base/"))
+        or ("_ci_" not in name and "minus_" not in name)
+    }
+
+
+def _spread(count: int, size: int, batch_idx: int) -> list[int]:
+    """Return ``count`` places in a batch, evenly apart; where they begin differs from batch to batch.
+
+    Data sets are often ordered by class, or in cycles of classes: the first of every batch would be all one
+    class.
+    """
+    start = int(0.618034 * batch_idx * size)
+    return sorted((start + i * size // count) % size for i in range(count))
+
+
+def _step(trainer: Trainer) -> int:
+    """Return the step that Lightning's own validation rows carry, so that pictures stand beside them."""
+    loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))

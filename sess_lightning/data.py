@@ -1,0 +1,254 @@
+"""From the batches people have to the Batch that is explained; names and normalisation found on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sess_lightning.types import Batch
+
+IMAGE_KEYS = ("image", "images", "pixel_values", "img", "imgs", "x", "input", "inputs", "data")
+LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class", "classes", "category")
+BOX_KEYS = ("boxes", "box", "bboxes", "bbox")
+MASK_KEYS = ("masks", "mask", "segmentation")
+ID_KEYS = ("ids", "id", "image_id", "image_ids", "path", "paths", "filename", "filenames")
+DIFFICULT_KEYS = ("difficult",)
+SIZE_KEYS = ("original_size",)
+
+HELP = "Pass batch_adapter=lambda batch: (images, labels), or one that returns a sess_lightning.types.Batch."
+
+
+def read_batch(batch: Any, adapter: Callable[[Any], Any] | None = None) -> Batch:
+    """Read a batch as images and labels, with boxes, masks and ids where it has them.
+
+    Understands ``(images, labels)``, ``(images, targets)`` with a dict or one dict per image, a dict with the
+    usual keys, and a ``Batch``. Of multi-hot labels the first positive class is explained.
+
+    Args:
+        batch: What the dataloader gave.
+        adapter: Turns it into one of the above first.
+
+    Raises:
+        TypeError: If images or labels are not found.
+        ValueError: If their shapes do not fit, or boxes lie outside the images.
+    """
+    if adapter is not None:
+        batch = adapter(batch)
+    if isinstance(batch, Batch):
+        return _checked(batch)
+    images, target = _split(batch)
+    if isinstance(target, (list, tuple)) and target and isinstance(target[0], Mapping):
+        target = _collated(target)
+    if isinstance(target, Mapping):
+        labels = _first(target, LABEL_KEYS)
+    else:
+        labels, target = target, {}
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        raise TypeError(
+            f"The batch gave images as {type(images).__name__} and labels as {type(labels).__name__}; "
+            f"both must be tensors. {HELP}"
+        )
+    masks = _first(target, MASK_KEYS)
+    difficult = _first(target, DIFFICULT_KEYS)
+    ids = _first(target, ID_KEYS)
+    return _checked(
+        Batch(
+            images=images,
+            labels=_class_indices(labels),
+            boxes=_boxes(_first(target, BOX_KEYS)),
+            masks=masks.flatten(1, -3).any(1) if isinstance(masks, Tensor) and masks.ndim > 3 else masks,
+            ids=None
+            if ids is None
+            else [str(each) for each in (ids.tolist() if isinstance(ids, Tensor) else ids)],
+            difficult=difficult.bool() if isinstance(difficult, Tensor) and difficult.ndim == 1 else None,
+        )
+    )
+
+
+def _split(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, Mapping):
+        images, labels = _first(batch, IMAGE_KEYS), _first(batch, LABEL_KEYS)
+        if images is None or labels is None:
+            raise TypeError(
+                f"The batch is a dict with keys {sorted(map(str, batch))}; none of {IMAGE_KEYS} or none of "
+                f"{LABEL_KEYS} is among them. {HELP}"
+            )
+        if isinstance(labels, (Mapping, list, tuple)):
+            return images, labels
+        return images, {**batch, LABEL_KEYS[0]: labels}
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0], batch[1]
+    raise TypeError(
+        f"The batch is a {type(batch).__name__} without labels: nothing says which class to explain. {HELP}"
+    )
+
+
+def _first(mapping: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    return next((mapping[key] for key in keys if key in mapping and mapping[key] is not None), None)
+
+
+def _collated(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Collate one dict per image; a detection target is read as its first label and that label's boxes."""
+    collated: dict[str, Any] = {key: [target[key] for target in targets] for key in targets[0]}
+    label_key = next((key for key in LABEL_KEYS if key in collated), None)
+    if label_key is None:
+        raise TypeError(
+            f"The targets are dicts with keys {sorted(collated)}; none of {LABEL_KEYS} is there. {HELP}"
+        )
+    labels = [torch.as_tensor(label).reshape(-1) for label in collated[label_key]]
+    if any(len(label) == 0 for label in labels):
+        raise ValueError(f"A target has no label at all: nothing says which class to explain. {HELP}")
+    for keys in (BOX_KEYS, MASK_KEYS):
+        for key in set(keys) & set(collated):
+            collated[key] = [
+                entry[label == label[0]] if len(label) > 1 and len(entry) == len(label) else entry
+                for entry, label in zip(collated[key], labels, strict=True)
+            ]
+            if keys is MASK_KEYS:
+                collated[key] = torch.stack(
+                    [e.bool().flatten(0, -3).any(0) if e.ndim > 2 else e.bool() for e in collated[key]]
+                )
+    collated[label_key] = torch.stack([label[0] for label in labels])
+    return collated
+
+
+def _class_indices(labels: Tensor) -> Tensor:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 2:
+        return labels.argmax(1)
+    return labels.long()
+
+
+def _boxes(boxes: Any) -> list[Float[Tensor, "_ 4"]] | None:
+    if boxes is None:
+        return None
+    each = [box[None] if box.ndim == 1 else box for box in boxes]
+    formats = [getattr(getattr(box, "format", None), "value", "XYXY") for box in each]
+    return [_xyxy(box.as_subclass(Tensor).float(), form) for box, form in zip(each, formats, strict=True)]
+
+
+def _xyxy(boxes: Tensor, form: str) -> Tensor:
+    # torchvision's BoundingBoxes say how they are written.
+    if form == "XYXY":
+        return boxes
+    from torchvision.ops import box_convert
+
+    converted: Tensor = box_convert(boxes, form.lower(), "xyxy")
+    return converted
+
+
+def _checked(batch: Batch) -> Batch:
+    images, labels = batch.images, batch.labels
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"images are {tuple(images.shape)}, {images.dtype}; expected float (B, C, H, W) as the model "
+            f"takes them. {HELP}"
+        )
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} for {images.shape[0]} images; expected one class index "
+            f"each. {HELP}"
+        )
+    for name in ("boxes", "masks", "ids", "difficult"):
+        value = getattr(batch, name)
+        if value is not None and len(value) != len(labels):
+            raise ValueError(f"{name}: got {len(value)} for {len(labels)} images; give one per image. {HELP}")
+    return batch
+
+
+def check_boxes(batch: Batch) -> None:
+    """Refuse boxes that are inside out or reach out of the picture. Reads values: call it on the host.
+
+    Raises:
+        ValueError: Naming the first such box.
+    """
+    height, width = batch.size or batch.images.shape[-2:]
+    for i, boxes in enumerate(batch.boxes or []):
+        for x0, y0, x1, y1 in boxes.tolist():
+            if not (0 <= x0 <= x1 <= width + 1 and 0 <= y0 <= y1 <= height + 1):
+                raise ValueError(
+                    f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) of image {i} does not lie in the "
+                    f"{height}x{width} image; boxes are (x0, y0, x1, y1) in pixels of the images as the model takes them: "
+                    "convert from (x, y, w, h) or from shares, and resize them with the images."
+                )
+
+
+def find_class_names(*owners: Any) -> list[str] | None:
+    """Return class names from the first owner that has them: datamodule, data set, weights, config."""
+    for owner in _unwrapped(owners):
+        for name in ("class_names", "classes", "categories"):
+            value = getattr(owner, name, None)
+            if (
+                isinstance(value, (list, tuple))
+                and value
+                and all(isinstance(each, (str, tuple)) for each in value)
+            ):
+                return [each if isinstance(each, str) else str(each[0]) for each in value]
+        names = getattr(owner, "id2label", None)
+        if isinstance(names, Mapping) and names:
+            return [str(names[key]) for key in sorted(names)]
+        meta = getattr(owner, "meta", None)
+        if isinstance(meta, Mapping) and "categories" in meta:
+            return list(meta["categories"])
+    return None
+
+
+def find_normalisation(*owners: Any) -> tuple[list[float], list[float]] | None:
+    """Return (mean, std) per channel from the first owner that has them, or has a ``Normalize``."""
+    for owner in _unwrapped(owners):
+        mean, std = _floats(getattr(owner, "mean", None)), _floats(getattr(owner, "std", None))
+        if mean and std:
+            return mean, std
+    return None
+
+
+def _unwrapped(owners: Sequence[Any]) -> Iterator[Any]:
+    """Walk from owners to what they wrap: data sets, transforms, weights and configs."""
+    queue, seen = list(owners), set()
+    while queue:
+        owner = queue.pop(0)
+        if owner is None or id(owner) in seen or isinstance(owner, (str, int, float, Tensor)):
+            continue
+        seen.add(id(owner))
+        yield owner
+        if isinstance(owner, (list, tuple, nn.Sequential)):
+            queue += list(owner)[:8]
+            continue
+        if isinstance(owner, Mapping):
+            queue += [_Namespace(owner)] if "mean" in owner else []
+            continue
+        held = {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
+        queue += [held[name] for name in _WRAPPERS if name in held]
+        transforms = getattr(owner, "transforms", None)
+        if hasattr(owner, "meta") and callable(transforms):
+            queue.append(transforms())  # torchvision's weights make their preset on demand.
+        elif transforms is not None:
+            queue.append(transforms)
+
+
+_WRAPPERS = (
+    "dataset", "datasets", "data", "val_dataset", "val_set", "val", "val_data", "dataset_val",
+    "transform", "val_transform", "weights", "pretrained_cfg", "config", "model", "net", "backbone",
+    "image_processor", "processor",
+)  # fmt: skip
+
+
+class _Namespace:
+    def __init__(self, mapping: Mapping[str, Any]) -> None:
+        self.mean, self.std = mapping.get("mean"), mapping.get("std")
+
+
+def _floats(value: Any) -> list[float] | None:
+    if isinstance(value, Tensor):
+        value = value.flatten().tolist()
+    if isinstance(value, (int, float)):
+        return [float(value)]
+    try:
+        return [float(each) for each in value]
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""What people look at: panels, and the sinks they go to."""

@@ -1,0 +1,153 @@
+"""Pictures: tensors in, uint8 out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Picture = npt.NDArray[np.uint8]
+"""(H, W, 3), 0..255."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One sample as it is shown: the image, and each method's map over it.
+
+    Attributes:
+        image: The picture.
+        overlays: Method's name -> the picture under its map.
+        caption: What is said of it, a line per item.
+        boxes: Where the labelled object is, (x0, y0, x1, y1) px of ``image``.
+        label: The label's name.
+        title: A short name of the sample.
+    """
+
+    image: Picture
+    overlays: Mapping[str, Picture]
+    caption: str = ""
+    boxes: Sequence[tuple[float, float, float, float]] = field(default=())
+    label: str = ""
+    title: str = ""
+
+    @property
+    def strip(self) -> Picture:
+        """The image and its overlays, side by side."""
+        return np.concatenate([self.image, *self.overlays.values()], axis=1)
+
+
+def displayed(
+    images: Float[Tensor, "B C H W"], normalisation: tuple[Sequence[float], Sequence[float]] | None = None
+) -> list[Picture]:
+    """Undo the normalisation and return pictures.
+
+    Where it is unknown, each image is stretched to its own range. Images of one channel become grey; of
+    several, the first three are shown.
+    """
+    pixels = images.detach().float().cpu()
+    if normalisation is not None:
+        mean, std = (torch.tensor(list(each)).view(1, -1, 1, 1) for each in normalisation)
+        if mean.shape[1] in (1, pixels.shape[1]):
+            pixels = pixels * std + mean
+    else:
+        low, high = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
+        pixels = (pixels - low) / (high - low).clamp(min=1e-12)
+    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    return list((pixels.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+
+@lru_cache(maxsize=4)
+def _colours(name: str) -> npt.NDArray[np.float32]:
+    from matplotlib import colormaps
+
+    return np.asarray(colormaps[name](np.linspace(0, 1, 256))[:, :3] * 255, dtype=np.float32)
+
+
+def overlay(
+    picture: Picture, saliency: Float[Tensor, "H W"], colours: str = "jet", strength: float = 0.5
+) -> Picture:
+    """Blend a map in [0, 1] over a picture; what is not salient stays the picture, darkened."""
+    values = saliency.detach().float().cpu().clamp(0, 1).numpy()
+    tinted = _colours(colours)[(values * 255).round().astype(np.int64)]
+    return ((1 - strength) * picture + strength * tinted).round().astype(np.uint8)
+
+
+def sheet(panels: Sequence[Panel], side: int = 224) -> Picture:
+    """Lay panels out in one captioned picture: a row per sample, columns image | base | SESS.
+
+    Args:
+        panels: What to show.
+        side: Height of each picture, px.
+    """
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    rows = [_row(panel, side, small) for panel in panels]
+    head, gap = 26, 6
+    width = max(row.width for row in rows)
+    page = Image.new("RGB", (width, head + sum(row.height + gap for row in rows)), "white")
+    draw = ImageDraw.Draw(page)
+    column = _scaled(panels[0].image, side).width + 4
+    for i, name in enumerate(("image", *panels[0].overlays)):
+        draw.text((i * column + 4, 4), name, fill="black", font=font)
+    top = head
+    for row in rows:
+        page.paste(row, (0, top))
+        top += row.height + gap
+    return np.asarray(page)
+
+
+def _scaled(picture: Picture, side: int) -> Image.Image:
+    height, width = picture.shape[:2]
+    size = (max(1, round(width * side / height)), side)
+    return Image.fromarray(picture).resize(
+        size, Image.Resampling.BICUBIC if height < side else Image.Resampling.LANCZOS
+    )
+
+
+def _row(panel: Panel, side: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> Image.Image:
+    pictures = [_scaled(each, side) for each in (panel.image, *panel.overlays.values())]
+    text_width = 300
+    row = Image.new("RGB", (sum(p.width + 4 for p in pictures) + text_width, side), "white")
+    draw, left, factor = ImageDraw.Draw(row), 0, side / panel.image.shape[0]
+    for picture in pictures:
+        row.paste(picture, (left, 0))
+        for x0, y0, x1, y1 in panel.boxes:
+            corners = (left + x0 * factor, y0 * factor, left + x1 * factor - 1, y1 * factor - 1)
+            if corners[2] > corners[0] and corners[3] > corners[1]:
+                draw.rectangle(corners, outline=(0, 255, 0), width=2)
+        left += picture.width + 4
+    draw.multiline_text(
+        (left + 6, 4), f"{panel.title}\n{panel.caption}".strip(), fill="black", font=font, spacing=4
+    )
+    return row
+
+
+def curve_figure(curves: Mapping[str, Float[Tensor, "2 T"]], title: str = "") -> Picture:
+    """Draw mean insertion and deletion curves, a line per method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, kind, row in zip(
+        axes, ("Insertion (higher is better)", "Deletion (lower is better)"), (0, 1), strict=True
+    ):
+        for name, curve in curves.items():
+            share = np.linspace(0, 100, curve.shape[1])
+            axis.plot(
+                share, curve[row].numpy(), label=name, lw=2 if name.startswith(("SESS", "base")) else 1.2
+            )
+        axis.set(title=kind, xlabel="pixels changed, most salient first (%)", ylim=(0, 1), xlim=(0, 100))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("probability of the target")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,182 @@
+"""Where pictures and curves go: one sink per logger."""
+
+from __future__ import annotations
+
+import csv
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from sess_lightning.reporting.panels import Panel, curve_figure, sheet
+
+
+class Sink(ABC):
+    """Takes pictures and curves; scalars travel through Lightning's own logging."""
+
+    name: str
+
+    @abstractmethod
+    def panels(self, key: str, panels: Sequence[Panel], when: Mapping[str, int]) -> None:
+        """Show samples under one key.
+
+        Args:
+            key: Name of the panel, such as ``"sess/panel"``.
+            panels: The same samples every time.
+            when: ``epoch`` and ``step`` (optimiser steps so far).
+        """
+
+    @abstractmethod
+    def curves(self, key: str, curves: Mapping[str, Float[Tensor, "2 T"]], when: Mapping[str, int]) -> None:
+        """Show the mean insertion and deletion curves of each method."""
+
+    def scalars(self, key: str, values: Mapping[str, float], when: Mapping[str, int]) -> None:  # noqa: B027
+        """Keep the figures where the logger itself does not."""
+
+
+class WandbSink(Sink):
+    """Weights & Biases: one media key whose step slider replays the training, and a chart of the curves."""
+
+    name = "W&B"
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    def panels(self, key: str, panels: Sequence[Panel], when: Mapping[str, int]) -> None:
+        """Log image | base | SESS strips with their captions and boxes."""
+        import wandb
+
+        pictures = [
+            wandb.Image(
+                panel.strip,
+                caption=f"{panel.title}\n{panel.caption}",
+                boxes=_wandb_boxes(panel),
+                file_type="jpg",
+            )
+            for panel in panels
+        ]
+        self._log({key: pictures}, when)
+
+    def curves(self, key: str, curves: Mapping[str, Float[Tensor, "2 T"]], when: Mapping[str, int]) -> None:
+        """Log a line chart of all methods."""
+        import wandb
+
+        lines = {
+            f"{kind}, {name}": curve[row].tolist()
+            for name, curve in curves.items()
+            for row, kind in enumerate(("insertion", "deletion"))
+        }
+        share = np.linspace(0, 1, len(next(iter(lines.values())))).tolist()
+        chart = wandb.plot.line_series(
+            xs=share, ys=list(lines.values()), keys=list(lines), title=f"Mean curves, epoch {when['epoch']}",
+            xname="share of pixels changed, most salient first",
+        )  # fmt: skip
+        self._log({key: chart}, when)
+
+    def _log(self, values: dict[str, Any], when: Mapping[str, int]) -> None:
+        # No step=: W&B drops rows whose step is not the newest. Lightning's own rows carry the same key.
+        self._logger.experiment.log({**values, "trainer/global_step": when["step"], "epoch": when["epoch"]})
+
+
+def _wandb_boxes(panel: Panel) -> dict[str, Any] | None:
+    if not panel.boxes:
+        return None
+    data = [
+        {
+            "position": {"minX": float(x0), "minY": float(y0), "maxX": float(x1), "maxY": float(y1)},
+            "domain": "pixel",
+            "class_id": 0,
+            "box_caption": panel.label,
+        }
+        for x0, y0, x1, y1 in panel.boxes
+    ]
+    return {"ground_truth": {"box_data": data, "class_labels": {0: panel.label or "target"}}}
+
+
+class TensorBoardSink(Sink):
+    """TensorBoard: the samples as one captioned sheet, the curves as a figure."""
+
+    name = "TensorBoard"
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    def panels(self, key: str, panels: Sequence[Panel], when: Mapping[str, int]) -> None:
+        """Add the sheet as an image."""
+        self._logger.experiment.add_image(key, sheet(panels), when["step"], dataformats="HWC")
+
+    def curves(self, key: str, curves: Mapping[str, Float[Tensor, "2 T"]], when: Mapping[str, int]) -> None:
+        """Add the figure as an image."""
+        self._logger.experiment.add_image(
+            key, curve_figure(curves, _title(when)), when["step"], dataformats="HWC"
+        )
+
+
+class FileSink(Sink):
+    """PNG and CSV files, one picture per validation run, one row per figure set."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Where the files are."""
+        return f"files in {self._folder}"
+
+    def panels(self, key: str, panels: Sequence[Panel], when: Mapping[str, int]) -> None:
+        """Write the sheet."""
+        self._write(key, sheet(panels), when)
+
+    def curves(self, key: str, curves: Mapping[str, Float[Tensor, "2 T"]], when: Mapping[str, int]) -> None:
+        """Write the figure, and append every point to ``curves.csv``."""
+        self._write(key, curve_figure(curves, _title(when)), when)
+        self._append(f"{key}.csv", (
+            {**when, "method": name, "step_of_curve": i, "insertion": pair[0], "deletion": pair[1]}
+            for name, curve in curves.items()
+            for i, pair in enumerate(curve.T.tolist())
+        ))  # fmt: skip
+
+    def scalars(self, key: str, values: Mapping[str, float], when: Mapping[str, int]) -> None:
+        """Append every figure to a CSV of (epoch, step, name, value)."""
+        self._append(f"{key}.csv", ({**when, "name": name, "value": value} for name, value in values.items()))
+
+    def _write(self, key: str, picture: np.ndarray[Any, Any], when: Mapping[str, int]) -> None:
+        folder = self._folder / key
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"epoch={when['epoch']:03d}-step={when['step']:06d}.png")
+
+    def _append(self, name: str, rows: Any) -> None:
+        rows = list(rows)
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def _title(when: Mapping[str, int]) -> str:
+    return f"Mean curves after epoch {when['epoch']}, step {when['step']}"
+
+
+def sink_for(logger: Any, folder: str | Path) -> Sink | None:
+    """Return the sink for a Lightning logger: files below ``folder`` for None or one without pictures.
+
+    Loggers are told apart by their classes' names, so that none of their packages is imported; the stand-in
+    logger of ``fast_dev_run`` gets nothing.
+    """
+    names = {cls.__name__ for cls in type(logger).__mro__}
+    if "DummyLogger" in names:
+        return None
+    if "WandbLogger" in names:
+        return WandbSink(logger)
+    if "TensorBoardLogger" in names:
+        return TensorBoardSink(logger)
+    return FileSink(folder)
