@@ -159,7 +159,8 @@ def canvas_strips(plan: Plan, grid: tuple[int, int], device: torch.device) -> tu
         matrices = [(canvas[s][:, start : start + plan.window] @ draw).T for s, start in distinct]
         return Strips(torch.stack(matrices), torch.tensor(index, device=device))
 
-    return strips(0), strips(1)
+    with full_precision(device):
+        return strips(0), strips(1)
 
 
 def crop_strips(plan: Plan, antialias: bool, device: torch.device) -> tuple[Strips, Strips]:

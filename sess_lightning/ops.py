@@ -63,10 +63,11 @@ def upsample(maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tenso
 def resize(
     images: Float[Tensor, "B C h w"], size: tuple[int, int], antialias: bool = True
 ) -> Float[Tensor, "B C H W"]:
-    """Resize bilinearly, half-pixel centres; the same size is returned untouched."""
+    """Resize bilinearly, half-pixel centres, in float32; the same size is returned untouched."""
     if images.shape[-2:] == size:
         return images
-    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=antialias)
+    resized = F.interpolate(images.float(), size, mode="bilinear", align_corners=False, antialias=antialias)
+    return resized.to(images.dtype)
 
 
 def resize_matrix(

@@ -1,0 +1,305 @@
+import gc
+import json
+import math
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from formula import picture
+
+from sess_lightning.engine import (
+    canvas_strips,
+    channel_weights,
+    chunked,
+    crop,
+    crop_strips,
+    fuse,
+    kept_count,
+    plan_windows,
+    prefilter,
+    scale_sides,
+    scaled_size,
+    smooth,
+    window_boxes,
+    windows,
+)
+from sess_lightning.ops import resize
+
+TILES = json.loads((Path(__file__).parent / "golden" / "tiles.json").read_text())
+CPU = torch.device("cpu")
+
+
+# Scale and slide ------------------------------------------------------------------------------------------
+
+
+def test_scales_are_64_px_apart_for_a_window_of_224_and_in_proportion_for_others():
+    assert scale_sides(224, 12) == [224, 288, 352, 416, 480, 544, 608, 672, 736, 800, 864, 928]
+    assert scale_sides(32, 4) == [32, 41, 50, 59]
+
+
+def test_scaled_size_floors_the_longer_side():
+    assert scaled_size(375, 500, 928) == (928, 1237)
+    assert scaled_size(500, 375, 224) == (298, 224)
+    assert scaled_size(224, 224, 288) == (288, 288)
+
+
+def test_window_boxes_pulls_the_last_window_inside_the_border():
+    assert window_boxes(height=4, width=5, window=4, stride=4).tolist() == [[0, 0, 4, 4], [1, 0, 5, 4]]
+
+
+def test_window_boxes_go_row_by_row():
+    assert window_boxes(height=3, width=3, window=2, stride=2).tolist() == [
+        [0, 0, 2, 2], [1, 0, 3, 2], [0, 1, 2, 3], [1, 1, 3, 3],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "counts"),
+    [
+        ((224, 224), 224, {1: 1, 6: 31, 10: 81, 12: 122}),
+        ((375, 500), 224, {6: 39, 12: 157}),
+        ((224, 224), 112, {12: 303}),
+    ],
+)
+def test_plans_hold_as_many_windows_as_the_authors_code_makes(size, stride, counts):
+    got = {n: len(plan_windows(size, 224, stride, tuple(scale_sides(224, n)))) for n in counts}
+    assert got == counts
+
+
+@pytest.mark.parametrize("case", TILES, ids=lambda c: f"{c['h']}x{c['w']}-n{c['n']}-step{c['step']}")
+def test_windows_lie_where_the_authors_code_lays_them(case):
+    plan = plan_windows((case["h"], case["w"]), 224, case["step"], tuple(scale_sides(224, case["n"])))
+    tiles = [
+        [min(scale), *scale, box[1], box[0]]
+        for scale, boxes in zip(plan.scales, plan.boxes, strict=True)
+        for box in boxes
+    ]
+    assert len(plan) == len(tiles) == case["count"]
+    assert (tiles[0], tiles[-1]) == (case["first"], case["last"])
+    assert np.sum(tiles, axis=0).tolist() == case["sum"]
+    assert case["tiles"] in (None, tiles)
+
+
+@pytest.mark.parametrize("length", [4, 5, 7, 8, 9, 23])
+@pytest.mark.parametrize(("window", "stride"), [(4, 4), (4, 3), (4, 1), (1, 1)])
+def test_windows_cover_every_pixel_and_count_by_the_formula(length, window, stride):
+    boxes = window_boxes(length, 4, window, stride)
+    rows = sorted({box[1] for box in boxes.tolist()})
+    assert len(rows) == 1 + max(0, math.ceil((length - window) / stride))
+    assert {y for top in rows for y in range(top, top + window)} == set(range(length))
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "message"),
+    [
+        (6, 6, "window 6 exceeds the 5x9 scaled image; use scales >= window"),
+        (4, 5, "stride 5 with window 4; use a window >= 1 and 1 <= stride <= window"),
+        (4, 0, "stride 0 with window 4"),
+        (0, 0, "stride 0 with window 0"),
+    ],
+)
+def test_windows_that_do_not_fit_or_leave_gaps_are_refused_by_name(window, stride, message):
+    with pytest.raises(ValueError, match=message):
+        window_boxes(5, 9, window, stride)
+
+
+def test_no_scale_is_refused():
+    with pytest.raises(ValueError, match="num_scales must be at least 1, got 0"):
+        scale_sides(224, 0)
+    with pytest.raises(ValueError, match=r"scales is empty; give at least one"):
+        plan_windows((9, 9), 4, 4, ())
+
+
+def test_windows_of_the_image_itself_are_the_image_untouched():
+    image = picture(96, 128, 4)[None]
+    plan = plan_windows((96, 128), 96, 96, (96,))
+    left, right = windows(image, plan)
+    assert torch.equal(left, image[0, :, :, :96])
+    assert torch.equal(right, image[0, :, :, 32:])
+
+
+def test_windows_come_image_by_image_scale_by_scale():
+    images = torch.stack([picture(20, 24, 1), picture(20, 24, 2)])
+    plan = plan_windows((20, 24), 16, 8, (16, 20))
+    expected = [
+        resize(image[None], size)[0, :, y0:y1, x0:x1]
+        for image in images
+        for size, boxes in zip(plan.scales, plan.boxes, strict=True)
+        for x0, y0, x1, y1 in boxes
+    ]
+    got = list(windows(images, plan))
+    assert len(got) == 2 * len(plan) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_crop_cuts_the_same_windows_straight_out_of_the_image(antialias):
+    image = picture(60, 45, 5)
+    plan = plan_windows((60, 45), 32, 16, (32, 45, 60))
+    which = torch.arange(len(plan)).flip(0)
+    got = crop(image, *crop_strips(plan, antialias, CPU), which)
+    expected = torch.stack(list(windows(image[None], plan, antialias))).flip(0)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_chunked_gives_full_batches_and_a_rest():
+    assert [part.tolist() for part in chunked(torch.arange(5), 2)] == [[0, 1], [2, 3], [4]]
+
+
+# Pre-filter -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "ratio", "kept"),
+    [(303, 0.99, 4), (31, 0.5, 16), (12, 0.9, 2), (39, 0.99, 1), (10, 0.0, 10), (1, 0.9, 1)],
+)
+def test_the_pre_filter_keeps_what_the_authors_arithmetic_keeps(count, ratio, kept):
+    assert kept_count(count, ratio) == kept
+    assert prefilter(torch.arange(float(count)), ratio).tolist() == list(
+        range(count - 1, count - kept - 1, -1)
+    )
+
+
+def test_the_pre_filter_keeps_the_earlier_window_of_a_tie_and_ranks_nan_last():
+    scores = torch.tensor([torch.nan, 0.2, 0.5, 0.5, 0.2, 0.5])
+    assert prefilter(scores, 0.0).tolist() == [2, 3, 5, 1, 4, 0]
+    assert prefilter(scores, 0.7).tolist() == [2, 3]
+
+
+def test_the_pre_filter_ranks_each_image_on_its_own():
+    assert prefilter(torch.tensor([[0.1, 0.9], [0.9, 0.1]]), 0.5).tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.5, -0.1, math.nan])
+def test_a_pre_filter_that_keeps_nothing_is_refused(ratio):
+    with pytest.raises(ValueError, match=r"prefilter_ratio must be in \[0, 1\), got"):
+        kept_count(10, ratio)
+
+
+# Weights --------------------------------------------------------------------------------------------------
+
+
+def test_channel_weights_are_shares_of_the_best_score():
+    weights = channel_weights(torch.tensor([[0.5, 0.25, 0.125]]).log())
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.5, 0.25]]))
+
+
+def test_channel_weights_survive_scores_far_below_the_range_of_float32():
+    assert torch.tensor(-1000.0).exp() == 0
+    weights = channel_weights(torch.tensor([-1000.0, -1001.0, -3000.0]))
+    torch.testing.assert_close(weights, torch.tensor([1.0, math.exp(-1), 0.0]))
+
+
+def test_a_window_without_a_score_weighs_nothing():
+    assert channel_weights(torch.tensor([0.0, torch.nan, -torch.inf])).tolist() == [1.0, 0.0, 0.0]
+    assert channel_weights(torch.tensor([torch.nan, -torch.inf])).tolist() == [0.0, 0.0]
+
+
+# Fuse -----------------------------------------------------------------------------------------------------
+
+
+def bilinear(canvas, size):
+    """Half-pixel bilinear resizing by its definition, float64."""
+
+    def sample(length, target):
+        centres = np.clip((np.arange(target) + 0.5) * length / target - 0.5, 0, length - 1)
+        low = np.floor(centres).astype(int)
+        return low, np.minimum(low + 1, length - 1), centres - low
+
+    (y0, y1, fy), (x0, x1, fx) = (sample(n, m) for n, m in zip(canvas.shape, size, strict=True))
+    rows = canvas[y0] * (1 - fy)[:, None] + canvas[y1] * fy[:, None]
+    return rows[:, x0] * (1 - fx) + rows[:, x1] * fx
+
+
+def equation_2(maps, weights, plan, which, theta, fusion="mean"):
+    """The paper's words, one canvas after the other, float64."""
+    where = [(scale, box) for scale, boxes in zip(plan.scales, plan.boxes, strict=True) for box in boxes]
+    values = []
+    for weight, number, coarse in zip(weights.double().numpy(), which, maps.double().numpy(), strict=True):
+        scale, (x0, y0, x1, y1) = where[number]
+        canvas = np.zeros(scale)
+        canvas[y0:y1, x0:x1] = bilinear(coarse, (plan.window, plan.window))
+        values.append(weight * bilinear(canvas, plan.size))
+    values = np.stack(values)
+    voting = values > theta
+    if fusion == "max":
+        return np.where(voting, values, 0).max(0)
+    return np.where(voting, values, 0).sum(0) / np.maximum(voting.sum(0), 1)
+
+
+@pytest.fixture
+def case():
+    plan = plan_windows((20, 27), 16, 9, (16, 20, 33))
+    generator = torch.Generator().manual_seed(0)
+    which = torch.randperm(len(plan), generator=generator)[: len(plan) // 2]
+    # Off zero, so that no pixel sits on the threshold where the last digit decides.
+    maps = torch.rand(len(which), 4, 4, generator=generator) + 0.01
+    return plan, which, maps, torch.rand(len(which), generator=generator)
+
+
+@pytest.mark.parametrize(("theta", "fusion"), [(0.0, "mean"), (0.3, "mean"), (0.0, "max"), (0.3, "max")])
+def test_fuse_is_equation_2(case, theta, fusion):
+    plan, which, maps, weights = case
+    strips = canvas_strips(plan, (4, 4), CPU)
+    got = fuse(maps, weights, strips, which, theta=theta, fusion=fusion)
+    expected = equation_2(maps, weights, plan, which, theta, fusion)
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_fuse_over_a_stream_is_fuse_over_a_tensor_whatever_the_chunk(case, chunk):
+    plan, which, maps, weights = case
+    strips = canvas_strips(plan, (4, 4), CPU)
+    got = fuse((one for one in maps), weights, strips, which, chunk=chunk)
+    torch.testing.assert_close(got, fuse(maps, weights, strips, which), atol=1e-6, rtol=0)
+
+
+def test_fuse_holds_no_more_maps_than_a_chunk_at_a_time():
+    plan = plan_windows((8, 8), 4, 1, (8,))
+    alive, most = weakref.WeakSet(), 0
+
+    def stream():
+        nonlocal most
+        for _ in range(len(plan)):
+            one = torch.rand(4, 4)
+            alive.add(one)
+            most = max(most, len(alive))
+            yield one
+
+    gc.collect()
+    fuse(stream(), torch.ones(25), canvas_strips(plan, (4, 4), CPU), torch.arange(25), chunk=3)
+    assert len(plan) == 25
+    assert most <= 4  # A chunk, and the map that is just being made.
+
+
+def test_a_flat_map_neither_adds_nor_counts(case):
+    plan, which, maps, weights = case
+    strips = canvas_strips(plan, (4, 4), CPU)
+    maps = maps.clone()
+    maps[2] = 0
+    without = [i for i in range(len(which)) if i != 2]
+    got = fuse(maps, weights, strips, which)
+    expected = fuse(maps[without], weights[without], strips, which[without])
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    weightless = weights.clone()
+    weightless[2] = 0
+    torch.testing.assert_close(fuse(maps, weightless, strips, which), expected, atol=1e-6, rtol=0)
+
+
+def test_equal_windows_fuse_to_one_of_them():
+    plan = plan_windows((8, 8), 8, 8, (8,))
+    one = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    fused = fuse(one.expand(5, 8, 8), torch.ones(5), canvas_strips(plan, (8, 8), CPU), torch.zeros(5).long())
+    torch.testing.assert_close(fused, one, atol=1e-6, rtol=0)
+
+
+def test_smooth_is_an_11_px_gaussian_of_sigma_5():
+    spike = torch.zeros(1, 31, 31)
+    spike[0, 15, 15] = 1
+    weights = torch.exp(-(torch.arange(-5.0, 6.0) ** 2) / 50)
+    expected = torch.outer(weights, weights) / weights.sum() ** 2
+    smoothed = smooth(spike)[0]
+    torch.testing.assert_close(smoothed[10:21, 10:21], expected)
+    assert smoothed[:10].sum() == smoothed[:, 21:].sum() == 0
