@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from sess_lightning.metrics.functional import Ties, curve_auc, deletion_curve, insertion_curve
+from sess_lightning.metrics.samples import PerSample
 from sess_lightning.types import Activation
 
 
-class _Faithfulness(Metric):
+class _Faithfulness(PerSample):
     is_differentiable = False
     full_state_update = False
     plot_lower_bound = 0.0
@@ -34,7 +32,7 @@ class _Faithfulness(Metric):
         super().__init__(**kwargs)
         self.steps, self.ties, self.activation, self.batch_size = steps, ties, activation, batch_size
         # The state is named after the metric: a MetricCollection merges metrics whose states coincide.
-        self.add_state(self._state, default=[], dist_reduce_fx="cat")
+        self.add_rows(self._state, steps + 1)
 
     def update(
         self,
@@ -54,12 +52,11 @@ class _Faithfulness(Metric):
     @property
     def curves(self) -> Float[Tensor, "N T"]:
         """Every sample's curve so far."""
-        return dim_zero_cat(getattr(self, self._state))
+        return self.rows(self._state)
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the mean area under the curves; NaN before the first update."""
-        held = getattr(self, self._state)
-        return curve_auc(self.curves).mean() if len(held) else torch.tensor(torch.nan, device=self.device)
+        return curve_auc(self.curves).mean()
 
 
 class Insertion(_Faithfulness):

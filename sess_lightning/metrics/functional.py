@@ -59,7 +59,7 @@ def insertion_curve(
 
     Source: Petsiuk et al., "RISE", BMVC 2018.
     """
-    start = blurred_baseline(images) if baseline is None else baseline
+    start = blurred_baseline(images) if baseline is None else _like(images, baseline)
     return _transition(model, start, images, maps, targets, steps, ties, activation, batch_size, ends)
 
 
@@ -81,7 +81,7 @@ def deletion_curve(
     As ``insertion_curve``, from the image to its baseline: None is zeros, the data set's mean in normalised
     space. ``ends`` are the scores of the image and of the baseline.
     """
-    end = torch.zeros_like(images) if baseline is None else baseline
+    end = torch.zeros_like(images) if baseline is None else _like(images, baseline)
     return _transition(model, images, end, maps, targets, steps, ties, activation, batch_size, ends)
 
 
@@ -99,10 +99,6 @@ def _transition(
 ) -> Tensor:
     check_inputs("Insertion and deletion", start, targets)
     _check_maps(maps, start.shape[0], size_of(start))
-    if start.shape != end.shape:
-        raise ValueError(
-            f"baseline has shape {tuple(end.shape)}; it must be that of images, {tuple(start.shape)}."
-        )
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
     asked = [
@@ -244,7 +240,7 @@ def has_region(
 ) -> Bool[Tensor, " B"]:
     """Return which images have a region at all; the others are no trials."""
     if isinstance(regions, Tensor):
-        return regions.flatten(1).any(1)
+        return regions.bool().flatten(1).any(1)
     x0, y0, x1, y1 = pad_boxes(regions, device).unbind(-1)
     return ((x1 > x0) & (y1 > y0)).any(1)
 
@@ -256,6 +252,14 @@ def class_mean(
     accuracy = hits / trials.clamp(min=1)
     seen = trials.shape[-1] if unseen_as_zero else (trials > 0).sum(-1)
     return accuracy.sum(-1) / seen
+
+
+def _like(images: Tensor, baseline: Tensor) -> Tensor:
+    if baseline.shape != images.shape:
+        raise ValueError(
+            f"baseline has shape {tuple(baseline.shape)}; it must be that of images, {tuple(images.shape)}."
+        )
+    return baseline
 
 
 def _check_maps(maps: Tensor, count: int, size: tuple[int, int]) -> None:

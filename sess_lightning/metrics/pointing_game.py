@@ -64,7 +64,15 @@ class PointingGame(Metric):
             regions: Where the target's objects are: masks, or boxes per image; an empty one is no trial.
             targets: Class indices.
             size: (height, width) that boxes refer to, if not the maps'.
+
+        Raises:
+            ValueError: If shapes do not fit, or a target on the CPU is none of the classes.
         """
+        if targets.device.type == "cpu" and not all(0 <= each < self.num_classes for each in targets.tolist()):
+            raise ValueError(
+                f"PointingGame: targets must be class indices in 0..{self.num_classes - 1}, got "
+                f"{targets.tolist()}; give num_classes as the model has them."
+            )
         hit = pointing_hits(maps, regions, self.tolerance, size)
         trial = has_region(regions, maps.device)
         # Sums, not in-place: the state may have been made in inference mode.

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from sess_lightning.introspection import (
     borrowed,
@@ -28,6 +26,7 @@ from sess_lightning.metrics.functional import (
     insertion_curve,
     pointing_hits,
 )
+from sess_lightning.metrics.samples import PerSample
 from sess_lightning.metrics.statistics import bootstrap_counts, interval
 from sess_lightning.types import SaliencyMethod
 
@@ -55,7 +54,7 @@ class Assessment(NamedTuple):
     hits: Int[Tensor, " B"]
 
 
-class SESSMetric(Metric):
+class SESSMetric(PerSample):
     """Explains a model's images and scores the maps, beside other methods on the same images.
 
     Every update explains the batch with ``method`` and with all of ``compare``, draws the insertion and
@@ -114,11 +113,13 @@ class SESSMetric(Metric):
         self.steps, self.tolerance, self.batch_size = steps, tolerance, batch_size
         self.latest: dict[str, Assessment] = {}
         self._zero: tuple[Any, Tensor] | None = None
-        for state in ("targets", "predicted", "ends", "difficult"):
-            self.add_state(state, default=[], dist_reduce_fx="cat")
+        self.add_rows("ends", 3)
+        for state in ("targets", "predicted", "difficult"):
+            self.add_rows(state, dtype=torch.int64)
         for i in range(len(self.methods)):
-            for state in ("curves", "hits", "flat"):
-                self.add_state(f"{state}_{i}", default=[], dist_reduce_fx="cat")
+            self.add_rows(f"curves_{i}", 2, steps + 1)
+            self.add_rows(f"hits_{i}", dtype=torch.int64)
+            self.add_rows(f"flat_{i}", dtype=torch.int64)
 
     def update(
         self,
@@ -143,7 +144,7 @@ class SESSMetric(Metric):
         """
         check_inputs("SESSMetric", images, targets)
         with explaining(model), torch.no_grad():
-            images, targets = borrowed(images), borrowed(targets)
+            images, targets = borrowed(images), borrowed(targets).long()
             blurred = blurred_baseline(images)
             ends, predicted = self._ends(model, images, blurred, targets)
             done = sum(len(part) for part in self.targets)
@@ -244,11 +245,15 @@ class SESSMetric(Metric):
         return values
 
     def curves(self) -> dict[str, Float[Tensor, "2 T"]]:
-        """Return each method's mean insertion and deletion curve over the samples that have one."""
-        return {name: self._held(f"curves_{i}").nanmean(0) for i, name in enumerate(self.methods)}
+        """Return each method's mean insertion and deletion curve over the samples that have one.
+
+        As with ``compute``, all processes' samples are in it, so every process must call it.
+        """
+        with self.sync_context():
+            return {name: self._held(f"curves_{i}").nanmean(0) for i, name in enumerate(self.methods)}
 
     def _held(self, state: str) -> Tensor:
-        return dim_zero_cat(getattr(self, state)).cpu()
+        return self.rows(state).cpu()
 
     def _curve_values(self, prefix: str, area: Tensor, ends: Tensor, counts: Tensor) -> dict[str, float]:
         values = _means(prefix, CURVE_FIGURES, area, counts)

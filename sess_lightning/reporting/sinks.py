@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from sess_lightning.reporting.panels import Panel, curve_figure, sheet
+from sess_lightning.reporting.panels import Panel, Picture, curve_figure, sheet
 
 
 class Sink(ABC):
@@ -145,7 +145,7 @@ class FileSink(Sink):
         """Append every figure to a CSV of (epoch, step, name, value)."""
         self._append(f"{key}.csv", ({**when, "name": name, "value": value} for name, value in values.items()))
 
-    def _write(self, key: str, picture: np.ndarray[Any, Any], when: Mapping[str, int]) -> None:
+    def _write(self, key: str, picture: Picture, when: Mapping[str, int]) -> None:
         folder = self._folder / key
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / f"epoch={when['epoch']:03d}-step={when['step']:06d}.png")

@@ -1,0 +1,34 @@
+"""Metrics that keep a row per sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+
+class PerSample(Metric):
+    """Keeps rows per sample and gathers them from all processes, also where one of them saw no sample."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._empty: dict[str, Tensor] = {}
+
+    def add_rows(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        """Register a state of rows of ``shape``; ``update`` appends (B, *shape) to the attribute ``name``."""
+        self.add_state(name, default=[], dist_reduce_fx="cat")
+        self._empty[name] = torch.empty(0, *shape, dtype=dtype)
+
+    def rows(self, name: str) -> Tensor:
+        """Return a state's rows, (N, *shape)."""
+        held = getattr(self, name)
+        return dim_zero_cat(held) if len(held) else self._empty[name].to(self.device)
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # What torchmetrics would send for a process without samples fits neither the others' kind nor shape.
+        for name in self._empty:
+            setattr(self, name, [self.rows(name)])
+        super()._sync_dist(*args, **kwargs)
