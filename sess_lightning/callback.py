@@ -18,12 +18,13 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
+from sess_lightning.engine import smooth
 from sess_lightning.introspection import borrowed, check_inputs, classify, explaining
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.metrics.sess_metric import NO_TRIAL
-from sess_lightning.ops import size_of
+from sess_lightning.ops import min_max, size_of
 from sess_lightning.reporting.panels import Panel, displayed, overlay
 from sess_lightning.reporting.sinks import Sink, sink_for
 from sess_lightning.types import Batch, SaliencyMethod, SESSWarning
@@ -121,6 +122,8 @@ class SESSCallback(Callback):
                 raise ValueError(
                     f"SESSCallback: {name} must be a whole number of at least {low}, got {value!r}."
                 )
+        if tolerance is not None and not tolerance > 0:
+            raise ValueError(f"SESSCallback: tolerance must be positive px, got {tolerance!r}.")
         if target not in ("label", "predicted"):
             raise ValueError(f'SESSCallback: target must be "label" or "predicted", got {target!r}.')
         if on_error not in ("warn", "raise"):
@@ -132,6 +135,7 @@ class SESSCallback(Callback):
         self.class_names, self.normalisation = class_names, normalisation
         self._metric: SESSMetric | None = None
         self._budget: _Budget | None = None
+        self._own = ""
         self._sinks: list[Sink] = []
         self._kept: dict[int, Batch] = {}
         self._panel: list[_Sample] = []
@@ -149,6 +153,7 @@ class SESSCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find what surrounds the run: sinks, class names, normalisation."""
         log_dir = trainer.log_dir or trainer.default_root_dir  # Broadcast: on every process, or all hang.
+        self._failures = 0
         with self._guarded(trainer):
             self._metric, self._budget, self._kept = None, None, {}
             found = (
@@ -208,13 +213,13 @@ class SESSCallback(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; plain floats only, so that weights-only loading accepts it."""
-        return {"last": dict(self._last), "failures": self._failures, "failed": self._failed}
+        return {"last": dict(self._last), "failed": self._failed}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint holds."""
         self._last = {str(name): float(value) for name, value in dict(state_dict.get("last", {})).items()}
-        self._failures, self._failed = int(state_dict.get("failures", 0)), int(state_dict.get("failed", 0))
+        self._failed = int(state_dict.get("failed", 0))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or self._failures >= 3:
@@ -225,7 +230,10 @@ class SESSCallback(Callback):
         if trainer.sanity_checking:
             return
         # EarlyStopping and ModelCheckpoint fail on a missing key: until a run is over the last figures stand.
-        for name, value in {**WORST, **self._last}.items():
+        # These keys only, from the first run on: a key first logged at the end of a run keeps that place, and
+        # what is logged here later would overwrite it.
+        for name, worst in WORST.items():
+            value = self._last.get(name, worst)
             pl_module.log(
                 f"{self.prefix}/{name}", value, logger=False, on_step=False, on_epoch=True, batch_size=1
             )
@@ -238,23 +246,24 @@ class SESSCallback(Callback):
     ) -> None:
         if self._error is not None or not (trainer.sanity_checking or self._is_due(trainer)):
             return
+        batches = counts[self.dataloader_idx] if isinstance(counts, list) else counts
         with self._guarded(trainer), _isolated(pl_module):
             if self._metric is None:
-                self._prepare(trainer, pl_module, read_batch(batch, self.batch_adapter))
+                self._prepare(trainer, pl_module, read_batch(batch, self.batch_adapter), batches)
             if trainer.sanity_checking:
                 return
-            batches = counts[self.dataloader_idx] if isinstance(counts, list) else counts
             samples = self._samples(batch, batch_idx, batches)
             if samples is not None:
                 self._explain(trainer, pl_module, samples)
 
-    def _prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Batch) -> None:
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batches: float) -> None:
         """Settle, on the first batch, what a run costs, and say so."""
         size = size_of(batch.images)
         method = self.method if self.method is not None else SESS(GradCAM(activation=_activation(pl_module)))
+        self._own = type(method).__name__
         compare = dict(self.compare) if self.compare is not None else _comparisons(method)
         tolerance = self.tolerance or LITERATURE_TOLERANCE * min(size) / LITERATURE_SIDE
-        self._budget = self._spend(trainer, pl_module, method, compare, size)
+        self._budget = self._spend(trainer, pl_module, method, compare, size, len(batch) * batches)
         floors = [name for name, each in compare.items() if each.forwards == 0]
         limits = dict.fromkeys(floors, self._budget.floors)
         self._metric = SESSMetric(method, compare=compare, limits=limits, tolerance=tolerance).to(
@@ -283,6 +292,7 @@ class SESSCallback(Callback):
         method: SaliencyMethod,
         compare: Mapping[str, SaliencyMethod],
         size: tuple[int, int],
+        available: float,
     ) -> _Budget:
         further = 2 * (28 - 1)  # Forwards of the curves of one more map, their ends being known.
         fixed = 1 + (self.target == "predicted")
@@ -291,7 +301,8 @@ class SESSCallback(Callback):
         each += sum(other.count_forwards(pl_module, size) + further for other in models)
         floors = further * (len(compare) - len(models))
         here = self.max_forwards // trainer.world_size - 1  # One for the picture of zeros.
-        samples = min(-(-self.num_samples // trainer.world_size), (here - FLOOR_SAMPLES * floors) // each)
+        wanted = int(min(-(-self.num_samples // trainer.world_size), available))
+        samples = min(wanted, (here - FLOOR_SAMPLES * floors) // each)
         if samples < 1:
             raise ValueError(
                 f"max_forwards={self.max_forwards} does not pay for a single sample, which costs {each} "
@@ -330,30 +341,34 @@ class SESSCallback(Callback):
                 labels, regions = _predicted(pl_module, images, labels, regions)
             self._metric.update(pl_module, images, labels, regions, difficult=here.difficult, size=here.size)
         if trainer.is_global_zero:
-            self._remember(samples, labels)
+            self._remember(samples)
 
-    def _remember(self, samples: Batch, labels: Tensor) -> None:
+    def _remember(self, samples: Batch) -> None:
         """Keep what the panel shows of these samples; read back from the device when the run is over."""
         assert self._metric is not None
         assert self._budget is not None
         total, first = self._budget.samples, self._taken - len(samples)
         shown = min(self.num_images, total)
-        found = {name or "SESS": each for name, each in self._metric.latest.items()}
-        own = [found[name] for name in ("SESS", "base") if name in found]
+        found = {name or self._own: each for name, each in self._metric.latest.items()}
+        own = [found[name] for name in (self._own, "base") if name in found]
         for i in range(len(samples)):
             if (first + i + 1) * shown // total == (first + i) * shown // total:
                 continue
-            figures = [labels[i], self._metric.predicted[-1][i], self._metric.ends[-1][i, 0]]
+            predicted, score = self._metric.predicted[-1][i], self._metric.ends[-1][i, 0]
+            figures = [samples.labels[i].to(predicted), predicted, score]
             for each in own:
                 figures += [curve_auc(each.insertion[i]), curve_auc(each.deletion[i]), each.hits[i]]
             maps: dict[str, Tensor] = {
-                name: found[name].maps[i] for name in ("base", "SESS") if name in found
+                name: found[name].maps[i] for name in ("base", self._own) if name in found
             }
             self._panel.append(_Sample(samples.take([i]), maps, torch.stack([f.double() for f in figures])))
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_due(trainer):
             return
+        if self._metric is None and self._error is None:
+            with self._guarded(trainer):
+                raise RuntimeError("no batch came by; every process needs one.")
         # A process that fails must not leave the others waiting in a collective.
         if not trainer.strategy.reduce_boolean_decision(self._error is None, all=True):
             self._failures, self._failed = self._failures + 1, self._failed + 1
@@ -364,10 +379,10 @@ class SESSCallback(Callback):
                 self._warn(trainer, "three runs failed in a row; SESSCallback is off until the next start.")
             return
         self._failures = 0
-        if self._metric is None:
-            return
+        assert self._metric is not None
+        curves: dict[str, Tensor] = {}
         with self._guarded(trainer), _isolated(pl_module):
-            values = _chosen(self._metric.compute())
+            values, curves = _chosen(self._metric.compute()), self._metric.curves()
             self._last = {name: value for name, value in values.items() if np.isfinite(value)}
             for name, value in self._last.items():
                 pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=1)
@@ -376,25 +391,23 @@ class SESSCallback(Callback):
                     f"{self.prefix}/failed", float(self._failed), on_step=False, on_epoch=True, batch_size=1
                 )
         if self._error is None and self._last and self._sinks:
-            self._show(trainer)
+            self._show(trainer, curves)
 
-    def _show(self, trainer: Trainer) -> None:
-        assert self._metric is not None
+    def _show(self, trainer: Trainer, curves: Mapping[str, Tensor]) -> None:
         when = {"epoch": trainer.current_epoch, "step": _step(trainer)}
         panels: list[Panel] = []
-        curves: dict[str, Tensor] = {}
         with self._guarded(trainer), _keep_rng():
             panels = [self._draw(i, sample) for i, sample in enumerate(self._panel)]
-            curves = {
-                f"{name or 'SESS'} (n={self._last.get(f'{name}/curves_n'.lstrip('/'), 0):.0f})": curve
-                for name, curve in self._metric.curves().items()
-            }
+        named = {
+            f"{name or self._own} (n={self._last.get(f'{name}/curves_n'.lstrip('/'), 0):.0f})": curve
+            for name, curve in curves.items()
+        }
         for sink in self._sinks:
             # Some loggers draw from the global generators; each may fail alone.
             with self._guarded(trainer), _keep_rng():
                 if panels:
                     sink.panels(f"{self.prefix}/panel", panels, when)
-                sink.curves(f"{self.prefix}/curves", curves, when)
+                sink.curves(f"{self.prefix}/curves", named, when)
                 sink.scalars(f"{self.prefix}/scalars", self._last, when)
         self._panel = []
 
@@ -406,7 +419,7 @@ class SESSCallback(Callback):
             f"prediction: {self._name(predicted)}",
             f"score of the {'label' if self.target == 'label' else 'prediction'}: {score:.3f}",
         ]
-        for name, at in zip(("SESS", "base"), range(0, len(rest), 3), strict=False):
+        for name, at in zip((self._own, "base"), range(0, len(rest), 3), strict=False):
             insertion, deletion, hit = rest[at : at + 3]
             played = "" if hit == NO_TRIAL else ", hit" if hit else ", miss"
             lines.append(f"{name}: insertion {insertion:.3f}, deletion {deletion:.3f}{played}")
@@ -415,9 +428,14 @@ class SESSCallback(Callback):
             if sample.batch.boxes is not None and sample.batch.size is None
             else []
         )
+        # As in the paper, the seams of SESS are smoothed for pictures, never for scores.
+        shown = {
+            name: min_max(smooth(saliency[None]))[0] if name == "SESS" else saliency
+            for name, saliency in sample.maps.items()
+        }
         return Panel(
             image=picture,
-            overlays={name: overlay(picture, saliency) for name, saliency in sample.maps.items()},
+            overlays={name: overlay(picture, saliency) for name, saliency in shown.items()},
             caption="\n".join(lines),
             boxes=[tuple(box) for box in boxes if box[2] > box[0] and box[3] > box[1]],
             label=self._name(label),
@@ -526,13 +544,12 @@ def _predicted(pl_module: nn.Module, images: Tensor, labels: Tensor, regions: An
 
 
 def _chosen(values: Mapping[str, float]) -> dict[str, float]:
-    """Return what is logged: floors without intervals and differences, or the dashboards drown."""
+    """Return what is logged: intervals of the method and its base, or the dashboards drown."""
+    told = ("base/", "minus_base/")
     return {
-        name: value
-        for name, value in values.items()
-        if "/" not in name
-        or name.startswith(("base/", "minus_base/"))
-        or ("_ci_" not in name and "minus_" not in name)
+        name: v
+        for name, v in values.items()
+        if "_ci_" not in name or "/" not in name or name.startswith(told)
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sess_lightning.types import Batch
@@ -17,7 +17,6 @@ BOX_KEYS = ("boxes", "box", "bboxes", "bbox")
 MASK_KEYS = ("masks", "mask", "segmentation")
 ID_KEYS = ("ids", "id", "image_id", "image_ids", "path", "paths", "filename", "filenames")
 DIFFICULT_KEYS = ("difficult",)
-SIZE_KEYS = ("original_size",)
 
 HELP = "Pass batch_adapter=lambda batch: (images, labels), or one that returns a sess_lightning.types.Batch."
 
@@ -52,7 +51,6 @@ def read_batch(batch: Any, adapter: Callable[[Any], Any] | None = None) -> Batch
             f"The batch gave images as {type(images).__name__} and labels as {type(labels).__name__}; "
             f"both must be tensors. {HELP}"
         )
-    masks = _first(target, MASK_KEYS)
     difficult = _first(target, DIFFICULT_KEYS)
     ids = _first(target, ID_KEYS)
     return _checked(
@@ -60,7 +58,7 @@ def read_batch(batch: Any, adapter: Callable[[Any], Any] | None = None) -> Batch
             images=images,
             labels=_class_indices(labels),
             boxes=_boxes(_first(target, BOX_KEYS)),
-            masks=masks.flatten(1, -3).any(1) if isinstance(masks, Tensor) and masks.ndim > 3 else masks,
+            masks=_masks(_first(target, MASK_KEYS)),
             ids=None
             if ids is None
             else [str(each) for each in (ids.tolist() if isinstance(ids, Tensor) else ids)],
@@ -102,16 +100,13 @@ def _collated(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     labels = [torch.as_tensor(label).reshape(-1) for label in collated[label_key]]
     if any(len(label) == 0 for label in labels):
         raise ValueError(f"A target has no label at all: nothing says which class to explain. {HELP}")
-    for keys in (BOX_KEYS, MASK_KEYS):
+    for keys, read in ((BOX_KEYS, _xyxy), (MASK_KEYS, torch.as_tensor)):
         for key in set(keys) & set(collated):
+            entries = [read(entry) for entry in collated[key]]
             collated[key] = [
                 entry[label == label[0]] if len(label) > 1 and len(entry) == len(label) else entry
-                for entry, label in zip(collated[key], labels, strict=True)
+                for entry, label in zip(entries, labels, strict=True)
             ]
-            if keys is MASK_KEYS:
-                collated[key] = torch.stack(
-                    [e.bool().flatten(0, -3).any(0) if e.ndim > 2 else e.bool() for e in collated[key]]
-                )
     collated[label_key] = torch.stack([label[0] for label in labels])
     return collated
 
@@ -127,19 +122,30 @@ def _class_indices(labels: Tensor) -> Tensor:
 def _boxes(boxes: Any) -> list[Float[Tensor, "_ 4"]] | None:
     if boxes is None:
         return None
-    each = [box[None] if box.ndim == 1 else box for box in boxes]
-    formats = [getattr(getattr(box, "format", None), "value", "XYXY") for box in each]
-    return [_xyxy(box.as_subclass(Tensor).float(), form) for box, form in zip(each, formats, strict=True)]
+    each = list(_xyxy(boxes)) if isinstance(boxes, Tensor) else [_xyxy(box) for box in boxes]
+    return [box.reshape(-1, 4) if box.numel() in (0, 4) else box for box in each]
 
 
-def _xyxy(boxes: Tensor, form: str) -> Tensor:
-    # torchvision's BoundingBoxes say how they are written.
+def _xyxy(boxes: Any) -> Tensor:
+    # torchvision's BoundingBoxes say how they are written, and forget it when indexed.
+    form = getattr(getattr(boxes, "format", None), "value", "XYXY")
+    plain = torch.as_tensor(boxes).as_subclass(Tensor).float()
     if form == "XYXY":
-        return boxes
+        return plain
     from torchvision.ops import box_convert
 
-    converted: Tensor = box_convert(boxes, form.lower(), "xyxy")
+    converted: Tensor = box_convert(plain, form.lower(), "xyxy")
     return converted
+
+
+def _masks(masks: Any) -> Bool[Tensor, "B H W"] | None:
+    if isinstance(masks, (list, tuple)):
+        each = [mask.bool() for mask in masks]
+        masks = torch.stack([mask.flatten(0, -3).any(0) if mask.ndim > 2 else mask for mask in each])
+    if masks is None:
+        return None
+    plain: Tensor = masks.as_subclass(Tensor).bool()
+    return plain.flatten(1, -3).any(1) if plain.ndim > 3 else plain
 
 
 def _checked(batch: Batch) -> Batch:
@@ -173,8 +179,9 @@ def check_boxes(batch: Batch) -> None:
             if not (0 <= x0 <= x1 <= width + 1 and 0 <= y0 <= y1 <= height + 1):
                 raise ValueError(
                     f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) of image {i} does not lie in the "
-                    f"{height}x{width} image; boxes are (x0, y0, x1, y1) in pixels of the images as the model takes them: "
-                    "convert from (x, y, w, h) or from shares, and resize them with the images."
+                    f"{height}x{width} image; boxes are (x0, y0, x1, y1) in pixels of the images as the "
+                    "model takes them: convert from (x, y, w, h) or from shares, and resize them with "
+                    "the images."
                 )
 
 
@@ -191,7 +198,7 @@ def find_class_names(*owners: Any) -> list[str] | None:
                 return [each if isinstance(each, str) else str(each[0]) for each in value]
         names = getattr(owner, "id2label", None)
         if isinstance(names, Mapping) and names:
-            return [str(names[key]) for key in sorted(names)]
+            return [str(names[key]) for key in sorted(names, key=lambda key: (len(str(key)), str(key)))]
         meta = getattr(owner, "meta", None)
         if isinstance(meta, Mapping) and "categories" in meta:
             return list(meta["categories"])
@@ -201,9 +208,10 @@ def find_class_names(*owners: Any) -> list[str] | None:
 def find_normalisation(*owners: Any) -> tuple[list[float], list[float]] | None:
     """Return (mean, std) per channel from the first owner that has them, or has a ``Normalize``."""
     for owner in _unwrapped(owners):
-        mean, std = _floats(getattr(owner, "mean", None)), _floats(getattr(owner, "std", None))
-        if mean and std:
-            return mean, std
+        for names in (("mean", "std"), ("image_mean", "image_std")):
+            mean, std = (_floats(getattr(owner, name, None)) for name in names)
+            if mean and std:
+                return mean, std
     return None
 
 
