@@ -31,6 +31,8 @@ from sess_lightning.types import Batch, SaliencyMethod, SESSWarning
 
 WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.0}
 LITERATURE_TOLERANCE, LITERATURE_SIDE = 15.0, 224
+SHARED = 3
+"""Forwards of a run that no sample pays for: the picture of zeros, and finding layers on image and window."""
 FLOOR_SAMPLES = 4
 """How many samples at least the floors are scored on, when that costs other samples."""
 
@@ -160,7 +162,8 @@ class SESSCallback(Callback):
                 sink_for(logger, getattr(logger, "log_dir", None) or log_dir)
                 for logger in (trainer.loggers or (None,))
             )
-            self._sinks = [sink for sink in found if sink is not None] if trainer.is_global_zero else []
+            shown = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+            self._sinks = [sink for sink in found if sink is not None] if shown else []
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -246,7 +249,7 @@ class SESSCallback(Callback):
     ) -> None:
         if self._error is not None or not (trainer.sanity_checking or self._is_due(trainer)):
             return
-        batches = counts[self.dataloader_idx] if isinstance(counts, list) else counts
+        batches = float(counts[self.dataloader_idx] if isinstance(counts, list) else counts)
         with self._guarded(trainer), _isolated(pl_module):
             if self._metric is None:
                 self._prepare(trainer, pl_module, read_batch(batch, self.batch_adapter), batches)
@@ -300,7 +303,7 @@ class SESSCallback(Callback):
         each = fixed + 1 + method.count_forwards(pl_module, size) + further
         each += sum(other.count_forwards(pl_module, size) + further for other in models)
         floors = further * (len(compare) - len(models))
-        here = self.max_forwards // trainer.world_size - 1  # One for the picture of zeros.
+        here = self.max_forwards // trainer.world_size - SHARED
         wanted = int(min(-(-self.num_samples // trainer.world_size), available))
         samples = min(wanted, (here - FLOOR_SAMPLES * floors) // each)
         if samples < 1:
@@ -309,7 +312,8 @@ class SESSCallback(Callback):
                 f"forwards of {size[0]}x{size[1]} px; raise it, or use fewer scales."
             )
         on_floors = min(samples, (here - samples * each) // floors) if floors else 0
-        return _Budget(samples, on_floors, trainer.world_size * (1 + samples * each + on_floors * floors))
+        cost = SHARED + samples * each + on_floors * floors
+        return _Budget(samples, on_floors, trainer.world_size * cost)
 
     def _samples(self, batch: Any, batch_idx: int, batches: float) -> Batch | None:
         """Return this batch's share of the samples: those of the first run, even if the loader shuffles."""

@@ -91,10 +91,8 @@ def plan_windows(size: tuple[int, int], window: int, stride: int, sides: tuple[i
     """Lay windows over every scale of an image of ``size``.
 
     Raises:
-        ValueError: If there is no scale, or a window does not fit one, or the stride would leave gaps.
+        ValueError: If a window does not fit a scale, or the stride would leave gaps.
     """
-    if not sides:
-        raise ValueError("SESS: scales is empty; give at least one shorter side in px, e.g. scales=(224,).")
     scales = tuple(scaled_size(*size, side) for side in sides)
     return Plan(size, window, scales, tuple(_boxes(*scale, window, stride) for scale in scales))
 
@@ -285,5 +283,11 @@ def smooth(maps: Float[Tensor, "B H W"], kernel_size: int = 11, sigma: float = 5
 
 
 def sides_of(scales: Sequence[int] | None, window: int, num_scales: int) -> tuple[int, ...]:
-    """Return the shorter sides: those given, else the paper's ``num_scales``."""
+    """Return the shorter sides: those given, else the paper's ``num_scales``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if scales is not None and not scales:
+        raise ValueError("SESS: scales is empty; give at least one shorter side in px, e.g. scales=(224,).")
     return tuple(scales) if scales is not None else tuple(scale_sides(window, num_scales))

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torchmetrics import Metric
 
 from sess_lightning.ops import size_of
 from sess_lightning.types import Activation
@@ -209,8 +210,14 @@ _TORCHS_OWN = frozenset(vars(nn.Module())) - {"_buffers"}
 
 
 def _stores(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield the dicts where a model keeps what is no parameter: attributes, buffers, caches."""
+    """Yield the dicts where a model keeps what is no parameter: attributes, buffers, caches.
+
+    Parameters are left to those who swap them in the forward, as FSDP does. Metrics are left out: the one
+    that is being updated with the model may be a part of it, as Lightning's are.
+    """
     for module in model.modules():
+        if isinstance(module, Metric):
+            continue
         yield vars(module)
         yield from (
             value
@@ -262,11 +269,8 @@ def _no_inference_tensors(model: nn.Module) -> Iterator[None]:
     for store in (*_stores(model), *(module._parameters for module in model.modules())):
         for name, value in list(store.items()):
             if isinstance(value, Tensor) and value.is_inference():
-                clone = value.clone()
-                if isinstance(value, nn.Parameter):
-                    clone = nn.Parameter(clone, requires_grad=value.requires_grad)
-                swapped.append((store, name, value, clone))
-                store[name] = clone
+                store[name] = value.detach().clone()
+                swapped.append((store, name, value, store[name]))
     try:
         yield
     finally:
@@ -288,7 +292,7 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _no_autocast_cache() -> Iterator[None]:
-    # Weights that were cast without gradients would be found by a later training forward.
+    # Before torch 2.11, weights cast without gradients stayed so in a later forward (pytorch issue 158232).
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -317,7 +321,7 @@ def recording(layer: nn.Module) -> Iterator[Tap]:
     tap = Tap()
 
     def cut(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        features = _first_tensor(output)
+        features = first_tensor(output)
         if features.is_inference():
             raise RuntimeError(
                 "The model's forward runs the target layer in its own inference_mode, which no gradient "
@@ -327,7 +331,7 @@ def recording(layer: nn.Module) -> Iterator[Tap]:
         tap.features = features
         torch.set_grad_enabled(True)  # The surrounding no_grad puts the mode back.
         # The clone lets whatever follows work in place: a leaf may not be written to.
-        return _with_first_tensor(output, features.clone())
+        return with_first_tensor(output, features.clone())
 
     handle = layer.register_forward_hook(cut)
     try:
@@ -369,7 +373,8 @@ def gradient(outputs: Float[Tensor, " B"], inputs: Tensor) -> Tensor:
     if found is None:
         raise RuntimeError(
             "No gradient flows from the model's logits back to the target layer or the image: the forward "
-            "detaches it, runs it under no_grad, or leaves torch. Name a later target_layer, or let it pass."
+            "detaches it, or runs it under no_grad or under a checkpoint with use_reentrant=True. "
+            "Name a later target_layer, or change the forward."
         )
     return found
 
@@ -383,12 +388,17 @@ def _gradient(output: Float[Tensor, ""], inputs: Tensor, retain_graph: bool = Fa
         if "use_reentrant" not in str(error):
             raise
         raise RuntimeError(
-            "The model checkpoints its activations with use_reentrant=True, which shows gradients to "
-            "backward() only; call torch.utils.checkpoint with use_reentrant=False."
+            "The model's forward runs under a checkpoint with use_reentrant=True, which shows gradients to "
+            "backward() only; give it use_reentrant=False."
         ) from error
 
 
-def _first_tensor(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
+    """Return a layer's output, or the first tensor in a tuple or dict of outputs.
+
+    Raises:
+        TypeError: If there is none.
+    """
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output
@@ -402,10 +412,11 @@ def _first_tensor(output: Any) -> Tensor:
     )
 
 
-def _with_first_tensor(output: Any, tensor: Tensor) -> Any:
+def with_first_tensor(output: Any, tensor: Tensor) -> Any:
+    """Return a layer's output with another first tensor."""
     if isinstance(output, Tensor):
         return tensor
-    first = _first_tensor(output)
+    first = first_tensor(output)
     if isinstance(output, Mapping):
         key = next(key for key, value in output.items() if value is first)
         replaced = type(output)(output)  # type: ignore[call-arg]
@@ -453,9 +464,9 @@ def find_target_layer(model: nn.Module, images: Float[Tensor, "B C H W"]) -> nn.
     """Find the last layer whose features still lie on a grid, by one traced forward of one image.
 
     For a CNN that is the block before global pooling (ResNet's ``layer4``, VGG-16's last ReLU before its last
-    pooling). For a transformer it is the last layer whose patch tokens still reach the logits: a class token
-    is read at the end, so the very last layers tell nothing about place. The answer is remembered per model
-    and image size.
+    pooling). For a transformer it is the last layer whose patch tokens still reach the logits, keys and values
+    aside: a class token is read at the end, so the very last layers tell nothing about place (ViT's last
+    block's ``norm1``). The answer is remembered per model and image size.
 
     Raises:
         ValueError: If no layer keeps a grid.
@@ -471,6 +482,7 @@ def find_target_layer(model: nn.Module, images: Float[Tensor, "B C H W"]) -> nn.
 
 _PASS_THROUGH = (
     nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity, nn.Flatten,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.AvgPool1d, nn.MaxPool1d,
     nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Softmax, nn.LogSoftmax,
 )  # fmt: skip
 
@@ -479,7 +491,7 @@ def _last_on_a_grid(model: nn.Module, image: Float[Tensor, "1 C H W"]) -> str:
     size = size_of(image)
     logits, seen = _trace(model, image)
     probe = _probe(logits, seen)
-    class_map = None
+    second_choice = None
     for name, features in reversed(seen):
         grid = find_grid(features.shape, size)
         if grid is None or features.shape[0] != 1:
@@ -487,11 +499,14 @@ def _last_on_a_grid(model: nn.Module, image: Float[Tensor, "1 C H W"]) -> str:
         reached = _gradient(probe, features, retain_graph=True)
         if reached is None or not grid.to_maps(reached).any():
             continue
-        if grid.channels != logits.shape[1] or not _is_class_map(logits, features, grid):
+        # Keys and values, which a class token reads, are parts of the attention, not features of a place.
+        projection = grid.layout == "tokens" and isinstance(model.get_submodule(name), nn.Linear)
+        class_map = grid.channels == logits.shape[1] and _is_class_map(logits, features, grid)
+        if not projection and not class_map:
             return name
-        class_map = class_map or name
-    if class_map is not None:
-        return class_map
+        second_choice = second_choice or name
+    if second_choice is not None:
+        return second_choice
     tried = ", ".join(f"{name} {tuple(features.shape)}" for name, features in seen[-6:])
     raise ValueError(
         f"No layer with spatial features reaches the logits for a {size[0]}x{size[1]} image "
@@ -505,17 +520,25 @@ def _trace(
     """Return the logits and what each layer gave, in order; layers that only pool or pass on are left out."""
     names = {module: name for name, module in model.named_modules() if name}
     seen: list[tuple[str, Tensor]] = []
-    passed: list[Tensor] = []  # Held, so that no tensor's identity is used twice.
+    passed: list[tuple[Tensor, int]] = []  # Held, so that no tensor's identity is used twice.
 
-    def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+    def note(module: nn.Module, _inputs: Any, output: Any) -> Any:
         try:
-            features = _first_tensor(output)
+            features = first_tensor(output)
         except TypeError:
-            return
+            return output
         if isinstance(module, _PASS_THROUGH):
-            passed.append(features)
-        elif features.requires_grad and not any(features is tensor for tensor in passed):
-            seen.append((names[module], features))
+            passed.append((features, features._version))
+            return output
+        # Written to since it passed, as by an activation in place, it is features again.
+        merely_passed = any(features is tensor and features._version == v for tensor, v in passed)
+        if merely_passed or not features.requires_grad:
+            return output
+        # A copy is reached by what reads the layer's output only, not by what the layer itself made of it:
+        # Hugging Face's backbones give features and a pooled output, and the head reads the latter.
+        features = features.clone()
+        seen.append((names[module], features))
+        return with_first_tensor(output, features)
 
     def record(_module: nn.Module, _inputs: Any) -> None:
         torch.set_grad_enabled(True)  # Even where the model's own `no_grad` wraps a frozen backbone.
@@ -586,7 +609,7 @@ def find_grid(shape: tuple[int, ...], size: tuple[int, int]) -> Grid | None:
         readings = [Grid("channels", shape[2], shape[3], shape[1]), Grid("channels_last", *shape[1:])]
         misfits = [_misfit(grid, height, width) for grid in readings]
         return readings[misfits.index(min(misfits))] if min(misfits) < 2 else None
-    if len(shape) == 3:
+    if len(shape) == 3 and shape[2] > 1:
         grids = {(height // patch, width // patch) for patch in range(2, min(height, width) + 1)}
         tokens = [
             Grid("tokens", *grid, shape[2], shape[1] - grid[0] * grid[1]) for grid in grids if grid != (1, 1)
@@ -624,6 +647,7 @@ def _stated_sizes(module: nn.Module) -> Iterator[Any]:
         yield vars(module).get("image_size")
     cfg = vars(module).get("pretrained_cfg")
     if isinstance(cfg, Mapping) and cfg.get("fixed_input_size"):
+        yield getattr(getattr(module, "patch_embed", None), "img_size", None)  # Of the model as it was made.
         yield cfg.get("input_size")
     config = vars(module).get("config")
     if config is not None and not isinstance(config, Mapping):

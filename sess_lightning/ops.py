@@ -100,7 +100,9 @@ def gaussian_matrix(
     reached = (reached % period + period) % period
     reached = torch.minimum(reached, period - reached) if size > 1 else reached
     weights = (kernel / kernel.sum()).expand(size, -1)
-    return torch.zeros(size, size, device=device).scatter_add_(1, reached, weights)
+    # Named, because a Trainer in half precision changes the default.
+    empty = torch.zeros(size, size, device=device, dtype=torch.float32)
+    return empty.scatter_add_(1, reached, weights)
 
 
 def blur(

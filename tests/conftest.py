@@ -6,6 +6,7 @@ import pytest
 import torch
 from formula import build, picture
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def pytest_configure(config):
@@ -31,28 +32,25 @@ def targets():
 
 
 class SyncSpy(TorchDispatchMode):
-    """Fails on every operator that would make a GPU's host wait, or read a device's value."""
+    """Fails on every operator that makes a GPU's host wait for a value or a shape, or copies between both."""
 
-    WAITS = (
-        "_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "bincount", "equal",
-        "is_nonzero", "repeat_interleave.Tensor", "allclose",
-    )  # fmt: skip
+    WAITS = frozenset({
+        "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "bincount", "equal",
+    })  # fmt: skip
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         name = func.name().removeprefix("aten::")
-        assert not any(name == wait or name.split(".")[0] == wait for wait in self.WAITS), f"{name} waits"
-        index = args[1] if name.startswith("index") and len(args) > 1 else ()
-        masks = (
-            [i for i in index if isinstance(i, torch.Tensor) and i.dtype == torch.bool]
-            if name
-            in (
-                "index.Tensor",
-                "index_put_",
-            )
-            else []
+        indices = args[1] if name in ("index.Tensor", "index_put", "index_put_") else ()
+        masked = any(i is not None and i.dtype == torch.bool for i in indices)
+        waits = name.partition(".")[0] in self.WAITS or name == "repeat_interleave.Tensor"
+        devices = {item.device.type for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)}
+        devices |= (
+            {torch.device(kwargs["device"]).type} if name == "_to_copy" and kwargs.get("device") else set()
         )
-        assert not masks, f"{name} with a mask waits"
-        return func(*args, **(kwargs or {}))
+        if waits or masked or len(devices) > 1:
+            pytest.fail(f"{name} makes the host wait")
+        return func(*args, **kwargs)
 
 
 @pytest.fixture

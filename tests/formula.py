@@ -1,4 +1,8 @@
-"""Weights and pictures from exact integer arithmetic (splitmix64): the same on every machine and version."""
+"""What needs no random generator and no package under test.
+
+Weights and pictures from exact integer arithmetic (splitmix64), the same on every machine and version, and
+the paper's equation 2 by its words.
+"""
 
 from functools import cache
 
@@ -81,3 +85,32 @@ def picture(height, width, stream):
         image += 2 * envelope * wave * np.cos(3 * q[6] + 2 * channel) + 0.7 * envelope * q[7]
     image += 0.3 * uniform(3 * height * width, 5000 + stream).reshape(3, height, width)
     return torch.from_numpy(image.astype(np.float32))
+
+
+def bilinear(canvas, size):
+    """Half-pixel bilinear resizing by its definition, float64."""
+
+    def sample(length, target):
+        centres = np.clip((np.arange(target) + 0.5) * length / target - 0.5, 0, length - 1)
+        low = np.floor(centres).astype(int)
+        return low, np.minimum(low + 1, length - 1), centres - low
+
+    (y0, y1, fy), (x0, x1, fx) = (sample(n, m) for n, m in zip(canvas.shape, size, strict=True))
+    rows = canvas[y0] * (1 - fy)[:, None] + canvas[y1] * fy[:, None]
+    return rows[:, x0] * (1 - fx) + rows[:, x1] * fx
+
+
+def equation_2(maps, weights, plan, which, theta, fusion="mean"):
+    """The paper's words, one canvas after the other, float64."""
+    where = [(scale, box) for scale, boxes in zip(plan.scales, plan.boxes, strict=True) for box in boxes]
+    values = []
+    for weight, number, coarse in zip(weights.double().numpy(), which, maps.double().numpy(), strict=True):
+        scale, (x0, y0, x1, y1) = where[number]
+        canvas = np.zeros(scale)
+        canvas[y0:y1, x0:x1] = bilinear(coarse, (plan.window, plan.window))
+        values.append(weight * bilinear(canvas, plan.size))
+    values = np.stack(values)
+    voting = values > theta
+    if fusion == "max":
+        return np.where(voting, values, 0).max(0)
+    return np.where(voting, values, 0).sum(0) / np.maximum(voting.sum(0), 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from formula import picture
+from formula import equation_2, picture
 
 from sess_lightning.engine import (
     canvas_strips,
@@ -21,6 +21,7 @@ from sess_lightning.engine import (
     prefilter,
     scale_sides,
     scaled_size,
+    sides_of,
     smooth,
     window_boxes,
     windows,
@@ -37,6 +38,11 @@ CPU = torch.device("cpu")
 def test_scales_are_64_px_apart_for_a_window_of_224_and_in_proportion_for_others():
     assert scale_sides(224, 12) == [224, 288, 352, 416, 480, 544, 608, 672, 736, 800, 864, 928]
     assert scale_sides(32, 4) == [32, 41, 50, 59]
+
+
+def test_sides_are_those_given_else_the_papers():
+    assert sides_of([224, 320], 224, 6) == (224, 320)
+    assert sides_of(None, 224, 2) == (224, 288)
 
 
 def test_scaled_size_floors_the_longer_side():
@@ -109,7 +115,7 @@ def test_no_scale_is_refused():
     with pytest.raises(ValueError, match="num_scales must be at least 1, got 0"):
         scale_sides(224, 0)
     with pytest.raises(ValueError, match=r"scales is empty; give at least one"):
-        plan_windows((9, 9), 4, 4, ())
+        sides_of((), 4, 1)
 
 
 def test_windows_of_the_image_itself_are_the_image_untouched():
@@ -198,35 +204,6 @@ def test_a_window_without_a_score_weighs_nothing():
 
 
 # Fuse -----------------------------------------------------------------------------------------------------
-
-
-def bilinear(canvas, size):
-    """Half-pixel bilinear resizing by its definition, float64."""
-
-    def sample(length, target):
-        centres = np.clip((np.arange(target) + 0.5) * length / target - 0.5, 0, length - 1)
-        low = np.floor(centres).astype(int)
-        return low, np.minimum(low + 1, length - 1), centres - low
-
-    (y0, y1, fy), (x0, x1, fx) = (sample(n, m) for n, m in zip(canvas.shape, size, strict=True))
-    rows = canvas[y0] * (1 - fy)[:, None] + canvas[y1] * fy[:, None]
-    return rows[:, x0] * (1 - fx) + rows[:, x1] * fx
-
-
-def equation_2(maps, weights, plan, which, theta, fusion="mean"):
-    """The paper's words, one canvas after the other, float64."""
-    where = [(scale, box) for scale, boxes in zip(plan.scales, plan.boxes, strict=True) for box in boxes]
-    values = []
-    for weight, number, coarse in zip(weights.double().numpy(), which, maps.double().numpy(), strict=True):
-        scale, (x0, y0, x1, y1) = where[number]
-        canvas = np.zeros(scale)
-        canvas[y0:y1, x0:x1] = bilinear(coarse, (plan.window, plan.window))
-        values.append(weight * bilinear(canvas, plan.size))
-    values = np.stack(values)
-    voting = values > theta
-    if fusion == "max":
-        return np.where(voting, values, 0).max(0)
-    return np.where(voting, values, 0).sum(0) / np.maximum(voting.sum(0), 1)
 
 
 @pytest.fixture

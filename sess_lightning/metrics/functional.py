@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from sess_lightning.engine import chunked
@@ -229,7 +229,8 @@ def pad_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], device: torch.device) -> Fl
     for each in boxes:
         if each.ndim != 2 or each.shape[1] != 4:
             raise ValueError(f"boxes must be (N, 4) per image, (x0, y0, x1, y1), got {tuple(each.shape)}.")
-    padded = torch.zeros(len(boxes), max((len(each) for each in boxes), default=0), 4, device=device)
+    most = max((len(each) for each in boxes), default=0)
+    padded = torch.zeros(len(boxes), most, 4, device=device, dtype=torch.float32)
     for row, each in zip(padded, boxes, strict=True):
         row[: len(each)] = each.to(padded)
     return padded
@@ -246,7 +247,7 @@ def has_region(
 
 
 def class_mean(
-    hits: Int[Tensor, "*B K"], trials: Int[Tensor, "*B K"], unseen_as_zero: bool = False
+    hits: Real[Tensor, "*B K"], trials: Real[Tensor, "*B K"], unseen_as_zero: bool = False
 ) -> Float[Tensor, "*B"]:
     """Return the mean of hits / trials over the classes seen, or over all with the unseen as 0 (TorchRay)."""
     accuracy = hits / trials.clamp(min=1)

@@ -68,10 +68,11 @@ class PointingGame(Metric):
         Raises:
             ValueError: If shapes do not fit, or a target on the CPU is none of the classes.
         """
-        if targets.device.type == "cpu" and not all(0 <= each < self.num_classes for each in targets.tolist()):
+        values = targets.tolist() if targets.device.type == "cpu" else []
+        if not all(0 <= value < self.num_classes for value in values):
             raise ValueError(
                 f"PointingGame: targets must be class indices in 0..{self.num_classes - 1}, got "
-                f"{targets.tolist()}; give num_classes as the model has them."
+                f"{values}; give num_classes as the model has them."
             )
         hit = pointing_hits(maps, regions, self.tolerance, size)
         trial = has_region(regions, maps.device)

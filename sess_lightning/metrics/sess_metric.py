@@ -227,9 +227,9 @@ class SESSMetric(PerSample):
         finite = ends.isfinite().all(1)
         counts = bootstrap_counts(len(targets))
         values: dict[str, float] = {
-            "n": len(targets),
-            "nan": int((~finite).sum()),
-            "misclassified": int((predicted != targets).sum()),
+            "n": float(len(targets)),
+            "nan": float((~finite).sum()),
+            "misclassified": float((predicted != targets).sum()),
         }
         areas: list[Tensor] = []
         for i, name in enumerate(self.methods):
@@ -238,7 +238,7 @@ class SESSMetric(PerSample):
             area = torch.cat([area, area[:, :1] - area[:, 1:]], 1)
             areas.append(area)
             values |= self._curve_values(prefix, area, ends.double(), counts)
-            values[f"{prefix}flat"] = int(self._held(f"flat_{i}").sum())
+            values[f"{prefix}flat"] = float(self._held(f"flat_{i}").sum())
             values |= self._pointing_values(i, prefix, counts)
             if name:
                 values |= _means(f"minus_{prefix}", CURVE_FIGURES, areas[0] - area, counts)
@@ -249,7 +249,7 @@ class SESSMetric(PerSample):
 
         As with ``compute``, all processes' samples are in it, so every process must call it.
         """
-        with self.sync_context():
+        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
             return {name: self._held(f"curves_{i}").nanmean(0) for i, name in enumerate(self.methods)}
 
     def _held(self, state: str) -> Tensor:
@@ -258,7 +258,7 @@ class SESSMetric(PerSample):
     def _curve_values(self, prefix: str, area: Tensor, ends: Tensor, counts: Tensor) -> dict[str, float]:
         values = _means(prefix, CURVE_FIGURES, area, counts)
         drawn = area[:, 2].isfinite()
-        values[f"{prefix}curves_n"] = int(drawn.sum())
+        values[f"{prefix}curves_n"] = float(drawn.sum())
         own, blur, zero = ends[drawn].mean(0) if drawn.any() else torch.full((3,), torch.nan)
         for key, mean, to_gain in (
             ("insertion_normalised", area[drawn, 0].mean(), own - blur),
@@ -273,7 +273,7 @@ class SESSMetric(PerSample):
         trial = hits != NO_TRIAL
         if not trial.any():
             return {}
-        values: dict[str, float] = {} if prefix else {"skipped": int((~trial).sum())}
+        values: dict[str, float] = {} if prefix else {"skipped": float((~trial).sum())}
         difficult = self._held("difficult")
         for key, chosen in (("pointing_game", trial), ("pointing_game_difficult", trial & (difficult == 1))):
             if not chosen.any():
@@ -286,7 +286,7 @@ class SESSMetric(PerSample):
                 values[f"minus_{prefix}{key}"] = float(own - mean)
                 values |= interval(f"minus_{prefix}{key}", own_resampled - resampled)
             else:
-                values[f"{key}_n"] = int(chosen.sum())
+                values[f"{key}_n"] = float(chosen.sum())
         return values
 
     def _accuracy(self, hits: Tensor, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from formula import picture
-from lightning_models import filled_net
+from lightning_models import filled_net, gathered
 from torch import nn
 from torchmetrics import MetricCollection
 
@@ -174,6 +174,14 @@ def test_two_processes_states_merge_into_that_of_one(case):
     metric = filled(make(), batches[:1])
     metric.merge_state(filled(make(), batches[1:]))
     torch.testing.assert_close(metric.compute(), filled(make(), batches).compute())
+
+
+def test_uneven_processes_are_gathered_also_where_one_saw_no_sample(case):
+    make, batches = case
+    processes = [make(), filled(make(), batches[:1]), filled(make(), batches[1:])]
+    with pytest.warns(UserWarning, match="was called before the ``update``"):
+        value = gathered(processes).compute()
+    torch.testing.assert_close(value, filled(make(), batches).compute())
 
 
 def test_a_metrics_dtype_does_not_follow_the_module_it_is_attached_to(case):

@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+import torch
+from formula import picture
+from lightning_models import MEAN, STD
+
+from sess_lightning.reporting.panels import Panel, curve_figure, displayed, overlay, sheet
+
+GREEN = [0, 255, 0]
+
+
+def plain(height, width, value=100):
+    return np.full((height, width, 3), value, dtype=np.uint8)
+
+
+# Pictures -------------------------------------------------------------------------------------------------
+
+
+def test_displaying_undoes_the_normalisation_exactly():
+    pixels = torch.randint(0, 256, (2, 3, 8, 10), generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
+    normalised = (pixels / 255 - mean) / std
+    shown = displayed(normalised, (MEAN, STD))
+    assert [image.dtype for image in shown] == [np.uint8] * 2
+    for image, original in zip(shown, pixels, strict=True):
+        assert np.array_equal(image, original.permute(1, 2, 0).numpy())
+
+
+def test_one_mean_and_std_serve_all_channels():
+    pixels = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1)
+    (image,) = displayed((pixels - 0.5) / 0.25, ([0.5], [0.25]))
+    assert image.tolist() == [[[0, 128, 255]]]
+
+
+def test_an_unknown_normalisation_stretches_each_image_to_its_own_range():
+    images = torch.stack([torch.tensor([-2.0, 0, 2]), torch.tensor([10.0, 10, 10])]).view(2, 3, 1, 1)
+    first, flat = displayed(images)
+    assert first.tolist() == [[[0, 128, 255]]]
+    assert flat.tolist() == [[[0, 0, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"), [(1, [51, 51, 51]), (2, [51, 51, 51]), (4, [51, 102, 153])]
+)
+def test_one_channel_is_shown_grey_and_of_many_the_first_three(channels, expected):
+    images = torch.tensor([0.2, 0.4, 0.6, 0.8])[:channels].view(1, channels, 1, 1)
+    (image,) = displayed(images, ([0.0], [1.0]))
+    assert image.tolist() == [[expected]]
+
+
+def test_what_lies_beyond_black_and_white_is_cut_and_nan_is_black():
+    images = torch.tensor([-3.0, torch.nan, 7.0]).view(1, 3, 1, 1)
+    assert displayed(images, ([0.0], [1.0]))[0].tolist() == [[[0, 0, 255]]]
+
+
+def test_half_precision_is_displayed():
+    images = torch.tensor([0.0, 0.5, 1.0], dtype=torch.bfloat16).view(1, 3, 1, 1)
+    assert displayed(images, ([0.0], [1.0]))[0].tolist() == [[[0, 128, 255]]]
+
+
+# Overlays -------------------------------------------------------------------------------------------------
+
+
+def test_zeros_and_ones_are_drawn_in_the_colours_own_ends():
+    blue, red = overlay(plain(4, 5), torch.zeros(4, 5)), overlay(plain(4, 5), torch.ones(4, 5))
+    # The ends of "jet" are (0, 0, 127.5) and (127.5, 0, 0); half of each and half of the picture's 100.
+    assert blue[0, 0].tolist() == [50, 50, 114]
+    assert red[0, 0].tolist() == [114, 50, 50]
+    assert (blue == blue[0, 0]).all()
+    assert blue.shape == (4, 5, 3)
+    assert blue.dtype == np.uint8
+
+
+def test_an_overlay_without_strength_is_the_picture():
+    image = displayed(picture(8, 8, 1)[None])[0]
+    assert np.array_equal(overlay(image, torch.rand(8, 8), strength=0.0), image)
+
+
+def test_an_overlay_lies_pixel_on_pixel():
+    saliency = torch.zeros(4, 5)
+    saliency[1, 3] = 1
+    drawn = overlay(plain(4, 5), saliency)
+    assert np.argwhere(drawn[..., 0] == 114).tolist() == [[1, 3]]
+
+
+# Panels ---------------------------------------------------------------------------------------------------
+
+
+def a_panel(boxes=(), height=56, width=56, caption="label: cat"):
+    overlays = {"base": plain(height, width, 50), "SESS": plain(height, width, 20)}
+    return Panel(plain(height, width), overlays, caption=caption, boxes=boxes, label="cat", title="sample 1")
+
+
+def test_a_strip_is_the_image_and_its_overlays_side_by_side():
+    strip = a_panel(height=4, width=5).strip
+    assert strip.shape == (4, 15, 3)
+    assert [strip[0, x, 0].item() for x in (0, 4, 5, 9, 10, 14)] == [100, 100, 50, 50, 20, 20]
+
+
+def test_a_sheet_has_a_row_per_sample_and_room_for_captions():
+    page = sheet([a_panel(), a_panel(), a_panel()], side=112)
+    assert page.shape == (26 + 3 * (112 + 6), 3 * (112 + 4) + 300, 3)
+    assert page.dtype == np.uint8
+    for row in range(3):
+        top = 26 + row * 118
+        assert [page[top + 60, x + 60, 0].item() for x in (0, 116, 232)] == [100, 50, 20]
+
+
+def test_a_sheets_captions_are_written_beside_the_pictures():
+    written = sheet([a_panel()], side=112)[26:138, 3 * 116 :]
+    blank = sheet([a_panel(caption="")], side=112)[26:138, 3 * 116 :]
+    assert (written < 128).any(2).sum() > (blank < 128).any(2).sum() > 0
+
+
+def test_pictures_that_are_wider_than_high_keep_their_shape():
+    assert sheet([a_panel(height=50, width=100)], side=100).shape == (26 + 106, 3 * 204 + 300, 3)
+
+
+def test_boxes_are_drawn_green_where_they_are_on_every_picture_of_the_row():
+    page = sheet([a_panel(boxes=[(14.0, 7.0, 42.0, 28.0)])], side=224)  # Four times the picture's size.
+    rows, columns = np.nonzero((page == GREEN).all(2))
+    for left in (0, 228, 456):
+        here = (columns >= left) & (columns < left + 224)
+        assert (columns[here].min() - left, columns[here].max() - left) == (56, 167)
+        assert (rows[here].min() - 26, rows[here].max() - 26) == (28, 111)
+    assert page[26 + 60, 100].tolist() == [100, 100, 100]  # Inside, the picture shows.
+    assert page[26 + 28, 100].tolist() == GREEN
+
+
+def test_boxes_without_area_are_not_drawn():
+    page = sheet([a_panel(boxes=[(5.0, 5.0, 5.0, 20.0)])], side=224)
+    assert not (page == GREEN).all(2).any()
+
+
+# Curves ---------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_of_curves_has_a_line_per_method():
+    up, down = torch.linspace(0, 1, 29), torch.linspace(1, 0, 29)
+    one = curve_figure({"SESS (n=8)": torch.stack([up, down])})
+    two = curve_figure({"SESS (n=8)": torch.stack([up, down]), "base (n=8)": torch.stack([down, up])})
+    assert one.shape == two.shape == (396, 990, 3)
+    assert one.dtype == np.uint8
+    blue, orange = [31, 119, 180], [255, 127, 14]  # The first colours of matplotlib's cycle.
+    assert (one == blue).all(2).any()
+    assert not (one == orange).all(2).any()
+    assert (two == orange).all(2).any()
+
+
+def test_curves_with_gaps_are_drawn():
+    assert curve_figure({"SESS": torch.full((2, 29), torch.nan)}, "after epoch 3").shape == (396, 990, 3)

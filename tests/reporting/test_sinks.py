@@ -1,0 +1,177 @@
+import csv
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb_reader import history, offline, run_folder
+
+from sess_lightning.reporting.panels import Panel, curve_figure, sheet
+from sess_lightning.reporting.sinks import FileSink, TensorBoardSink, WandbSink, sink_for
+
+WHEN = {"epoch": 2, "step": 17}
+CURVES = {
+    "SESS (n=8)": torch.stack([torch.linspace(0, 1, 5), torch.linspace(1, 0, 5)]),
+    "base (n=8)": torch.stack([torch.linspace(0, 0.5, 5), torch.linspace(0.5, 0, 5)]),
+}
+
+
+def plain(value):
+    return np.full((32, 40, 3), value, dtype=np.uint8)
+
+
+@pytest.fixture
+def panels():
+    overlays = {"base": plain(50), "SESS": plain(20)}
+    box = (4.0, 8.0, 20.0, 24.0)
+    return [
+        Panel(plain(100), overlays, caption="label: cat", boxes=[box], label="cat", title="sample 1"),
+        Panel(plain(200), overlays, caption="label: dog", label="dog", title="sample 2"),
+    ]
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Files ----------------------------------------------------------------------------------------------------
+
+
+def test_files_get_a_sheet_per_run(tmp_path, panels):
+    sink = FileSink(tmp_path)
+    sink.panels("sess/panel", panels, WHEN)
+    sink.panels("sess/panel", panels, {"epoch": 3, "step": 25})
+    written = sorted(path.name for path in (tmp_path / "sess" / "panel").iterdir())
+    assert written == ["epoch=002-step=000017.png", "epoch=003-step=000025.png"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "sess" / "panel" / written[0])), sheet(panels))
+
+
+def test_files_get_curves_as_a_figure_and_as_numbers(tmp_path):
+    sink = FileSink(tmp_path)
+    sink.curves("sess/curves", CURVES, WHEN)
+    sink.curves("sess/curves", CURVES, {"epoch": 3, "step": 25})
+    figure = Image.open(tmp_path / "sess" / "curves" / "epoch=002-step=000017.png")
+    assert np.array_equal(np.asarray(figure), curve_figure(CURVES, "Mean curves after epoch 2, step 17"))
+    table = rows(tmp_path / "sess" / "curves.csv")
+    assert len(table) == 2 * 2 * 5
+    assert table[6] == {
+        "epoch": "2", "step": "17", "method": "base (n=8)", "step_of_curve": "1", "insertion": "0.125",
+        "deletion": "0.375",
+    }  # fmt: skip
+    assert table[10]["epoch"] == "3"
+
+
+def test_files_get_a_row_per_figure(tmp_path):
+    sink = FileSink(tmp_path)
+    sink.scalars("sess/scalars", {"insertion": 0.5, "base/overall": 0.25}, WHEN)
+    sink.scalars("sess/scalars", {"insertion": 0.75}, {"epoch": 3, "step": 25})
+    assert rows(tmp_path / "sess" / "scalars.csv") == [
+        {"epoch": "2", "step": "17", "name": "insertion", "value": "0.5"},
+        {"epoch": "2", "step": "17", "name": "base/overall", "value": "0.25"},
+        {"epoch": "3", "step": "25", "name": "insertion", "value": "0.75"},
+    ]
+
+
+def test_a_file_sink_says_where_the_files_are(tmp_path):
+    assert FileSink(tmp_path).name == f"files in {tmp_path}"
+
+
+# TensorBoard ----------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_the_sheet_and_the_figure_at_their_step(tmp_path, panels):
+    logger = TensorBoardLogger(tmp_path)
+    sink = sink_for(logger, tmp_path)
+    sink.panels("sess/panel", panels, WHEN)
+    sink.curves("sess/curves", CURVES, WHEN)
+    logger.experiment.flush()
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert events.Tags()["images"] == ["sess/panel", "sess/curves"]
+    for key, picture in (
+        ("sess/panel", sheet(panels)),
+        ("sess/curves", curve_figure(CURVES, "Mean curves after epoch 2, step 17")),
+    ):
+        (event,) = events.Images(key)
+        assert event.step == 17
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
+
+
+# W&B ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wandb_logger(monkeypatch, tmp_path):
+    for _ in offline(monkeypatch, tmp_path):
+        yield WandbLogger(offline=True, save_dir=tmp_path)
+
+
+def test_wandb_holds_strips_captions_boxes_and_the_chart_at_the_loggers_own_step(
+    wandb_logger, tmp_path, panels
+):
+    sink = sink_for(wandb_logger, tmp_path)
+    sink.panels("sess/panel", panels, WHEN)
+    sink.curves("sess/curves", CURVES, WHEN)
+    wandb_logger.experiment.finish()
+    folder = run_folder(tmp_path)
+    strips, chart = history(folder)
+    assert (strips["trainer/global_step"], strips["epoch"]) == (17, 2)
+    assert (chart["trainer/global_step"], chart["epoch"]) == (17, 2)
+    logged = strips["sess/panel"]
+    assert (logged["_type"], logged["format"], logged["count"]) == ("images/separated", "jpg", 2)
+    assert (logged["width"], logged["height"]) == (3 * 40, 32)
+    assert logged["captions"] == ["sample 1\nlabel: cat", "sample 2\nlabel: dog"]
+    first = np.asarray(Image.open(folder / "files" / logged["filenames"][0]))
+    assert first.shape == (32, 120, 3)
+    assert np.abs(first[16, [20, 60, 100], 0].astype(int) - [100, 50, 20]).max() <= 3
+
+
+def test_wandb_keeps_boxes_in_pixels_of_the_image(wandb_logger, tmp_path, panels):
+    sink_for(wandb_logger, tmp_path).panels("sess/panel", panels[:1], WHEN)
+    wandb_logger.experiment.finish()
+    (path,) = run_folder(tmp_path).glob("files/media/metadata/boxes2D/**/*.json")
+    (box,) = json.loads(path.read_text())["box_data"]
+    assert box["position"] == {"minX": 4, "minY": 8, "maxX": 20, "maxY": 24}
+    assert (box["domain"], box["box_caption"]) == ("pixel", "cat")
+
+
+def test_wandb_holds_every_point_of_the_curves(wandb_logger, tmp_path):
+    sink_for(wandb_logger, tmp_path).curves("sess/curves", CURVES, WHEN)
+    wandb_logger.experiment.finish()
+    folder = run_folder(tmp_path)
+    (row,) = history(folder)
+    table = json.loads((folder / "files" / row["sess/curves_table"]["path"]).read_text())
+    assert len(table["data"]) == 4 * 5
+    named = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+    points = [
+        (point["step"], point["lineVal"]) for point in named if point["lineKey"] == "deletion, base (n=8)"
+    ]
+    assert points == [(0.0, 0.5), (0.25, 0.375), (0.5, 0.25), (0.75, 0.125), (1.0, 0.0)]
+
+
+# Which sink -----------------------------------------------------------------------------------------------
+
+
+def test_every_logger_gets_its_own_sink(tmp_path):
+    assert isinstance(sink_for(None, tmp_path), FileSink)
+    assert isinstance(sink_for(CSVLogger(tmp_path), tmp_path), FileSink)
+    assert isinstance(sink_for(TensorBoardLogger(tmp_path), tmp_path), TensorBoardSink)
+    assert isinstance(sink_for(WandbLogger(save_dir=tmp_path), tmp_path), WandbSink)
+    assert sink_for(DummyLogger(), tmp_path) is None
+
+
+def test_loggers_are_known_by_name_so_that_subclasses_count_and_nothing_is_imported(tmp_path):
+    class TensorBoardLogger:
+        pass
+
+    class Mine(TensorBoardLogger):
+        pass
+
+    assert isinstance(sink_for(Mine(), tmp_path), TensorBoardSink)
+    assert isinstance(sink_for(SimpleNamespace(), tmp_path), FileSink)

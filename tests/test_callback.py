@@ -1,0 +1,1065 @@
+import io
+import json
+import logging
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning_models import (
+    MEAN,
+    STD,
+    Classifier,
+    Counter,
+    Recorder,
+    Squares,
+    boxed,
+    filled_net,
+    fit,
+    squares,
+    trainer,
+    validate,
+)
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import MeanMetric
+from wandb_reader import history, offline, run_folder
+
+from sess_lightning import SESS, SESSCallback
+from sess_lightning.callback import WORST
+from sess_lightning.methods import CentreGaussian, GradCAM, RandomMap
+from sess_lightning.metrics.functional import curve_auc, deletion_curve, insertion_curve
+from sess_lightning.reporting.panels import displayed
+from sess_lightning.reporting.sinks import Sink
+from sess_lightning.types import Batch, Explanation, SaliencyMethod, SESSWarning
+
+QUICK = SESS(GradCAM(), num_scales=2)
+PICKED = [0, 6, 8, 15]
+"""Which of 16 samples in batches of 4 are explained when there are to be 4."""
+
+
+@dataclass(frozen=True)
+class Spy(SaliencyMethod):
+    """Costs nothing and remembers the pictures and targets it was asked to explain."""
+
+    images: list = field(default_factory=list, compare=False, repr=False)
+    targets: list = field(default_factory=list, compare=False, repr=False)
+    forwards: ClassVar[int] = 0
+
+    def explain(self, model, images, targets):
+        self.images.extend(images.clone())
+        self.targets.extend(targets.tolist())
+        return Explanation(images[:, 0].clamp(0, 1), torch.ones(len(images)))
+
+    def indices(self, data):
+        """Where in a data set the pictures are from, in the order they came."""
+        known = {data[i][0].flatten().sum().item(): i for i in range(len(data))}
+        return [known[image.flatten().sum().item()] for image in self.images]
+
+
+@dataclass(frozen=True)
+class Broken(SaliencyMethod):
+    """Draws from every generator, then fails in all epochs from ``since`` on."""
+
+    since: int = 0
+    error: type = RuntimeError
+    calls: list = field(default_factory=list, compare=False)
+
+    def explain(self, model, images, targets):
+        torch.rand(1)
+        self.calls.append(1)
+        if len(self.calls) > self.since:
+            raise self.error("out of luck")
+        return Explanation(images[:, 0].clamp(0, 1), torch.ones(len(images)))
+
+
+def quick(**kwargs):
+    """A callback that costs next to nothing; errors are not swallowed."""
+    options = {"method": QUICK, "num_samples": 4, "compare": {"base": GradCAM()}, "on_error": "raise"}
+    return SESSCallback(**{**options, **kwargs})
+
+
+def spying(**kwargs):
+    spy = Spy()
+    return quick(method=spy, compare={}, **kwargs), spy
+
+
+def numbers(metrics):
+    return {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.fixture
+def told(caplog, monkeypatch):
+    """What Lightning's Trainer is told in lines of text."""
+    for name in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning_utilities",
+        "lightning.pytorch.utilities.rank_zero",
+    ):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return lambda: [record.getMessage() for record in caplog.records if "SESSCallback" in record.getMessage()]
+
+
+# One line in a Trainer ------------------------------------------------------------------------------------
+
+
+KEYS = {
+    f"sess/{prefix}{name}"
+    for prefix in ("", "base/", "random/", "centre/")
+    for name in ("insertion", "deletion", "overall", "curves_n", "flat")
+} | {f"sess/minus_base/{name}" for name in ("insertion", "deletion", "overall")}
+
+
+def test_without_arguments_a_stock_module_gets_its_scores_beside_its_loss(tmp_path):
+    its = fit(tmp_path, SESSCallback(on_error="raise"))
+    (row,) = [row for row in its.logger.rows if "sess/overall" in row]
+    assert row.keys() >= KEYS | {"val_loss", "sess/n", "sess/nan", "sess/misclassified"}
+    assert row["sess/n"] == 16
+    assert row["sess/overall"] == pytest.approx(row["sess/insertion"] - row["sess/deletion"], abs=1e-6)
+    assert row["sess/insertion_ci_low"] <= row["sess/insertion"] <= row["sess/insertion_ci_high"]
+
+
+def test_without_boxes_no_pointing_game_is_logged(tmp_path):
+    its = fit(tmp_path, quick())
+    assert not [name for row in its.logger.rows for name in row if "pointing" in name]
+
+
+def test_boxes_in_the_batch_switch_the_pointing_game_on(tmp_path):
+    its = validate(
+        tmp_path, quick(compare={"base": GradCAM(), "centre": CentreGaussian()}), val=squares(read=boxed)
+    )
+    (row,) = [row for row in its.logger.rows if "sess/overall" in row]
+    assert {f"sess/{prefix}pointing_game" for prefix in ("", "base/", "centre/", "minus_base/")} <= set(row)
+    assert (row["sess/pointing_game_n"], row["sess/skipped"]) == (4, 0)
+
+
+class Modes(Callback):
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.seen = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), batch[0].is_inference()
+
+    on_test_batch_end = on_validation_batch_end
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_validate_and_test_give_the_same_scores_with_and_without_inference_mode(
+    tmp_path, verb, inference_mode
+):
+    module, modes = Classifier(), Modes()
+    module.net = filled_net()
+    its = trainer(tmp_path, modes, quick(), inference_mode=inference_mode)
+    getattr(its, verb)(module, squares(), verbose=False)
+    assert modes.seen == (inference_mode, False, inference_mode)
+    values = numbers(its.callback_metrics)
+    assert values["sess/n"] == 4
+    images = torch.stack([squares().dataset[i][0] for i in PICKED])
+    targets = torch.tensor([i % 4 for i in PICKED])
+    for prefix, method in (("", QUICK), ("base/", GradCAM())):
+        maps = method(module, images, targets)
+        insertion = insertion_curve(module, images, maps, targets)
+        deletion = deletion_curve(module, images, maps, targets)
+        assert values[f"sess/{prefix}insertion"] == pytest.approx(
+            curve_auc(insertion).mean().item(), abs=1e-5
+        )
+        assert values[f"sess/{prefix}deletion"] == pytest.approx(curve_auc(deletion).mean().item(), abs=1e-5)
+
+
+# Which samples --------------------------------------------------------------------------------------------
+
+
+def test_samples_are_spread_over_the_loader_and_over_places_in_the_batch(tmp_path):
+    callback, spy = spying()
+    validate(tmp_path, callback)
+    assert spy.indices(squares().dataset) == PICKED
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "num_samples", "per_batch"),
+    [
+        (16, 4, 6, [1, 2, 1, 2]),
+        (16, 4, 2, [0, 1, 0, 1]),
+        (14, 4, 32, [4, 4, 4, 2]),
+        (16, 4, 16, [4, 4, 4, 4]),
+    ],
+)
+def test_every_batch_gives_its_share(tmp_path, count, batch_size, num_samples, per_batch):
+    callback, spy = spying(num_samples=num_samples)
+    validate(tmp_path, callback, val=squares(count, batch_size=batch_size))
+    found = spy.indices(squares(count).dataset)
+    assert [sum(i // batch_size == batch for i in found) for batch in range(4)] == per_batch
+    assert len(set(found)) == len(found)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return (squares().dataset[i] for i in range(16))
+
+
+def test_of_a_loader_of_unknown_length_the_first_samples_are_taken(tmp_path):
+    callback, spy = spying(num_samples=6)
+    validate(tmp_path, callback, val=DataLoader(Stream(), 4))
+    assert sorted(spy.indices(squares().dataset))[:4] == [0, 1, 2, 3]
+    assert len(spy.images) == 6
+
+
+def test_the_same_samples_are_explained_in_every_epoch_though_the_loader_shuffles(tmp_path):
+    callback, spy = spying(num_samples=5)
+    fit(tmp_path, callback, val=squares(shuffle=True), max_epochs=3, num_sanity_val_steps=0)
+    found = spy.indices(squares().dataset)
+    assert len(found) == 15
+    assert found[:5] == found[5:10] == found[10:]
+
+
+def test_the_sanity_check_is_left_alone(tmp_path):
+    callback, spy = spying()
+    its = fit(tmp_path, callback, num_sanity_val_steps=2)
+    assert len(spy.images) == 4
+    assert its.logger.of("sess/n") == [4]
+
+
+def test_limited_validation_is_respected(tmp_path):
+    callback, spy = spying()
+    fit(tmp_path, callback, limit_val_batches=2)
+    assert {i // 4 for i in spy.indices(squares().dataset)} == {0, 1}
+    assert len(spy.images) == 4
+
+
+def test_of_several_loaders_one_is_watched(tmp_path):
+    class Two(Classifier):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    callback, spy = spying(dataloader_idx=1)
+    its = fit(tmp_path, callback, module=Two, val=[squares(4), squares(16)])
+    assert spy.indices(squares().dataset) == PICKED
+    assert its.logger.of("sess/n") == [4]
+
+
+def test_epochs_between_are_left_out(tmp_path):
+    callback, spy = spying(every_n_epochs=2)
+    its = fit(tmp_path, callback, max_epochs=4)
+    assert len(spy.images) == 8
+    assert [row["epoch"] for row in its.logger.rows if "sess/overall" in row] == [0, 2]
+
+
+def test_predictions_can_be_explained_instead_of_labels(tmp_path):
+    class Sure(Classifier):
+        """Says 2, whatever it sees."""
+
+        def forward(self, images):
+            return super().forward(images) * 0 + torch.tensor([0.0, 0, 5, 0])
+
+    callback, spy = spying(target="predicted", num_samples=16)
+    its = validate(tmp_path, callback, module=Sure, val=squares(read=boxed))
+    assert spy.targets == [2] * 16
+    values = numbers(its.callback_metrics)
+    # The boxes are the labels': only the four images of class 2 are trials.
+    assert (values["sess/pointing_game_n"], values["sess/skipped"]) == (4, 12)
+
+
+# What it costs --------------------------------------------------------------------------------------------
+
+
+class Apart(Classifier):
+    """Validates without its own forward, so that what is counted are the explanations' forwards."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", 0.5)
+
+
+@pytest.mark.parametrize(("target", "samples"), [("label", 32), ("predicted", 31)])
+def test_a_run_costs_the_forwards_that_are_announced_and_at_most_5000(tmp_path, told, target, samples):
+    module = Apart()
+    counter = Counter(module)
+    callback = SESSCallback(on_error="raise", target=target)
+    validate(tmp_path, callback, module=module, val=squares(40, batch_size=8, size=64, side=20))
+    (line,) = told()
+    announced = int(re.search(r"at most ([\d,]+) forwards", line)[1].replace(",", ""))
+    assert f"explains {samples} samples of 64x64 px with SESS(GradCAM()), 31 forwards a map" in line
+    assert 2500 <= announced <= 5000
+    assert announced - 2 <= counter.images <= announced
+
+
+def test_a_small_budget_is_kept_and_floors_are_scored_on_at_least_four(tmp_path, told):
+    module = Apart()
+    counter = Counter(module)
+    callback = SESSCallback(QUICK, on_error="raise", max_forwards=1000)
+    its = validate(tmp_path, callback, module=module, val=squares())
+    values = numbers(its.callback_metrics)
+    # 116 an image: two ends, 5 windows, 1 for the base, two maps' 54; 108 more for both floors.
+    assert (values["sess/n"], values["sess/random/curves_n"], values["sess/centre/curves_n"]) == (4, 4, 4)
+    assert counter.images <= 899
+    assert "at most 899 forwards a run" in told()[0]
+
+
+def test_a_budget_that_pays_for_nothing_is_an_error(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"max_forwards=400 does not pay for a single sample, which costs 116"
+    ):
+        validate(tmp_path, SESSCallback(QUICK, on_error="raise", max_forwards=400))
+
+
+def test_what_will_be_done_is_said_once_in_one_line(tmp_path, told):
+    fit(tmp_path, SESSCallback(QUICK, num_samples=4), max_epochs=2, val=squares(read=boxed))
+    (line,) = told()
+    assert "\n" not in line
+    for part in (
+        "each run explains 4 samples of 32x32 px with SESS(GradCAM(), num_scales=2), 5 forwards a map",
+        "beside base (4), random (4), centre (4)",
+        "Pointing Game within 2.14 px",
+        "at most 899 forwards a run",
+    ):
+        assert part in line
+
+
+def test_a_small_data_set_is_announced_with_the_samples_it_has(tmp_path, told):
+    its = validate(tmp_path, SESSCallback(QUICK), val=squares(8))
+    assert "explains 8 samples" in told()[0]
+    assert numbers(its.callback_metrics)["sess/n"] == 8
+
+
+def test_the_tolerance_follows_the_size_of_the_images_unless_given(tmp_path, told):
+    validate(tmp_path, quick(), val=squares(read=boxed, size=56))
+    validate(tmp_path, quick(tolerance=9.5), val=squares(read=boxed))
+    validate(tmp_path, quick())
+    assert ["Pointing Game within 3.75 px" in told()[0], "Pointing Game within 9.5 px" in told()[1]] == [
+        True,
+        True,
+    ]
+    assert "no boxes or masks, no Pointing Game" in told()[2]
+
+
+# Monitored ------------------------------------------------------------------------------------------------
+
+
+class Watch(Callback):
+    """Notes what other callbacks find at the end of each validation."""
+
+    def __init__(self, key="sess/overall"):
+        self.key, self.found = key, []
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.found.append(trainer.callback_metrics[self.key].item())
+
+
+@pytest.mark.parametrize("first", ["callback", "monitors"])
+def test_early_stopping_and_checkpoints_monitor_fresh_values_from_the_first_epoch_on(tmp_path, first):
+    stopping = EarlyStopping("sess/overall", mode="max", patience=10, strict=True)
+    checkpoint = ModelCheckpoint(tmp_path / "best", monitor="sess/overall", mode="max", filename="{epoch}")
+    watch, callbacks = Watch(), [quick(), stopping, checkpoint]
+    its = fit(tmp_path, *(callbacks if first == "callback" else callbacks[::-1]), watch, max_epochs=3)
+    logged = its.logger.of("sess/overall")
+    assert len(set(logged)) == 3
+    assert watch.found == pytest.approx(logged)
+    assert stopping.best_score.item() == checkpoint.best_model_score.item() == pytest.approx(max(logged))
+    assert checkpoint.best_model_path.endswith(f"epoch={int(np.argmax(logged))}.ckpt")
+
+
+@pytest.mark.parametrize("key", ["sess/overall", "sess/base/insertion", "sess/minus_base/overall", "sess/n"])
+def test_every_key_is_fresh_in_every_epoch(tmp_path, key):
+    watch = Watch(key)
+    its = fit(tmp_path, quick(), watch, max_epochs=3)
+    assert watch.found == pytest.approx(its.logger.of(key))
+
+
+def test_between_runs_the_last_figures_stand_for_monitors_but_are_not_logged_again(tmp_path):
+    watch = Watch()
+    its = fit(
+        tmp_path,
+        quick(every_n_epochs=2),
+        watch,
+        EarlyStopping("sess/overall", mode="max", patience=10),
+        max_epochs=4,
+    )
+    first, second = its.logger.of("sess/overall")
+    assert watch.found == pytest.approx([first, first, second, second])
+
+
+def test_after_failed_runs_the_last_figures_stand(tmp_path):
+    watch, broken = Watch("sess/insertion"), Broken(since=4)
+    callback = quick(method=broken, compare={}, on_error="warn")
+    checkpoint = ModelCheckpoint(tmp_path / "best", monitor="sess/insertion", mode="max")
+    with pytest.warns(SESSWarning):
+        its = fit(
+            tmp_path, callback, watch, EarlyStopping("sess/insertion", mode="max"), checkpoint, max_epochs=3
+        )
+    (only,) = its.logger.of("sess/insertion")
+    assert watch.found == pytest.approx([only] * 3)
+    assert its.logger.of("sess/failed") == [1, 2]
+
+
+def test_before_the_first_run_succeeds_the_worst_figures_stand(tmp_path):
+    watches = [Watch(f"sess/{name}") for name in WORST]
+    callback = quick(method=Broken(), compare={}, on_error="warn")
+    with pytest.warns(SESSWarning):
+        its = fit(tmp_path, callback, *watches, EarlyStopping("sess/overall", mode="max"), max_epochs=1)
+    assert {watch.key: watch.found for watch in watches} == {
+        "sess/insertion": [0.0], "sess/deletion": [1.0], "sess/overall": [-1.0], "sess/pointing_game": [0.0],
+    }  # fmt: skip
+    assert its.logger.of("sess/overall") == []
+
+
+def test_a_run_without_a_finite_score_does_not_stop_training(tmp_path):
+    class Blind(Classifier):
+        def forward(self, images):
+            logits = super().forward(images)
+            return logits if self.training else logits * torch.nan
+
+    stopping = EarlyStopping("sess/overall", mode="max", check_finite=True)
+    its = fit(tmp_path, quick(method=Spy(), compare={}), stopping, module=Blind, max_epochs=2)
+    assert its.current_epoch == 2
+    assert its.logger.of("sess/nan") == [4, 4]
+    assert its.logger.of("sess/overall") == []
+
+
+# Nothing of the training changes --------------------------------------------------------------------------
+
+
+def everything(its):
+    """All that a training leaves behind, by name."""
+    (optimizer,) = its.optimizers
+    momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
+    return {
+        **its.lightning_module.state_dict(),
+        **{f"momentum {i}": momentum for i, momentum in enumerate(momenta)},
+        "rng": torch.get_rng_state(),
+        "numpy": torch.tensor(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002
+        "modes": torch.tensor([module.training for module in its.lightning_module.modules()]),
+        "val_loss": torch.tensor(its.logger.of("val_loss")),
+    }
+
+
+def assert_same_training(one, other):
+    one, other = everything(one), everything(other)
+    assert one.keys() == other.keys()
+    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
+
+
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 2, "accumulate_grad_batches": 3}], ids=str)
+def test_weights_are_bit_identical_with_and_without_the_callback(tmp_path, options):
+    without = fit(tmp_path, max_epochs=2, **options)
+    with_it = fit(tmp_path, SESSCallback(QUICK, num_samples=6, on_error="raise"), max_epochs=2, **options)
+    assert len(with_it.logger.of("sess/overall")) == len(without.logger.of("val_loss")) >= 2
+    assert_same_training(with_it, without)
+
+
+def test_weights_are_bit_identical_with_pictures_too(tmp_path):
+    def loggers():
+        return [Recorder(), CSVLogger(tmp_path)]
+
+    without = fit(tmp_path, max_epochs=2, logger=loggers())
+    with_it = fit(tmp_path, quick(), max_epochs=2, logger=loggers())
+    assert list((tmp_path / "lightning_logs" / "version_1" / "sess" / "panel").iterdir())
+    assert_same_training(with_it, without)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, StopIteration, torch.OutOfMemoryError, AssertionError])
+def test_weights_are_bit_identical_though_every_explanation_fails(tmp_path, error):
+    without = fit(tmp_path, max_epochs=2)
+    callback = SESSCallback(Broken(error=error), num_samples=4)
+    with pytest.warns(SESSWarning, match="out of luck"):
+        with_it = fit(tmp_path, callback, max_epochs=2)
+    assert_same_training(with_it, without)
+
+
+def test_frozen_batch_norm_and_modes_are_left_as_the_user_set_them(tmp_path):
+    class Frozen(Classifier):
+        def on_train_epoch_start(self):
+            self.net[1].eval()
+
+    module = Frozen()
+    fit(tmp_path, quick(), module=module, max_epochs=2)
+    assert module.net[1].num_batches_tracked.item() == 0
+    assert [child.training for child in module.net][:3] == [True, False, True]
+
+
+def test_no_hook_and_no_attribute_is_left_on_the_module(tmp_path):
+    module = Classifier()
+    its = fit(tmp_path, module=module)
+    before = {name: set(vars(each)) for name, each in module.named_modules()}
+    keys = set(module.state_dict())
+    its = fit(tmp_path, quick(), module=module)
+    assert {name: set(vars(each)) for name, each in module.named_modules()} == before
+    assert set(its.lightning_module.state_dict()) == keys
+    assert not [each for each in module.modules() if each._forward_hooks or each._forward_pre_hooks]
+
+
+class Talkative(Classifier):
+    """Logs from its forward, and keeps a metric and a counter there."""
+
+    def __init__(self):
+        super().__init__()
+        self.brightness = MeanMetric()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images):
+        self.calls += 1
+        self.brightness.update(images.mean())
+        if self._trainer is not None:
+            self.log("brightness", self.brightness)
+            self.log_dict({"calls": self.calls.item()})
+        return super().forward(images)
+
+
+def test_what_the_users_forward_logs_and_counts_is_not_disturbed(tmp_path):
+    without = fit(tmp_path, module=Talkative, max_epochs=2)
+    with_it = fit(tmp_path, quick(), module=Talkative, max_epochs=2)
+    assert_same_training(with_it, without)
+    for key in ("brightness", "calls", "val_loss"):
+        assert with_it.logger.of(key) == without.logger.of(key)
+    assert with_it.lightning_module.calls == without.lightning_module.calls
+
+
+def test_learning_rates_that_follow_the_users_metric_are_the_same(tmp_path):
+    class Plateau(Classifier):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            plan = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=0, factor=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plan, "monitor": "val_loss"}}
+
+    without = fit(tmp_path, module=Plateau, max_epochs=3)
+    with_it = fit(tmp_path, quick(), module=Plateau, max_epochs=3)
+    assert_same_training(with_it, without)
+    assert (
+        with_it.optimizers[0].param_groups[0]["lr"] == without.optimizers[0].param_groups[0]["lr"] == 0.0125
+    )
+
+
+# Errors ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fails_warns_once_and_three_in_a_row_switch_the_callback_off(tmp_path):
+    broken = Broken()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        its = fit(tmp_path, SESSCallback(broken, num_samples=16), max_epochs=5, num_sanity_val_steps=0)
+    told = [str(each.message) for each in caught if issubclass(each.category, SESSWarning)]
+    assert [text.split(": ", 1)[0] for text in told] == [
+        "SESSCallback (process 0, epoch 0)", "SESSCallback (process 0, epoch 1)",
+        "SESSCallback (process 0, epoch 2)", "SESSCallback (process 0, epoch 2)",
+    ]  # fmt: skip
+    assert all("RuntimeError: out of luck Training goes on" in text for text in told[:3])
+    assert "three runs failed in a row; SESSCallback is off" in told[3]
+    assert len(broken.calls) == 3
+    assert its.logger.of("sess/failed") == [1, 2, 3]
+    assert its.current_epoch == 5
+
+
+def test_the_next_start_gives_the_callback_another_chance(tmp_path):
+    callback = SESSCallback(Broken(), num_samples=4)
+    with pytest.warns(SESSWarning) as caught:
+        fit(tmp_path, callback, max_epochs=3)
+    assert "is off" in str(caught[-1].message)
+    callback.method = Spy()
+    assert validate(tmp_path, callback).logger.of("sess/n") == [4]
+
+
+def test_a_failure_between_two_good_runs_is_forgiven_and_counted(tmp_path):
+    class Moody(Classifier):
+        def forward(self, images):
+            if not self.training and self.trainer.current_epoch == 1:
+                raise RuntimeError("not today")
+            return super().forward(images)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 0.5)
+
+    with pytest.warns(SESSWarning, match="RuntimeError: not today"):
+        its = fit(tmp_path, quick(on_error="warn"), module=Moody, max_epochs=3)
+    assert [row["epoch"] for row in its.logger.rows if "sess/overall" in row] == [0, 2]
+    assert its.logger.of("sess/failed") == [1, 1]
+
+
+def test_warnings_that_are_errors_do_not_end_the_training(tmp_path, told):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SESSWarning)
+        its = fit(tmp_path, SESSCallback(Broken(), num_samples=4))
+    assert its.current_epoch == 1
+    assert any("out of luck" in text for text in told())
+
+
+def test_errors_are_raised_where_asked_for(tmp_path):
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(tmp_path, SESSCallback(Broken(), on_error="raise"))
+
+
+def test_no_tensor_outlives_an_error(tmp_path):
+    callback = SESSCallback(Broken(), num_samples=4)
+    with pytest.warns(SESSWarning):
+        fit(tmp_path, callback)
+    assert not [
+        value for value in vars(callback).values() if isinstance(value, (BaseException, torch.Tensor))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("read", "told"),
+    [
+        (
+            lambda i, image, label, boxes: {"img": image, "name": "x"},
+            "TypeError: The batch is a dict with keys",
+        ),
+        (lambda i, image, label, boxes: (image, label + 4), r"targets must be class indices in 0\.\.3"),
+        (
+            lambda i, image, label, boxes: boxed(i, image, label, boxes + 20.0),
+            "does not lie in the 32x32 image",
+        ),
+        (lambda i, image, label, boxes: (image * torch.nan, label), "images hold NaN"),
+        (
+            lambda i, image, label, boxes: (image[:1], label),
+            "images have 1 channels, which the model does not take",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_batch_is_said(tmp_path, read, told, unchecked):
+    with pytest.warns(SESSWarning, match=told):
+        validate(tmp_path, quick(on_error="warn"), module=Apart, val=squares(read=read))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "told"),
+    [
+        (
+            {"method": "sess"},
+            TypeError,
+            r"method must be a saliency method such as SESS\(GradCAM\(\)\), got 'sess'",
+        ),
+        ({"num_samples": 0}, ValueError, "num_samples must be a whole number of at least 1, got 0"),
+        ({"num_samples": 2.5}, ValueError, "num_samples must be a whole number of at least 1, got 2.5"),
+        ({"num_images": -1}, ValueError, "num_images must be a whole number of at least 0, got -1"),
+        ({"every_n_epochs": 0}, ValueError, "every_n_epochs must be a whole number of at least 1, got 0"),
+        ({"max_forwards": 0}, ValueError, "max_forwards must be a whole number of at least 1, got 0"),
+        ({"tolerance": 0.0}, ValueError, "tolerance must be positive px, got 0.0"),
+        ({"target": "truth"}, ValueError, 'target must be "label" or "predicted", got \'truth\''),
+        ({"on_error": "ignore"}, ValueError, 'on_error must be "warn" or "raise", got \'ignore\''),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments, error, told, unchecked):
+    with pytest.raises(error, match=told):
+        SESSCallback(**arguments)
+
+
+# Batches --------------------------------------------------------------------------------------------------
+
+
+def masked(index, image, label, boxes):
+    mask = torch.zeros(1, 32, 32, dtype=torch.bool)
+    x0, y0, x1, y1 = boxes[0].tolist()
+    mask[:, y0:y1, x0:x1] = True
+    return {"image": image, "label": label, "mask": mask}
+
+
+def detection(batch):
+    images, targets = zip(*batch, strict=True)
+    return torch.stack(images), [{"labels": each["label"][None], "boxes": each["boxes"]} for each in targets]
+
+
+def odd(index, image, label, boxes):
+    return {"picture": image, "answer": label}
+
+
+@pytest.mark.parametrize(
+    ("loader", "adapter", "pointing"),
+    [
+        (squares(), None, False),
+        (squares(read=boxed), None, True),
+        (squares(read=masked), None, True),
+        (DataLoader(Squares(16, boxed), 4, collate_fn=detection), None, True),
+        (squares(read=lambda i, image, label, boxes: {"pixel_values": image, "labels": label}), None, False),
+        (squares(read=odd), lambda batch: (batch["picture"], batch["answer"]), False),
+        (squares(read=odd), lambda batch: Batch(batch["picture"], batch["answer"]), False),
+    ],
+    ids=[
+        "pairs",
+        "dict of targets",
+        "masks",
+        "detection",
+        "pixel_values",
+        "adapter to a pair",
+        "adapter to a Batch",
+    ],
+)
+def test_batches_of_many_kinds_are_understood(tmp_path, loader, adapter, pointing):
+    callback, spy = spying(batch_adapter=adapter)
+    its = validate(tmp_path, callback, module=Apart, val=loader)
+    assert spy.indices(squares().dataset) == PICKED
+    assert spy.targets == [i % 4 for i in PICKED]
+    assert ("sess/pointing_game" in its.logged_metrics) == pointing
+
+
+def test_boxes_and_masks_of_the_same_object_score_the_same(tmp_path):
+    found = [
+        validate(tmp_path, spying(num_samples=16)[0], module=Apart, val=squares(read=read)).logger.of(
+            "sess/pointing_game"
+        )
+        for read in (boxed, masked)
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_multi_label_loss_is_noticed_and_scores_are_read_with_a_sigmoid(tmp_path, told):
+    class MultiLabel(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.criterion = nn.BCEWithLogitsLoss()
+
+        def loss(self, batch):
+            return self.criterion(self(batch[0]), batch[1])
+
+    def multi_hot(index, image, label, boxes):
+        return image, nn.functional.one_hot(label, 4).float()
+
+    callback = SESSCallback(num_samples=4, on_error="raise")
+    its = fit(
+        tmp_path, callback, module=MultiLabel, train=squares(read=multi_hot), val=squares(read=multi_hot)
+    )
+    assert "SESS(GradCAM(activation=sigmoid))" in told()[0]
+    module = its.lightning_module.eval()
+    images = torch.stack([squares().dataset[i][0] for i in PICKED])
+    targets = torch.tensor([i % 4 for i in PICKED])
+    maps = RandomMap()(module, images, targets)
+    curve = insertion_curve(module, images, maps, targets, activation="sigmoid")
+    (logged,) = its.logger.of("sess/random/insertion")
+    assert logged == pytest.approx(curve_auc(curve).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_other_precisions_are_scored_as_they_are_validated(tmp_path, precision):
+    module = Classifier()
+    its = fit(tmp_path, quick(num_samples=16), module=module, precision=precision)
+    (found,) = its.logger.of("sess/insertion")
+    module = module.float().eval()
+    images = torch.stack([squares().dataset[i][0] for i in range(16)])
+    targets = torch.arange(16) % 4
+    expected = (
+        curve_auc(insertion_curve(module, images, QUICK(module, images, targets), targets)).mean().item()
+    )
+    assert found == pytest.approx(expected, abs=0.01)
+
+
+# Prefixes, checkpoints, loggers ---------------------------------------------------------------------------
+
+
+def test_two_callbacks_with_prefixes_of_their_own_stand_side_by_side(tmp_path):
+    red, green = spying(prefix="red")[0], spying(prefix="green", num_samples=8)[0]
+    its = fit(tmp_path, red, green)
+    assert (its.logger.of("red/n"), its.logger.of("green/n")) == ([4], [8])
+    assert not [name for name in its.callback_metrics if name.startswith("sess")]
+
+
+def test_two_callbacks_with_one_prefix_are_refused_by_the_trainer(tmp_path):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `SESSCallback`"):
+        fit(tmp_path, quick(), quick())
+
+
+def test_the_state_is_loadable_with_weights_only(tmp_path):
+    callback = quick()
+    its = fit(tmp_path, callback)
+    file = io.BytesIO()
+    torch.save(callback.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert loaded["last"]["overall"] == pytest.approx(its.logger.of("sess/overall")[0])
+    other = quick()
+    other.load_state_dict(loaded)
+    assert other.state_dict() == callback.state_dict() == loaded
+
+
+def test_a_resumed_training_goes_on_as_if_it_had_never_stopped(tmp_path):
+    def callbacks(folder):
+        checkpoint = ModelCheckpoint(tmp_path / folder, monitor="sess/overall", mode="max", save_last=True)
+        return (
+            quick(every_n_epochs=2),
+            Watch(),
+            EarlyStopping("sess/overall", mode="max", patience=10),
+            checkpoint,
+        )
+
+    straight = fit(tmp_path, *callbacks("straight"), max_epochs=3, train=squares())
+    first = fit(tmp_path, *callbacks("first"), max_epochs=1, train=squares())
+    watch = callbacks("second")
+    resumed = fit(
+        tmp_path, *watch, max_epochs=3, train=squares(), ckpt_path=first.checkpoint_callback.last_model_path
+    )
+    (at_0,) = first.logger.of("sess/overall")
+    assert watch[1].found == pytest.approx([at_0, resumed.logger.of("sess/overall")[0]])
+    assert straight.logger.of("sess/overall")[0] == at_0
+    assert [row["epoch"] for row in resumed.logger.rows if "sess/overall" in row] == [2]
+
+
+def test_a_checkpoint_of_other_settings_can_be_resumed(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path / "first", save_last=True)
+    fit(tmp_path, quick(), checkpoint)
+    its = fit(tmp_path, quick(num_samples=8), max_epochs=2, ckpt_path=checkpoint.last_model_path)
+    assert its.logger.of("sess/n") == [8]
+
+
+def test_without_a_logger_pictures_and_figures_become_files(tmp_path):
+    fit(tmp_path, quick(num_images=2), logger=False, max_epochs=2)
+    folder = tmp_path / "sess"
+    names = ["epoch=000-step=000003.png", "epoch=001-step=000007.png"]
+    assert sorted(path.name for path in (folder / "panel").iterdir()) == names
+    assert sorted(path.name for path in (folder / "curves").iterdir()) == names
+    assert Image.open(folder / "panel" / names[0]).size == (3 * 228 + 300, 26 + 2 * 230)
+    assert (folder / "scalars.csv").read_text().startswith("epoch,step,name,value\n0,3,n,4.0\n")
+    assert (
+        (folder / "curves.csv")
+        .read_text()
+        .startswith("epoch,step,method,step_of_curve,insertion,deletion\n0,3,SESS (n=4),0,")
+    )
+
+
+def test_several_loggers_each_get_their_pictures(tmp_path):
+    loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path, name="tb")]
+    fit(tmp_path, quick(), logger=loggers)
+    assert len(list((tmp_path / "lightning_logs" / "version_0" / "sess" / "panel").iterdir())) == 1
+    assert not (tmp_path / "tb" / "version_0" / "sess").exists()
+    events = EventAccumulator(loggers[1].log_dir).Reload()
+    assert set(events.Tags()["images"]) == {"sess/panel", "sess/curves"}
+    (image,), (scalar,) = events.Images("sess/panel"), events.Scalars("sess/overall")
+    assert image.step == scalar.step == 3
+
+
+def test_one_logger_that_fails_does_not_keep_the_others_from_their_pictures(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    failing = TensorBoardLogger(tmp_path, name="tb")
+    monkeypatch.setattr(failing.experiment, "add_image", fail)
+    with pytest.warns(SESSWarning, match="OSError: disk full"):
+        its = fit(tmp_path, quick(on_error="warn"), logger=[failing, CSVLogger(tmp_path)])
+    assert len(list((tmp_path / "lightning_logs" / "version_0" / "sess" / "panel").iterdir())) == 1
+    assert "sess/overall" in its.callback_metrics
+
+
+def test_a_fast_dev_run_runs_it_without_files(tmp_path):
+    its = fit(tmp_path, quick(), fast_dev_run=True, logger=False)
+    assert "sess/overall" in its.callback_metrics
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_pictures_are_made_where_none_are_wanted(tmp_path):
+    fit(tmp_path, quick(num_images=0), logger=False)
+    assert not (tmp_path / "sess" / "panel").exists()
+    assert (tmp_path / "sess" / "curves").exists()
+
+
+# Panels ---------------------------------------------------------------------------------------------------
+
+
+class Shelf(Sink):
+    """Keeps what it is given."""
+
+    name = "shelf"
+
+    def __init__(self):
+        self.shown, self.drawn = [], []
+
+    def panels(self, key, panels, when):
+        self.shown.append((key, when, panels))
+
+    def curves(self, key, curves, when):
+        self.drawn.append((key, when, curves))
+
+
+@pytest.fixture
+def shelf(monkeypatch):
+    shelf = Shelf()
+    monkeypatch.setattr("sess_lightning.callback.sink_for", lambda logger, folder: shelf)
+    return shelf
+
+
+def test_the_panel_shows_the_same_samples_in_every_epoch(tmp_path, shelf):
+    fit(tmp_path, quick(num_images=3, prefix="why"), val=squares(shuffle=True, read=boxed), max_epochs=2)
+    (first_key, first_when, first), (second_key, second_when, second) = shelf.shown
+    assert (first_key, second_key) == ("why/panel", "why/panel")
+    assert (first_when, second_when) == ({"epoch": 0, "step": 3}, {"epoch": 1, "step": 7})
+    assert len(first) == len(second) == 3
+    for one, other in zip(first, second, strict=True):
+        assert np.array_equal(one.image, other.image)
+        assert one.boxes == other.boxes
+        assert list(one.overlays) == list(other.overlays) == ["base", "SESS"]
+
+
+@pytest.mark.parametrize(
+    ("count", "num_samples", "num_images", "shown"),
+    [(16, 4, 8, 4), (16, 16, 5, 5), (8, 32, 8, 8), (8, 32, 3, 3)],
+)
+def test_as_many_images_are_shown_as_wanted_if_there_are_as_many(
+    tmp_path, shelf, count, num_samples, num_images, shown
+):
+    callback = spying(num_samples=num_samples, num_images=num_images)[0]
+    validate(tmp_path, callback, val=squares(count))
+    ((_, _, panels),) = shelf.shown
+    assert len(panels) == shown
+
+
+def test_captions_tell_label_and_prediction_apart_whichever_is_explained(tmp_path, shelf):
+    class Sure(Classifier):
+        """Says blue, whatever it sees."""
+
+        def forward(self, images):
+            return super().forward(images) * 0 + torch.tensor([0.0, 0, 5, 0])
+
+    validate(tmp_path, spying()[0], module=Sure)
+    validate(tmp_path, spying(target="predicted")[0], module=Sure)
+    names = [Squares.classes[i % 4] for i in PICKED]
+    for (_, _, panels), explained in zip(shelf.shown, ("label", "prediction"), strict=True):
+        assert [panel.label for panel in panels] == names
+        lines = [panel.caption.split("\n") for panel in panels]
+        assert [each[0] for each in lines] == [f"label: {name}" for name in names]
+        assert [each[1] for each in lines] == ["prediction: blue"] * 4
+        assert all(each[2].startswith(f"score of the {explained}: 0.") for each in lines)
+
+
+def test_names_ids_and_normalisation_may_be_given(tmp_path, shelf):
+    def named(index, image, label, boxes):
+        return {"image": image, "label": label, "id": f"picture {index}"}
+
+    callback = spying(class_names=["a", "b", "c", "d"], normalisation=([0.0], [0.5]))[0]
+    validate(tmp_path, callback, module=Apart, val=squares(read=named))
+    ((_, _, panels),) = shelf.shown
+    assert [panel.title for panel in panels] == [f"picture {i}" for i in PICKED]
+    assert [panel.label for panel in panels] == ["abcd"[i % 4] for i in PICKED]
+    image = squares().dataset[PICKED[1]][0]
+    assert np.array_equal(panels[1].image, displayed(image[None], ([0.0], [0.5]))[0])
+
+
+def test_where_nothing_names_the_classes_their_numbers_do(tmp_path, shelf):
+    data = [squares().dataset[i] for i in range(16)]
+    validate(tmp_path, spying()[0], val=DataLoader(data, 4))
+    ((_, _, panels),) = shelf.shown
+    assert [panel.label for panel in panels] == [f"class {i % 4}" for i in PICKED]
+    assert [panel.title for panel in panels] == ["sample 1", "sample 2", "sample 3", "sample 4"]
+
+
+def test_another_method_than_sess_goes_by_its_own_name(tmp_path, shelf):
+    validate(tmp_path, quick(method=GradCAM(), compare={"random": RandomMap()}))
+    ((_, _, panels),) = shelf.shown
+    assert list(panels[0].overlays) == ["GradCAM"]
+    assert panels[0].caption.split("\n")[3].startswith("GradCAM: insertion 0.")
+    ((key, _, curves),) = shelf.drawn
+    assert key == "sess/curves"
+    assert list(curves) == ["GradCAM (n=4)", "random (n=4)"]
+
+
+# W&B ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wandb_logger(monkeypatch, tmp_path):
+    for _ in offline(monkeypatch, tmp_path):
+        yield WandbLogger(offline=True, save_dir=tmp_path)
+
+
+def test_wandb_holds_scalars_panel_and_curves_of_every_epoch(tmp_path, wandb_logger):
+    callback = SESSCallback(QUICK, num_samples=4, num_images=3, on_error="raise")
+    fit(tmp_path, callback, logger=wandb_logger, max_epochs=2, val=squares(read=boxed))
+    wandb_logger.experiment.finish()
+    folder = run_folder(tmp_path)
+    rows = history(folder)
+    scalars, panels, curves = (
+        [row for row in rows if key in row] for key in ("sess/overall", "sess/panel", "sess/curves_table")
+    )
+    names = [f"{kind}{name}" for kind in ("", "base/", "random/", "centre/") for name in WORST]
+    for row in scalars:
+        assert {f"sess/{name}" for name in names} <= set(row)
+        assert row["sess/overall"] == pytest.approx(row["sess/insertion"] - row["sess/deletion"], abs=1e-6)
+        assert "val_loss" in row
+    # Pictures stand at the very step of Lightning's own validation rows.
+    steps = [(row["epoch"], row["trainer/global_step"]) for row in scalars]
+    assert steps == [(0, 3), (1, 7)]
+    assert [(row["epoch"], row["trainer/global_step"]) for row in panels] == steps
+    assert [(row["epoch"], row["trainer/global_step"]) for row in curves] == steps
+    for row, figures in zip(panels, scalars, strict=True):
+        check_panel(folder, row["sess/panel"])
+        check_curves(folder, rows[rows.index(row) + 1]["sess/curves_table"], figures)
+
+
+def check_panel(folder, panel):
+    shown = [6, 8, 15]
+    assert panel["count"] == len(panel["filenames"]) == len(panel["captions"]) == 3
+    boxes = [
+        json.loads((folder / "files" / each["ground_truth"]["path"]).read_text())
+        for each in panel["all_boxes"]
+    ]
+    data = Squares(16, boxed)
+    for i, name, caption, box in zip(shown, panel["filenames"], panel["captions"], boxes, strict=True):
+        image, target = data[i]
+        lines = caption.split("\n")
+        assert lines[1] == f"label: {Squares.classes[i % 4]}"
+        assert re.fullmatch(r"prediction: (red|green|blue|yellow)", lines[2])
+        assert re.fullmatch(r"score of the label: 0\.\d{3}", lines[3])
+        assert re.fullmatch(r"SESS: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)", lines[4])
+        assert re.fullmatch(r"base: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)", lines[5])
+        drawn = np.asarray(Image.open(folder / "files" / name))
+        assert drawn.shape == (32, 3 * 32, 3)
+        # The mean colour of the picture, its normalisation undone, outlives the jpg.
+        expected = displayed(image[None], (MEAN, STD))[0]
+        assert np.abs(drawn[:, :32].mean((0, 1)) - expected.mean((0, 1))).max() < 3
+        x0, y0, x1, y1 = target["boxes"][0].tolist()
+        (drawn_box,) = box["box_data"]
+        assert drawn_box["position"] == {"minX": x0, "minY": y0, "maxX": x1, "maxY": y1}
+        assert drawn_box["box_caption"] == Squares.classes[i % 4]
+
+
+def check_curves(folder, logged, figures):
+    table = json.loads((folder / "files" / logged["path"]).read_text())
+    points = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+    kinds = {point["lineKey"] for point in points}
+    assert kinds == {
+        f"{kind}, {name} (n=4)"
+        for kind in ("insertion", "deletion")
+        for name in ("SESS", "base", "random", "centre")
+    }
+    curve = torch.tensor([point["lineVal"] for point in points if point["lineKey"] == "deletion, base (n=4)"])
+    assert curve_auc(curve).item() == pytest.approx(figures["sess/base/deletion"], abs=1e-6)
+
+
+# Several processes ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    script = Path(__file__).with_name("two_processes.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path_factory.mktemp("two"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_uneven_processes_log_what_one_process_logs(two_processes):
+    one, two = two_processes["one"], two_processes["uneven"]
+    assert two["scalars"]["sess/n"] == 16
+    ours = {
+        name: value for name, value in one["scalars"].items() if "_ci_" not in name and name != "val_loss"
+    }
+    assert {name: two["scalars"][name] for name in ours} == pytest.approx(ours, abs=1e-5)
+    assert [name for name, *_ in two["curves"]] == [name for name, *_ in one["curves"]]
+    assert np.allclose(*([row[1:] for row in found["curves"]] for found in (one, two)), atol=1e-5)
+
+
+def test_a_process_without_batches_keeps_no_other_waiting(two_processes):
+    scalars = two_processes["empty"]["scalars"]
+    assert scalars["sess/failed"] == 1
+    assert {name: scalars[f"sess/{name}"] for name in WORST} == WORST
+
+
+def test_a_process_that_fails_keeps_no_other_waiting(two_processes):
+    scalars = two_processes["broken"]["scalars"]
+    assert scalars["sess/failed"] == 1
+    assert "val_loss" in scalars
+    assert "sess/n" not in scalars

@@ -1,0 +1,307 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision import transforms as v1
+from torchvision import tv_tensors
+from torchvision.models import ResNet18_Weights
+from torchvision.transforms import v2
+
+from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
+from sess_lightning.types import Batch
+
+IMAGES = torch.zeros(2, 3, 8, 10)
+LABELS = torch.tensor([3, 1])
+FIRST, SECOND = [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]
+
+
+def box_lists(batch):
+    return [box.tolist() for box in batch.boxes]
+
+
+# Batches --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (IMAGES, LABELS),
+        [IMAGES, LABELS],
+        (IMAGES, LABELS[:, None]),
+        (IMAGES, LABELS.int()),
+        (IMAGES, LABELS, "more"),
+        (IMAGES, {"label": LABELS}),
+        (IMAGES, {"labels": LABELS}),
+        (IMAGES, [{"label": torch.tensor(3)}, {"label": torch.tensor(1)}]),
+        (IMAGES, [{"label": 3}, {"label": 1}]),
+        (IMAGES, ({"category": 3}, {"category": 1})),
+        {"image": IMAGES, "label": LABELS},
+        {"pixel_values": IMAGES, "labels": LABELS},
+        {"x": IMAGES, "y": LABELS},
+        {"images": IMAGES, "target": {"label": LABELS}},
+        {"images": IMAGES, "targets": [{"labels": torch.tensor([3])}, {"labels": torch.tensor([1])}]},
+        Batch(IMAGES, LABELS),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_batches_of_many_kinds_are_read_as_images_and_labels(given):
+    batch = read_batch(given)
+    assert batch.images is IMAGES
+    assert batch.labels.tolist() == [3, 1]
+    assert batch.labels.dtype == torch.int64
+    assert (batch.boxes, batch.masks, batch.ids, batch.difficult) == (None, None, None, None)
+
+
+def test_of_multi_hot_labels_the_first_positive_class_is_explained():
+    batch = read_batch((IMAGES, torch.tensor([[0.0, 0, 1, 1], [0, 1, 0, 0]])))
+    assert batch.labels.tolist() == [2, 1]
+
+
+def test_an_adapter_comes_first():
+    batch = read_batch({"a": LABELS, "b": IMAGES}, lambda given: (given["b"], given["a"]))
+    assert batch.labels.tolist() == [3, 1]
+    batch = read_batch("anything", lambda _: Batch(IMAGES, LABELS, ids=["u", "v"]))
+    assert batch.ids == ["u", "v"]
+
+
+def test_boxes_of_one_per_image_and_of_padded_tensors_are_read():
+    one = read_batch((IMAGES, {"label": LABELS, "box": torch.tensor([FIRST, SECOND])}))
+    assert box_lists(one) == [[FIRST], [SECOND]]
+    padded = torch.tensor([[FIRST, SECOND], [SECOND, [0.0] * 4]])
+    several = read_batch({"image": IMAGES, "label": LABELS, "bboxes": padded})
+    assert box_lists(several) == [[FIRST, SECOND], [SECOND, [0, 0, 0, 0]]]
+    check_boxes(several)
+
+
+def test_boxes_of_whole_numbers_become_floats():
+    batch = read_batch(
+        (IMAGES, {"label": LABELS, "boxes": [torch.tensor([[1, 2, 3, 4]]), torch.zeros(0, 4).long()]})
+    )
+    assert [box.dtype for box in batch.boxes] == [torch.float32] * 2
+    assert box_lists(batch) == [[FIRST], []]
+
+
+def test_a_detection_target_is_read_as_its_first_label_and_that_labels_boxes():
+    targets = [
+        {"labels": torch.tensor([2, 0, 2]), "boxes": torch.tensor([FIRST, SECOND, SECOND])},
+        {"labels": torch.tensor([1]), "boxes": torch.tensor([SECOND])},
+    ]
+    batch = read_batch((IMAGES, targets))
+    assert batch.labels.tolist() == [2, 1]
+    assert box_lists(batch) == [[FIRST, SECOND], [SECOND]]
+
+
+def test_a_detection_targets_masks_are_those_of_its_first_label():
+    masks = torch.zeros(3, 8, 10, dtype=torch.uint8)
+    masks[0, 0, 0] = masks[1, 1, 1] = masks[2, 2, 2] = 1
+    targets = [
+        {"labels": torch.tensor([2, 0, 2]), "masks": masks},
+        {"labels": torch.tensor([1]), "masks": masks[1:2]},
+    ]
+    batch = read_batch((IMAGES, targets))
+    assert [mask.nonzero().tolist() for mask in batch.masks] == [[[0, 0], [2, 2]], [[1, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("form", "written"), [("XYXY", [1.0, 2, 3, 6]), ("XYWH", [1.0, 2, 2, 4]), ("CXCYWH", [2.0, 4, 2, 4])]
+)
+@pytest.mark.parametrize("kind", ["one box", "boxes", "boxes of two labels"])
+def test_boxes_that_say_how_they_are_written_are_converted(form, written, kind):
+    def boxes(*rows):
+        return tv_tensors.BoundingBoxes(torch.tensor(rows), format=form, canvas_size=(8, 10))
+
+    target = {
+        "one box": {"label": 3, "boxes": boxes(written)},
+        "boxes": {"labels": torch.tensor([3]), "boxes": boxes(written)},
+        "boxes of two labels": {"labels": torch.tensor([3, 0]), "boxes": boxes(written, [1.0, 1, 1, 1])},
+    }[kind]
+    batch = read_batch((IMAGES, [target, target]))
+    assert box_lists(batch) == [[[1.0, 2, 3, 6]]] * 2
+    assert type(batch.boxes[0]) is torch.Tensor
+
+
+def test_a_whole_batchs_boxes_that_say_how_they_are_written_are_converted():
+    boxes = tv_tensors.BoundingBoxes(torch.tensor([[1.0, 2, 2, 4]] * 2), format="XYWH", canvas_size=(8, 10))
+    assert box_lists(read_batch((IMAGES, {"label": LABELS, "boxes": boxes}))) == [[[1.0, 2, 3, 6]]] * 2
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 10), (2, 1, 8, 10), (2, 3, 8, 10)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_masks_with_and_without_channels_are_read_as_one_mask_per_image(shape, dtype):
+    masks = torch.zeros(shape, dtype=dtype)
+    masks[..., 2, 5] = 1
+    batch = read_batch((IMAGES, {"label": LABELS, "mask": masks}))
+    assert batch.masks.shape == (2, 8, 10)
+    assert batch.masks.dtype == torch.bool
+    assert batch.masks.nonzero().tolist() == [[0, 2, 5], [1, 2, 5]]
+
+
+def test_masks_given_as_a_list_are_read():
+    masks = [torch.ones(8, 10), torch.zeros(8, 10)]
+    batch = read_batch({"image": IMAGES, "label": LABELS, "masks": masks})
+    assert batch.masks.flatten(1).all(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("ids", "read"), [(["a", "b"], ["a", "b"]), (torch.tensor([7, 9]), ["7", "9"])])
+def test_ids_become_names(ids, read):
+    assert read_batch({"image": IMAGES, "label": LABELS, "image_id": ids}).ids == read
+
+
+def test_difficult_marks_are_read():
+    batch = read_batch((IMAGES, {"label": LABELS, "difficult": torch.tensor([1, 0])}))
+    assert batch.difficult.tolist() == [True, False]
+
+
+def test_a_batch_gives_away_the_samples_that_are_taken():
+    batch = read_batch((IMAGES, {"label": LABELS, "boxes": torch.tensor([FIRST, SECOND]), "ids": ["a", "b"]}))
+    taken = batch.take([1])
+    assert (len(taken), taken.labels.tolist(), box_lists(taken), taken.ids) == (1, [1], [[SECOND]], ["b"])
+    assert taken.masks is None
+
+
+def test_a_batch_moves_with_all_it_holds():
+    batch = Batch(IMAGES, LABELS, boxes=[torch.zeros(1, 4)] * 2, ids=["a", "b"], size=(80, 100)).to("meta")
+    assert {batch.images.device.type, batch.labels.device.type, batch.boxes[1].device.type} == {"meta"}
+    assert (batch.ids, batch.size) == (["a", "b"], (80, 100))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "names"),
+    [
+        (IMAGES, TypeError, "The batch is a Tensor without labels"),
+        ((IMAGES,), TypeError, "The batch is a tuple without labels"),
+        ({"picture": IMAGES, "label": LABELS}, TypeError, r"keys \['label', 'picture'\]; none of \('image'"),
+        ({"image": IMAGES}, TypeError, r"a dict with keys \['image'\]"),
+        ((IMAGES, {"name": LABELS}), TypeError, "labels as NoneType"),
+        ((IMAGES, [{"name": 1}, {"name": 2}]), TypeError, r"The targets are dicts with keys \['name'\]"),
+        ((IMAGES, ["cat", "dog"]), TypeError, "labels as list; both must be tensors"),
+        ((IMAGES, [{"labels": torch.tensor([1])}, {"labels": torch.zeros(0)}]), ValueError, "has no label"),
+        ((IMAGES[0], LABELS), ValueError, r"images are \(3, 8, 10\), torch.float32; expected float \(B, C"),
+        ((IMAGES.byte(), LABELS), ValueError, "torch.uint8; expected float"),
+        ((IMAGES, LABELS[:1]), ValueError, r"labels have shape \(1,\) for 2 images"),
+        ((IMAGES, torch.zeros(2, 8, 10)), ValueError, r"labels have shape \(2, 8, 10\) for 2 images"),
+        ((IMAGES, {"label": LABELS, "boxes": torch.zeros(3, 4)}), ValueError, "boxes: got 3 for 2 images"),
+        ((IMAGES, {"label": LABELS, "masks": torch.zeros(1, 8, 10)}), ValueError, "masks: got 1 for 2"),
+        ((IMAGES, {"label": LABELS, "ids": ["a"]}), ValueError, "ids: got 1 for 2 images"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_a_way_out(given, error, names, unchecked):
+    with pytest.raises(error, match=names) as caught:
+        read_batch(given)
+    assert "batch_adapter=lambda batch: (images, labels)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[-1.0, 0, 3, 3], [0.0, -2, 3, 3], [0.0, 0, 12, 3], [0.0, 0, 3, 10], [3.0, 0, 1, 3], [0.0, 3, 3, 1]],
+)
+def test_boxes_outside_of_the_image_or_inside_out_are_refused(box):
+    batch = read_batch(
+        (IMAGES, {"label": LABELS, "boxes": [torch.tensor([FIRST]), torch.tensor([FIRST, box])]})
+    )
+    told = ", ".join(f"{value:g}" for value in box)
+    with pytest.raises(
+        ValueError, match=rf"boxes: \({told}\) of image 1 does not lie in the 8x10 image; .* convert"
+    ):
+        check_boxes(batch)
+
+
+def test_boxes_may_reach_to_the_very_border_and_refer_to_the_original_size():
+    boxes = [torch.tensor([[0.0, 0, 10, 8]]), torch.tensor([[0.0, 0, 0, 0]])]
+    check_boxes(Batch(IMAGES, LABELS, boxes=boxes))
+    check_boxes(Batch(IMAGES, LABELS, boxes=[torch.tensor([[0.0, 0, 100, 80]])] * 2, size=(80, 100)))
+    with pytest.raises(ValueError, match="does not lie in the 4x5 image"):
+        check_boxes(Batch(IMAGES, LABELS, boxes=boxes, size=(4, 5)))
+
+
+# Names and normalisation ----------------------------------------------------------------------------------
+
+
+class Pictures(TensorDataset):
+    def __init__(self, **held):
+        super().__init__(IMAGES)
+        vars(self).update(held)
+
+
+MEAN, STD = [0.5, 0.25, 0.125], [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        SimpleNamespace(class_names=["cat", "dog"]),
+        Pictures(classes=["cat", "dog"]),
+        Pictures(classes=("cat", "dog")),
+        Pictures(categories=["cat", "dog"]),
+        Pictures(classes=[("cat", "house cat"), ("dog",)]),
+        DataLoader(Subset(Subset(Pictures(classes=["cat", "dog"]), [0, 1]), [0])),
+        [DataLoader(Pictures(classes=["cat", "dog"]))],
+        SimpleNamespace(val_dataset=Pictures(classes=["cat", "dog"])),
+        SimpleNamespace(config=SimpleNamespace(id2label={1: "dog", 0: "cat"})),
+        SimpleNamespace(weights=SimpleNamespace(meta={"categories": ["cat", "dog"]})),
+    ],
+)  # fmt: skip
+def test_class_names_are_found_where_they_are(owner):
+    assert find_class_names(None, owner) == ["cat", "dog"]
+
+
+def test_class_names_of_more_than_ten_labels_are_in_the_order_of_their_numbers():
+    names = {str(i): f"n{i}" for i in range(12)}
+    assert find_class_names(SimpleNamespace(id2label=names)) == [f"n{i}" for i in range(12)]
+
+
+def test_torchvisions_weights_know_their_classes_and_their_normalisation():
+    owner = SimpleNamespace(weights=ResNet18_Weights.DEFAULT)
+    assert find_class_names(owner)[:2] == ["tench", "goldfish"]
+    assert find_normalisation(owner) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        SimpleNamespace(mean=MEAN, std=STD),
+        SimpleNamespace(mean=torch.tensor(MEAN).view(3, 1, 1), std=torch.tensor(STD).view(3, 1, 1)),
+        Pictures(transform=v1.Compose([v1.ToTensor(), v1.Normalize(MEAN, STD)])),
+        Pictures(transform=v2.Compose([v2.ToImage(), v2.Normalize(MEAN, STD)])),
+        Pictures(transform=v2.Compose([v2.ToImage(), v2.Compose([v2.Normalize(MEAN, STD)])])),
+        Pictures(transform=torch.nn.Sequential(v2.Normalize(MEAN, STD))),
+        DataLoader(Subset(Pictures(transform=v1.Normalize(MEAN, STD)), [0])),
+        SimpleNamespace(model=SimpleNamespace(pretrained_cfg={"mean": tuple(MEAN), "std": tuple(STD)})),
+        SimpleNamespace(image_processor=SimpleNamespace(image_mean=MEAN, image_std=STD)),
+    ],
+)  # fmt: skip
+def test_the_normalisation_is_found_where_it_is(owner):
+    assert find_normalisation(None, owner) == (MEAN, STD)
+
+
+def test_a_data_sets_transforms_for_both_pictures_and_targets_are_searched_too():
+    from torchvision.datasets import FakeData
+
+    data = FakeData(4, transform=v1.Compose([v1.ToTensor(), v1.Normalize(MEAN, STD)]))
+    assert find_normalisation(data) == (MEAN, STD)
+
+
+def test_the_first_owner_that_knows_is_believed():
+    assert find_class_names(Pictures(classes=["a"]), Pictures(classes=["b"])) == ["a"]
+    assert find_normalisation(SimpleNamespace(mean=0.5, std=0.25), SimpleNamespace(mean=MEAN, std=STD)) == (
+        [0.5],
+        [0.25],
+    )
+
+
+def test_nothing_is_made_up_where_nothing_is_known():
+    owners = (
+        None,
+        torch.nn.Linear(2, 2),
+        DataLoader(TensorDataset(IMAGES, LABELS)),
+        SimpleNamespace(classes=4),
+    )
+    assert find_class_names(*owners) is None
+    assert find_normalisation(*owners) is None
+
+
+def test_owners_that_hold_each_other_end_the_search():
+    one, other = SimpleNamespace(), SimpleNamespace()
+    one.model, other.model = other, one
+    assert find_class_names(one) is None
