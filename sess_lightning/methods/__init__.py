@@ -1,9 +1,46 @@
 """Saliency methods: frozen records of hyper-parameters, called as ``method(model, images, targets)``."""
 
-from sess_lightning.methods.baselines import CentreGaussian, RandomMap
-from sess_lightning.methods.cam import GradCAM
-from sess_lightning.methods.gradient import GuidedBackprop
-from sess_lightning.methods.perturbation import GroupCAM
+from sess_lightning.methods.adapters import Captum, PytorchGradCAM
+from sess_lightning.methods.augmented import AugmentedGradCAM
+from sess_lightning.methods.baselines import Blurred, CentreGaussian, RandomMap
+from sess_lightning.methods.cam import (
+    CAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    SmoothGradCAMPlusPlus,
+    XGradCAM,
+)
+from sess_lightning.methods.excitation import ExcitationBackprop
+from sess_lightning.methods.gradient import Gradient, GuidedBackprop, IntegratedGradients, SmoothGrad
+from sess_lightning.methods.perturbation import RISE, ExtremalPerturbation, GroupCAM, ScoreCAM
+from sess_lightning.methods.regions import XRAI
 from sess_lightning.methods.sess import SESS
 
-__all__ = ["SESS", "CentreGaussian", "GradCAM", "GroupCAM", "GuidedBackprop", "RandomMap"]
+__all__ = [
+    "CAM",
+    "RISE",
+    "SESS",
+    "XRAI",
+    "AugmentedGradCAM",
+    "Blurred",
+    "Captum",
+    "CentreGaussian",
+    "ExcitationBackprop",
+    "ExtremalPerturbation",
+    "GradCAM",
+    "GradCAMPlusPlus",
+    "Gradient",
+    "GroupCAM",
+    "GuidedBackprop",
+    "HiResCAM",
+    "IntegratedGradients",
+    "LayerCAM",
+    "PytorchGradCAM",
+    "RandomMap",
+    "ScoreCAM",
+    "SmoothGrad",
+    "SmoothGradCAMPlusPlus",
+    "XGradCAM",
+]

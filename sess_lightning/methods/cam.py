@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float, Int
@@ -12,14 +16,17 @@ from torch import Tensor, nn
 from sess_lightning.introspection import (
     borrowed,
     check_inputs,
+    classify,
     explaining,
     find_grid,
     gradient,
     head_forward,
     log_scores,
+    recording,
     resolve_layer,
     target_logits,
 )
+from sess_lightning.methods.gradient import generator
 from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
@@ -50,12 +57,12 @@ def layer_evidence(
 
 
 @dataclass(frozen=True)
-class GradCAM(SaliencyMethod):
-    """Grad-CAM (Selvaraju et al., ICCV 2017): features weighted by their mean gradient, rectified.
+class _FromFeatures(SaliencyMethod):
+    """What the family shares: features, the target logit's gradients by them, and one rule to combine them.
 
     Written here rather than taken from a library because SESS calls it per window: scores and maps come out
     of one forward, the backward runs through the head only, and maps stay on the layer's small grid until
-    fused.
+    fused. Each rule is tested against the library ``grad-cam``.
 
     Attributes:
         target_layer: The layer, as a dotted name or a module; None finds the last one that keeps a grid.
@@ -65,6 +72,12 @@ class GradCAM(SaliencyMethod):
     target_layer: str | nn.Module | None = None
     activation: Activation = "softmax"
     single_forward: ClassVar[bool] = True
+
+    @abstractmethod
+    def combine(
+        self, features: Float[Tensor, "B K h w"], gradients: Float[Tensor, "B K h w"]
+    ) -> Float[Tensor, "B h w"]:
+        """Turn features and gradients into maps, any range."""
 
     def explain(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
@@ -96,9 +109,239 @@ class GradCAM(SaliencyMethod):
                 logs = log_scores(logits, targets, self.activation)
                 return Extraction(min_max_upsampled(maps, size_of(images)), logs)
 
+
+@dataclass(frozen=True)
+class GradCAM(_FromFeatures):
+    """Grad-CAM (Selvaraju et al., ICCV 2017): features weighted by their mean gradient, rectified.
+
+    Attributes:
+        target_layer: The layer, as a dotted name or a module; None finds the last one that keeps a grid.
+        activation: How the model's logits become probabilities.
+    """
+
     def combine(
         self, features: Float[Tensor, "B K h w"], gradients: Float[Tensor, "B K h w"]
     ) -> Float[Tensor, "B h w"]:
         """Turn features and gradients into maps, any range."""
-        weights = gradients.mean((2, 3), keepdim=True)
+        return (gradients.mean((2, 3), keepdim=True) * features).sum(1).relu()
+
+
+@dataclass(frozen=True)
+class CAM(_FromFeatures):
+    """CAM (Zhou et al., CVPR 2016): features weighted by the final linear layer's weights, not rectified.
+
+    Defined where a single linear layer reads the features' mean over places, as in ResNet, MobileNetV2 or
+    EfficientNet; any other head is refused. There, a logit's gradient by each feature is that layer's weight
+    over the number of places, so the weights are read from the gradient.
+
+    Attributes:
+        target_layer: As for ``GradCAM``.
+        activation: How the model's logits become probabilities.
+    """
+
+    def extract(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Extraction:
+        """Return maps on the layer's grid, and log-scores, from one forward.
+
+        Raises:
+            ValueError: If the head is not a single linear layer after global average pooling.
+        """
+        with explaining(model):
+            _check_linear_head(model, resolve_layer(model, self.target_layer, images), borrowed(images[:1]))
+            return super().extract(model, images, targets)
+
+    def combine(
+        self, features: Float[Tensor, "B K h w"], gradients: Float[Tensor, "B K h w"]
+    ) -> Float[Tensor, "B h w"]:
+        """Turn features and gradients into maps, any range."""
+        return (gradients.sum((2, 3), keepdim=True) * features).sum(1)
+
+
+_LINEAR_HEADS: WeakKeyDictionary[nn.Module, tuple[str, ref[nn.Module]]] = WeakKeyDictionary()
+
+
+def _check_linear_head(model: nn.Module, layer: nn.Module, image: Float[Tensor, "1 C H W"]) -> None:
+    """Refuse a model without CAM's head, by a forward of one image; the answer is remembered per layer."""
+    names = {module: name for name, module in model.named_modules()}
+    remembered = _LINEAR_HEADS.get(layer)
+    if remembered is not None and names.get(remembered[1]() or layer) == remembered[0]:
+        return
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        calls.append((module, inputs[0], output))
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in names:
+            if isinstance(module, nn.Linear):
+                stack.callback(module.register_forward_hook(note).remove)
+        tap = stack.enter_context(recording(layer))
+        logits = classify(model, image)
+    grid = find_grid(tap.features.shape, size_of(image)) if tap.features is not None else None
+    if grid is not None and tap.features is not None:
+        pooled = grid.to_maps(tap.features).mean((2, 3))
+        for module, given, output in calls:
+            if _alike(given, pooled) and _alike(output, logits):
+                _LINEAR_HEADS[layer] = names[module], ref(module)
+                return
+    raise ValueError(
+        f"CAM: the head is not a single linear layer on the mean of target_layer {type(layer).__name__}'s "
+        "features over places, which CAM is defined by; use GradCAM, or HiResCAM for other linear heads."
+    )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    precision = 1e-4 if one.dtype.itemsize >= 4 else 2e-2
+    one, other = (tensor.detach().flatten().float() for tensor in (one, other))
+    return len(one) == len(other) and torch.allclose(one, other, rtol=precision, atol=precision)
+
+
+@dataclass(frozen=True)
+class GradCAMPlusPlus(_FromFeatures):
+    """Grad-CAM++ (Chattopadhay et al., WACV 2018): weights that share out credit among places, rectified.
+
+    Of exp(logit), whose higher derivatives are powers of the logit's gradient g where the head is piecewise
+    linear: alpha = g^2 / (2 g^2 + sum(A) g^3), weight = sum(alpha relu(g)), each sum over places (equations
+    19 and 21; exp(logit) itself cancels). The paper has no epsilon; ``grad-cam`` adds 1e-6 to alpha's
+    denominator, which is followed here: it tells, as g^2 is often no larger.
+
+    Attributes:
+        target_layer: As for ``GradCAM``.
+        activation: How the model's logits become probabilities.
+        epsilon: Added to alpha's denominator; 0 is the paper's.
+    """
+
+    epsilon: float = 1e-6
+
+    def combine(
+        self, features: Float[Tensor, "B K h w"], gradients: Float[Tensor, "B K h w"]
+    ) -> Float[Tensor, "B h w"]:
+        """Turn features and gradients into maps, any range."""
+        return _plus_plus(features, gradients, gradients**2, gradients**3, self.epsilon)
+
+
+def _plus_plus(
+    features: Float[Tensor, "B K h w"],
+    first: Float[Tensor, "B K h w"],
+    second: Float[Tensor, "B K h w"],
+    third: Float[Tensor, "B K h w"],
+    epsilon: float,
+) -> Float[Tensor, "B h w"]:
+    shared = 2 * second + features.sum((2, 3), keepdim=True) * third + epsilon
+    alpha = torch.where(shared == 0, 0, second / torch.where(shared == 0, 1, shared))
+    weights = (alpha * first.relu()).sum((2, 3), keepdim=True)
+    return (weights * features).sum(1).relu()
+
+
+@dataclass(frozen=True)
+class SmoothGradCAMPlusPlus(GradCAMPlusPlus):
+    """Smooth Grad-CAM++ (Omeiza et al., 2019): Grad-CAM++ with g, g^2 and g^3 averaged over noisy copies.
+
+    Features, and scores, are those of the image itself. Under a linear head gradients do not depend on the
+    image, and it is Grad-CAM++ at a higher price: name an earlier layer. Every image
+    of a batch meets the same noise, so that its map does not depend on its neighbours.
+
+    Attributes:
+        target_layer: As for ``GradCAM``.
+        activation: How the model's logits become probabilities.
+        epsilon: As for ``GradCAMPlusPlus``.
+        num_samples: Noisy copies, one forward each.
+        noise: The noise's standard deviation, as a share of each image's range.
+        seed: Of the noise's own generator; the global one is never touched.
+    """
+
+    num_samples: int = 10
+    noise: float = 0.15
+    seed: int = 0
+    single_forward: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.noise < 0:
+            raise ValueError(
+                "SmoothGradCAMPlusPlus: num_samples must be at least 1 and noise not negative, got "
+                f"{self.num_samples} and {self.noise}."
+            )
+
+    @property
+    def forwards(self) -> int:  # type: ignore[override]
+        """One for the features, one per noisy copy."""
+        return 1 + self.num_samples
+
+    def extract(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Extraction:
+        """Return maps on the layer's grid, and log-scores."""
+        with explaining(model):
+            images, targets = borrowed(images), borrowed(targets)
+            features, _, logits = layer_evidence(model, self.target_layer, images, targets)
+            powers = [torch.zeros_like(features) for _ in range(3)]
+            for noisy in self._noisy(images):
+                _, gradients, _ = layer_evidence(model, self.target_layer, noisy, targets)
+                for power, total in enumerate(powers, 1):
+                    total += gradients**power / self.num_samples
+            with torch.no_grad(), full_precision(images.device):
+                maps = _plus_plus(features, powers[0], powers[1], powers[2], self.epsilon)
+                logs = log_scores(logits, targets, self.activation)
+                return Extraction(min_max_upsampled(maps, size_of(images)), logs)
+
+    def _noisy(self, images: Float[Tensor, "B C H W"]) -> Iterator[Float[Tensor, "B C H W"]]:
+        spread = self.noise * (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True))
+        # A meta tensor has no generator, and no values either.
+        source = generator(images.device, self.seed) if images.device.type != "meta" else None
+        for _ in range(self.num_samples):
+            noise = torch.randn(images.shape[1:], generator=source, device=images.device, dtype=torch.float32)
+            yield images + spread * noise.to(images.dtype)
+
+
+@dataclass(frozen=True)
+class LayerCAM(_FromFeatures):
+    """LayerCAM (Jiang et al., TIP 2021): each place's features weighted by its own positive gradients.
+
+    Attributes:
+        target_layer: As for ``GradCAM``; early layers give usable maps, too.
+        activation: How the model's logits become probabilities.
+    """
+
+    def combine(
+        self, features: Float[Tensor, "B K h w"], gradients: Float[Tensor, "B K h w"]
+    ) -> Float[Tensor, "B h w"]:
+        """Turn features and gradients into maps, any range."""
+        return (gradients.relu() * features).sum(1).relu()
+
+
+@dataclass(frozen=True)
+class HiResCAM(_FromFeatures):
+    """HiResCAM (Draelos & Carin, 2020): each place's features weighted by its own gradients, rectified.
+
+    Attributes:
+        target_layer: As for ``GradCAM``.
+        activation: How the model's logits become probabilities.
+    """
+
+    def combine(
+        self, features: Float[Tensor, "B K h w"], gradients: Float[Tensor, "B K h w"]
+    ) -> Float[Tensor, "B h w"]:
+        """Turn features and gradients into maps, any range."""
+        return (gradients * features).sum(1).relu()
+
+
+@dataclass(frozen=True)
+class XGradCAM(_FromFeatures):
+    """XGrad-CAM (Fu et al., BMVC 2020): gradients averaged with each channel's own features as weights.
+
+    A channel whose features sum to 0 has its weight not divided. ``grad-cam`` adds 1e-7 to each sum instead,
+    which differs for sums of that size only.
+
+    Attributes:
+        target_layer: As for ``GradCAM``.
+        activation: How the model's logits become probabilities.
+    """
+
+    def combine(
+        self, features: Float[Tensor, "B K h w"], gradients: Float[Tensor, "B K h w"]
+    ) -> Float[Tensor, "B h w"]:
+        """Turn features and gradients into maps, any range."""
+        total = features.sum((2, 3), keepdim=True)
+        weights = (gradients * features).sum((2, 3), keepdim=True) / torch.where(total == 0, 1, total)
         return (weights * features).sum(1).relu()

@@ -88,8 +88,10 @@ class SESS(SaliencyMethod):
             raise ValueError(
                 f"SESS: theta must be in [0, 1), a fraction of the top weight, got {self.theta}."
             )
-        if self.batch_size < 1:
-            raise ValueError(f"SESS: batch_size must be at least 1, got {self.batch_size}.")
+        for name in ("window", "stride", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"SESS: {name} must be at least 1, got {value}.")
 
     @property
     def activation(self) -> Activation:  # type: ignore[override]

@@ -1,0 +1,389 @@
+"""Any attribution of captum and any CAM of grad-cam, by class or by name; the model comes back as it was."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import io
+import random
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sess_lightning.introspection import (
+    Grid,
+    borrowed,
+    check_inputs,
+    classify,
+    explaining,
+    find_grid,
+    first_tensor,
+    log_scores,
+    resolve_layer,
+    with_first_tensor,
+)
+from sess_lightning.ops import min_max, size_of, upsample
+from sess_lightning.types import Activation, Explanation, SaliencyMethod
+
+PLACES = 7
+"""Rows and columns of the patches that perturbation methods switch where the options name none."""
+
+
+@dataclass(frozen=True, init=False)
+class _Adapter(SaliencyMethod):
+    """What both adapters share: look up the class, share out the options, lend the model, count the cost."""
+
+    method: str | type
+    options: dict[str, Any] | None = field(default=None, hash=False)
+    target_layer: str | nn.Module | None = None
+    activation: Activation = "softmax"
+    package: ClassVar[str]
+    extra: ClassVar[str]
+
+    def __init__(
+        self,
+        method: str | type,
+        options: Mapping[str, Any] | None = None,
+        *,
+        target_layer: str | nn.Module | None = None,
+        activation: Activation = "softmax",
+        **more: Any,
+    ) -> None:
+        """Take options as keywords, or as a dict, as YAML gives them."""
+        if isinstance(method, type) and method.__module__.startswith(f"{self.package.split('.')[0]}."):
+            method = method.__name__
+        # YAML knows lists only, and captum tuples.
+        given = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in {**(options or {}), **more}.items()
+        }
+        own = {"method": method, "options": given or None}
+        for name, value in {**own, "target_layer": target_layer, "activation": activation}.items():
+            object.__setattr__(self, name, value)
+
+    @abstractmethod
+    def _draw(
+        self,
+        kind: type[Any],
+        model: _Classifier,
+        images: Float[Tensor, "B C H W"],
+        targets: Int[Tensor, " B"],
+    ) -> Tensor:
+        """Run the package; return maps of any range and size."""
+
+    def explain(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Explanation:
+        """Explain ``targets`` on ``images``: a forward for the scores, then whatever the package does.
+
+        Raises:
+            ImportError: If the package is not installed.
+            ValueError: If the package has no such method, or it needs what no option gives.
+        """
+        return self._explain(model, images, targets)[0]
+
+    def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
+        """Return how many forwards one map costs, counted on an empty picture: only the package knows."""
+        weight = next((p for p in model.parameters() if p.ndim == 4), torch.zeros(1, 3, 1, 1))
+        image = torch.zeros(1, weight.shape[1], *size, dtype=weight.dtype, device=weight.device)
+        return self._explain(model, image, torch.zeros(1, dtype=torch.long, device=weight.device))[1]
+
+    def _explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Explanation, int]:
+        check_inputs(type(self).__name__, images, targets)
+        kind = self._kind()
+        with explaining(model):
+            images, targets = borrowed(images), borrowed(targets)
+            layer = self._layer(kind, model, images)
+            with _lent(model, layer, size_of(images)) as classifier:
+                with torch.no_grad():
+                    scores = log_scores(classify(model, images), targets, self.activation).exp()
+                classifier.images = len(images)
+                maps = self._draw(kind, classifier, images.requires_grad_(), targets)
+        maps = maps.detach().to(images.device, torch.float32)
+        drawn = min_max(upsample(maps, size_of(images)))
+        return Explanation(drawn, scores), classifier.images // len(images)
+
+    def _layer(self, kind: type[Any], model: nn.Module, images: Tensor) -> nn.Module | None:  # noqa: ARG002
+        return resolve_layer(model, self.target_layer, images)
+
+    def _kind(self) -> type[Any]:
+        try:
+            package = importlib.import_module(self.package)
+        except ImportError as error:
+            raise ImportError(
+                f"{type(self).__name__} needs the package {self.extra}: "
+                f"pip install 'sess-lightning[adapters]' ({error})."
+            ) from error
+        if isinstance(self.method, type):
+            return self.method
+        kind = getattr(package, self.method, None)
+        if not isinstance(kind, type):
+            known = ", ".join(
+                sorted(name for name, value in vars(package).items() if isinstance(value, type))
+            )
+            raise ValueError(f"{type(self).__name__}: {self.extra} has no {self.method!r}; it has {known}.")
+        return kind
+
+    def _refuse(self, kind: type[Any], what: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}({kind.__name__}): {what}.")
+
+    def _options(self, kind: type[Any], call: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Share the options out between the constructor and the call."""
+        build, calls = _parameters(kind), _parameters(call)
+        given = self.options or {}
+        unknown = [name for name in given if name not in build and name not in calls]
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in (*build.values(), *calls.values())):
+            raise self._refuse(kind, f"has no option {', '.join(unknown)}; it has {', '.join(build | calls)}")
+        return (
+            {name: value for name, value in given.items() if name in build},
+            {name: value for name, value in given.items() if name not in build},
+        )
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return {name: p for name, p in inspect.signature(function).parameters.items() if name != "self"}
+
+
+class _Probe(nn.Module):
+    """What the target layer's features pass through, as float32 (B, K, h, w): the layer that packages see."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.clone()  # LRP tells input and output apart.
+
+
+class _Classifier(nn.Module):
+    """A model as the packages want it: logits alone, two of them at least, the target layer on a grid.
+
+    What the packages do to it (``eval``, ``zero_grad``, swapping the layer) does not reach the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.probe = _Probe()
+        self.shape: torch.Size | None = None
+        self.images = 0
+        self.training = self.probe.training = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.images += len(images)
+        logits = classify(self.model, images).float()
+        return torch.cat([-logits, logits], 1) if logits.shape[1] == 1 else logits
+
+    def train(self, mode: bool = True) -> _Classifier:  # noqa: ARG002
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        pass
+
+    def through_probe(self, layer: nn.Module, size: tuple[int, int], output: Any) -> Any:
+        features = first_tensor(output)
+        grid = find_grid(features.shape, size)
+        if grid is None:
+            raise ValueError(
+                f"target_layer {type(layer).__name__} gives features of shape {tuple(features.shape)}, which "
+                f"lie on no grid over {size[0]}x{size[1]} images; name an earlier layer."
+            )
+        maps = self.probe(grid.to_maps(features).float())
+        self.shape = maps.shape
+        # The clone lets whatever follows work in place, while the package still holds the maps.
+        return with_first_tensor(output, _put_back(grid, features, maps.clone()))
+
+
+def _put_back(grid: Grid, features: Tensor, maps: Float[Tensor, "B K h w"]) -> Tensor:
+    maps = maps.to(features.dtype)
+    if grid.layout == "channels_last":
+        return maps.permute(0, 2, 3, 1)
+    if grid.layout == "tokens":
+        return torch.cat([features[:, : grid.extra], maps.flatten(2).mT], 1)
+    return maps
+
+
+@contextmanager
+def _lent(model: nn.Module, layer: nn.Module | None, size: tuple[int, int]) -> Iterator[_Classifier]:
+    """Lend a model to code that hooks, patches and differentiates as it likes; take it back as it was."""
+    stores = [
+        store
+        for module in model.modules()
+        for store in (vars(module), *(value for value in vars(module).values() if isinstance(value, dict)))
+    ]
+    kept = [(store, dict(store)) for store in stores]
+    stand_ins = {p: nn.Parameter(p.data, p.is_floating_point()) for p in model.parameters()}
+    generators = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with ExitStack() as stack:
+        try:
+            # Same values, other tensors: a `backward()` leaves its gradients there, and wakes no hook of DDP.
+            for module in model.modules():
+                own = module._parameters
+                own.update({name: stand_ins[p] for name, p in own.items() if p is not None})
+            classifier = _Classifier(model)
+            if layer is not None:
+                layer.register_forward_hook(
+                    lambda module, _, output: classifier.through_probe(module, size, output)
+                )
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"captum|pytorch_grad_cam")
+            for redirect in (redirect_stdout, redirect_stderr):  # Progress bars, notes to the reader.
+                stack.enter_context(redirect(io.StringIO()))
+            yield classifier
+        finally:
+            for store, before in kept:
+                store.clear()
+                store.update(before)
+            random.setstate(generators[0])
+            np.random.set_state(generators[1])  # noqa: NPY002
+
+
+@dataclass(frozen=True, init=False)
+class PytorchGradCAM(_Adapter):
+    """Any CAM of the package ``grad-cam`` (pytorch_grad_cam), e.g. ``PytorchGradCAM("EigenCAM")``.
+
+    The package works in NumPy, so every call waits for the device; where there is a choice, the methods of
+    this package are quicker. Features of transformers reach it as (B, C, h, w), without class and register
+    tokens.
+
+    Attributes:
+        method: Name of the class, or the class itself.
+        options: For its constructor or its call; in Python keywords will do.
+        target_layer: As for ``GradCAM``.
+        activation: How the model's logits become probabilities.
+    """
+
+    package: ClassVar[str] = "pytorch_grad_cam"
+    extra: ClassVar[str] = "grad-cam"
+
+    def _draw(self, kind: type[Any], model: _Classifier, images: Tensor, targets: Tensor) -> Tensor:
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+        takes = _parameters(kind)
+        if not ({"model", "target_layers"} <= takes.keys() and hasattr(kind, "forward")):
+            raise self._refuse(kind, "is no CAM of a target layer")
+        # Some classes name their options on `forward` only, others on `__call__` only.
+        named = kind.__call__ if "targets" in _parameters(kind.__call__) else kind.forward
+        build, call = self._options(kind, named)
+        cam = kind(model, [model.probe], **build)
+        if "target_idx" in _parameters(named):  # FinerCAM, given a class, looks for others to tell it from.
+            pairs = zip(images.split(1), targets.tolist(), strict=True)
+            maps = np.concatenate([cam(image, None, target_idx=target, **call) for image, target in pairs])
+        else:
+            chosen = [ClassifierOutputTarget(target) for target in targets.tolist()]
+            maps = cam(input_tensor=images, targets=chosen, **call)
+        return torch.from_numpy(np.asarray(maps, dtype=np.float32))
+
+
+@dataclass(frozen=True, init=False)
+class Captum(_Adapter):
+    """Any attribution of the package captum, e.g. ``Captum("IntegratedGradients", n_steps=20)``.
+
+    Where captum demands what an image classifier can do without, there are defaults: zeros (the mean image)
+    as baselines, 7 x 7 patches as features to switch off, windows of a seventh of the image for Occlusion,
+    32 images at a time. Methods of layers get the target layer.
+
+    Attributes:
+        method: Name of the class, or the class itself.
+        options: For its constructor or its ``attribute``; in Python keywords will do.
+        target_layer: As for ``GradCAM``; methods of the pixels need none.
+        activation: How the model's logits become probabilities.
+        absolute: Sum |attribution| over channels; False sums what it is and keeps what speaks for the target;
+            None is True for gradients by pixel, False for layers and perturbations.
+    """
+
+    absolute: bool | None = None
+    package: ClassVar[str] = "captum.attr"
+    extra: ClassVar[str] = "captum"
+
+    def __init__(
+        self,
+        method: str | type,
+        options: Mapping[str, Any] | None = None,
+        *,
+        target_layer: str | nn.Module | None = None,
+        activation: Activation = "softmax",
+        absolute: bool | None = None,
+        **more: Any,
+    ) -> None:
+        """Take options as keywords, or as a dict, as YAML gives them."""
+        super().__init__(method, options, target_layer=target_layer, activation=activation, **more)
+        object.__setattr__(self, "absolute", absolute)
+
+    def _layer(self, kind: type[Any], model: nn.Module, images: Tensor) -> nn.Module | None:
+        by_layer = "layer" in _parameters(kind)
+        return resolve_layer(model, self.target_layer, images) if by_layer else None
+
+    def _draw(self, kind: type[Any], model: _Classifier, images: Tensor, targets: Tensor) -> Tensor:
+        from captum.attr import GradientAttribution, LayerAttribution
+
+        if not hasattr(kind, "attribute"):
+            raise self._refuse(kind, "is no attribution")
+        for name, why in _REFUSED.items():
+            if kind.__name__.endswith(name):
+                raise self._refuse(kind, why)
+        if kind.__name__.endswith("LRP"):
+            from captum.attr._utils.lrp_rules import IdentityRule
+
+            model.probe.rule = IdentityRule()  # As captum's documentation has it: a rule is an attribute.
+        build, call = self._options(kind, kind.attribute)
+        takes = _parameters(kind.attribute)
+        given = {"model": model, "forward_func": model, "layer": model.probe}
+        build = {**_wanted(kind, given), **build}
+        call = {**_wanted(kind.attribute, self._defaults(takes, model, images, targets)), **call}
+        missing = [
+            name
+            for name, p in (_parameters(kind) | takes).items()
+            if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name not in build | call
+        ]
+        if missing:
+            raise self._refuse(kind, f"needs {', '.join(missing)}, which no default and no option gives")
+        found = kind(**build).attribute(**call)
+        found = first_tensor(found).float()
+        absolute = self.absolute
+        if absolute is None:
+            absolute = issubclass(kind, GradientAttribution) and not issubclass(kind, LayerAttribution)
+        return found.abs().sum(1) if absolute else found.sum(1).relu()
+
+    @staticmethod
+    def _defaults(
+        takes: Mapping[str, inspect.Parameter], model: _Classifier, images: Tensor, targets: Tensor
+    ) -> dict[str, Any]:
+        (channels, height, width), chunk = images.shape[1:], max(32, len(images))
+        window = (channels, max(1, height // PLACES), max(1, width // PLACES))
+        defaults = {
+            "inputs": images,
+            "target": targets,
+            "sliding_window_shapes": window,
+            "strides": (channels, *(max(1, side // 2) for side in window[1:])),
+            "feature_mask": _patches(height, width, images.device),
+            "internal_batch_size": chunk,
+            "perturbations_per_eval": chunk // len(images),
+        }
+        if model.shape is not None:
+            height, width = model.shape[2:]
+            places = torch.arange(height * width, device=images.device).view(1, 1, height, width)
+            defaults["layer_mask"] = places.expand(1, model.shape[1], -1, -1)
+            defaults["perturbations_per_eval"] = 1  # captum does not repeat the targets of a layer's images.
+        if "baselines" in takes and takes["baselines"].default is inspect.Parameter.empty:
+            defaults["baselines"] = torch.zeros_like(images[:1]).repeat(2, 1, 1, 1)
+        return defaults
+
+
+_REFUSED = {
+    "FeaturePermutation": "swaps features between the images of a batch, which explains none of them",
+    "ShapleyValues": "takes every order of the features and so never ends; use ShapleyValueSampling",
+}
+
+
+def _wanted(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in _parameters(function) if name in values}
+
+
+def _patches(height: int, width: int, device: torch.device) -> Int[Tensor, "1 1 H W"]:
+    rows, columns = (torch.arange(n, device=device) * PLACES // n for n in (height, width))
+    return (rows[:, None] * PLACES + columns)[None, None]

@@ -1,0 +1,239 @@
+"""Excitation backprop: the target's evidence, handed down as probabilities from winners to their winners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+
+from sess_lightning.introspection import (
+    borrowed,
+    check_inputs,
+    explaining,
+    find_grid,
+    gradient,
+    head_forward,
+    log_scores,
+    resolve_layer,
+    target_logits,
+)
+from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
+from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
+
+_Run: TypeAlias = Callable[[Tensor], Tensor]
+_FLOOR = 1e-20  # A neuron excited by less passes nothing on.
+
+
+def _share(run: _Run, x: Tensor, p: Tensor) -> Tensor:
+    """Hand each output's ``p`` to the inputs, by their share in ``run(x)``: a sum of non-negative parts."""
+    with torch.enable_grad():
+        x = x.clamp(min=0).requires_grad_()
+        total = run(x)
+    excited = total > _FLOOR
+    (pulled,) = torch.autograd.grad(total, x, torch.where(excited, p / total.where(excited, 1), 0))
+    return x.detach() * pulled
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: _Run, excited: _Run, inhibited: _Run | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.excited, ctx.inhibited = excited, inhibited
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, p: Tensor) -> tuple[Tensor, None, None, None]:
+        x = ctx.saved_tensors[0].detach()
+        if ctx.inhibited is None:
+            return _share(ctx.excited, x, p), None, None, None
+        # Evidence against a neuron is what its negative weights let in.
+        found = _share(ctx.excited, x, p.clamp(min=0)) + _share(ctx.inhibited, x, (-p).clamp(min=0))
+        return found, None, None, None
+
+
+class _Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: _Run) -> Tensor:
+        y = run(x)
+        if y is x:
+            ctx.mark_dirty(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, p: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return p, None
+
+
+class _Added(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, run: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        mine, other = x.clamp(min=0), y.clamp(min=0)
+        total = mine + other
+        excited = total > _FLOOR
+        total = total.where(excited, 1)
+        ctx.save_for_backward((mine / total).where(excited, 0), (other / total).where(excited, 0))
+        z = run(x, y)
+        if z is x:
+            ctx.mark_dirty(x)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, p: Tensor) -> tuple[Tensor, Tensor, None]:
+        mine, other = ctx.saved_tensors
+        return p * mine, p * other, None
+
+
+class excitation(TorchFunctionMode):  # noqa: N801
+    """Inside, gradients are winning probabilities, for what runs there; nothing is hooked or replaced.
+
+    Convolutions, linear layers and averages share a probability out in proportion to input times positive
+    weight; sums, in proportion to their positive terms. Activations and norms pass it on whole; so do
+    products, to their larger factor (the smaller one is a gate). All else, maximum pooling among it, keeps
+    its own gradient.
+    """
+
+    _WEIGHTED = frozenset({F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d})
+    _AVERAGES = frozenset(
+        {
+            F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
+            F.adaptive_avg_pool3d, torch.mean, Tensor.mean, torch.sum, Tensor.sum,
+        }
+    )  # fmt: skip
+    _PASSING = frozenset(
+        {
+            F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.relu, F.relu_, torch.relu,
+            torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.gelu, F.silu,
+            F.hardswish,
+        }
+    )  # fmt: skip
+    _SUMS = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__})
+    _PRODUCTS = frozenset(
+        {
+            torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__, torch.div,
+            Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__,
+        }
+    )  # fmt: skip
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Give what is known its rule, pass everything else through."""
+        kwargs = kwargs or {}
+        x = args[0] if args else kwargs.get("input")
+        tensors = [value for value in (*args[:2], *kwargs.values()) if isinstance(value, Tensor)]
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return func(*args, **kwargs)
+
+        def run(x: Tensor) -> Tensor:
+            found: Tensor = func(x, *args[1:], **{name: kwargs[name] for name in kwargs if name != "input"})
+            return found
+
+        if func in self._WEIGHTED:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            settings = {name: kwargs[name] for name in kwargs if name not in ("input", "weight", "bias")}
+
+            def weighted(sign: int, x: Tensor) -> Tensor:
+                found: Tensor = func(x, (sign * weight.detach()).clamp(min=0), None, *args[3:], **settings)
+                return found
+
+            return _Shared.apply(x, run, partial(weighted, 1), partial(weighted, -1))
+        if func in self._AVERAGES:
+            return _Shared.apply(x, run, run, None)
+        if func in self._PASSING or (func in self._PRODUCTS and len(tensors) == 1):
+            return _Passed.apply(x, run)
+        if len(args) == 2 and not kwargs and len(tensors) == 2 and func in self._SUMS | self._PRODUCTS:
+            return self._pair(func, *args)
+        return func(*args, **kwargs)
+
+    def _pair(self, func: Callable[..., Tensor], x: Tensor, y: Tensor) -> Any:
+        if func in self._SUMS:
+            return _Added.apply(x, y, func) if x.shape == y.shape else func(x, y)
+        if x.numel() >= y.numel():
+            return _Passed.apply(x, lambda x: func(x, y.detach()))
+        return _Passed.apply(y, lambda y: func(x.detach(), y))
+
+
+@dataclass(frozen=True)
+class ExcitationBackprop(SaliencyMethod):
+    """Excitation backprop (Zhang et al., ECCV 2016; IJCV 2018): where the target's winners took it from.
+
+    The target's neuron wins with probability 1; each winner hands its probability to the inputs of its layer
+    in proportion to input times positive weight, down to ``target_layer``, where channels are summed. Written
+    for networks of convolutions, linear layers, pooling, norms and ReLUs, with shortcuts; elsewhere, in
+    attention above all, the plain gradient stands in and no claim is made.
+
+    As in TorchRay, norms hand everything on. Unlike there, a negative input wins nothing (the paper takes
+    inputs to be non-negative; linear bottlenecks have others), in sums neither, and bounded ReLUs and gates
+    hand everything on: so probabilities stay probabilities. The contrastive variant subtracts the map of the
+    negated target and rectifies; both are linear below the classifier, so taking the difference at the end is
+    taking it there, as the authors do.
+
+    Costs one forward, and a backward through the head (two, if contrastive), which is its own forward again
+    on positive weights.
+
+    Attributes:
+        target_layer: Where the map is read, as for ``GradCAM``. The paper reads it lower: VGG-16's
+            ``features.23``, ResNet-50's ``layer3``.
+        contrastive: Subtract what speaks against the target.
+        activation: How the model's logits become probabilities.
+    """
+
+    target_layer: str | nn.Module | None = None
+    contrastive: bool = False
+    activation: Activation = "softmax"
+    single_forward: ClassVar[bool] = True
+
+    def explain(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Explanation:
+        """Explain ``targets`` on ``images``; raises what ``GradCAM`` raises."""
+        check_inputs(type(self).__name__, images, targets)
+        maps, logs = self.extract(model, images, targets)
+        return Explanation(upsample(maps, size_of(images)).clamp(0, 1), logs.exp())
+
+    def extract(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Extraction:
+        """Return maps on the layer's grid, and log-scores, from one forward."""
+        with explaining(model):
+            images, targets = borrowed(images), borrowed(targets)
+            winning, logits = self.winning(model, images, targets)
+            with torch.no_grad(), full_precision(images.device):
+                maps = min_max_upsampled(winning.sum(1).relu(), size_of(images))
+                return Extraction(maps, log_scores(logits, targets, self.activation))
+
+    def winning(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B N"]]:
+        """Return each neuron's marginal winning probability (or the difference of two), and the logits."""
+        with explaining(model):
+            layer = resolve_layer(model, self.target_layer, images)
+            with excitation():
+                logits, features = head_forward(model, layer, images)
+            grid = find_grid(features.shape, size_of(images))
+            if grid is None or features.shape[0] != images.shape[0]:
+                raise ValueError(
+                    f"target_layer {type(layer).__name__} gives features of shape {tuple(features.shape)}, "
+                    f"which lie on no grid over {tuple(images.shape)} images; name an earlier layer."
+                )
+            wins = target_logits(logits, targets)
+            against = None
+            if self.contrastive and wins.requires_grad:
+                (against,) = torch.autograd.grad(
+                    -wins.float().sum(), features, retain_graph=True, allow_unused=True
+                )
+            found = gradient(wins, features)
+            if against is not None:
+                found = found - against
+            return grid.to_maps(found).to(torch.float32), logits.detach()

@@ -1,0 +1,297 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from formula import TARGET_LAYERS, build, equation_2, picture
+
+from sess_lightning.engine import prefilter, windows
+from sess_lightning.introspection import explaining
+from sess_lightning.methods import SESS, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
+from sess_lightning.ops import blur
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CASES = sorted(path.stem for path in GOLDEN.glob("*.npz") if not path.stem.startswith("causal"))
+BASES = [GradCAM("features.5"), GuidedBackprop(), GroupCAM(8, "features.5")]
+base_cases = pytest.mark.parametrize("base", BASES, ids=["cam", "guided", "group"])
+
+
+@pytest.fixture
+def targets():
+    """Classes for which none of the bases' maps is flat."""
+    return torch.tensor([2, 0])
+
+
+def read(case):
+    golden = np.load(GOLDEN / f"{case}.npz")
+    return golden, json.loads(str(golden["meta"]))
+
+
+def run(meta, **changes):
+    """Return the plan, the fused map before its min-max and the windows' log-scores, one image."""
+    layer = TARGET_LAYERS[meta["model"]]
+    bases = {"gradcam": GradCAM(layer), "groupcam": GroupCAM(target_layer=layer), "guided": GuidedBackprop()}
+    method = SESS(
+        **{
+            "base": bases[meta["method"].removesuffix("_asis")],
+            "num_scales": meta["n"],
+            "prefilter_ratio": meta["r"],
+            "window": 224,
+            "stride": meta["step"],
+            "antialias": meta["antialias"],
+            "theta": meta["theta"],
+            "fusion": meta["pool"],
+            **changes,
+        }
+    )
+    model, image = build(meta["model"]), picture(meta["h"], meta["w"], meta["stream"])[None]
+    plan = method.plan(model, (meta["h"], meta["w"]))
+    with explaining(model):
+        maps, logs = method.fused(model, image, torch.tensor([meta["cls"]]), plan)
+    return plan, maps[0], logs[0]
+
+
+def close_to(golden, result, got, step):
+    """Much closer than the tolerances that came with the goldens; a lone pixel at zero may count or not."""
+    off = np.abs(got[::step, ::step] - golden[f"{result}_map"])
+    means = [got.mean(1) - golden[f"{result}_row_mean"], got.mean(0) - golden[f"{result}_col_mean"]]
+    return (off > 1e-5).mean() <= 1e-3 and all(np.abs(mean).max() < 1e-4 for mean in means)
+
+
+# The authors' numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("_asis")])
+def test_the_map_is_the_authors(case):
+    golden, meta = read(case)
+    plan, fused, logs = run(meta)
+    if "tiles" in golden:
+        tiles = [
+            (min(scale), *scale, box[1], box[0])
+            for scale, boxes in zip(plan.scales, plan.boxes, strict=True)
+            for box in boxes
+        ]
+        assert tiles == [tuple(tile) for tile in golden["tiles"].tolist()]
+        np.testing.assert_allclose(logs.exp().numpy(), golden["scores"], rtol=1e-4)
+        assert sorted(prefilter(logs, meta["r"]).tolist()) == sorted(golden["keep"].tolist())
+    # `drop` is what this package does with flat windows and dead groups; where there is none it is `raw`.
+    assert close_to(golden, "drop" if "drop_map" in golden else "raw", fused.numpy(), meta["subsample"])
+    if meta.get("nan_maps") == 0 and meta["method"] == "gradcam":
+        assert close_to(golden, "smooth", blur(fused).numpy(), meta["subsample"])
+
+
+def test_flat_windows_blank_the_authors_map_and_take_no_part_in_ours():
+    golden, meta = read("tiny_224_n3_nan")
+    assert meta["nan_maps"] == 4
+    assert not golden["raw_map"].any()
+    assert run(meta)[1].amax() > 0.5
+
+
+def test_guided_backprop_stays_guided_on_every_window_unlike_the_authors_code():
+    golden, meta = read("resnet18_224_n2_r50_guided")
+    as_is, _ = read("resnet18_224_n2_r50_guided_asis")
+    fused = run(meta)[1].numpy()
+    assert close_to(golden, "raw", fused, meta["subsample"])
+    assert np.abs(fused[::2, ::2] - as_is["raw_map"]).mean() > 0.01
+
+
+def test_the_papers_example_keeps_4_of_303_windows():
+    method = SESS(GradCAM("features.5"), num_scales=12, stride=112, window=224, prefilter_ratio=0.99)
+    plan = method.plan(build("tiny"), (224, 224))
+    assert len(plan) == 303
+    assert prefilter(torch.zeros(303), method.prefilter_ratio).tolist() == [0, 1, 2, 3]
+
+
+# Identities -----------------------------------------------------------------------------------------------
+
+
+@base_cases
+def test_one_full_size_scale_is_the_base(base, tiny, images, targets):
+    got, expected = (m.explain(tiny, images, targets) for m in (SESS(base, num_scales=1), base))
+    assert expected.maps.amax((1, 2)).tolist() == pytest.approx([1, 1])
+    torch.testing.assert_close(got.maps, expected.maps, atol=1e-6, rtol=0)
+    torch.testing.assert_close(got.scores, expected.scores, atol=1e-6, rtol=0)
+
+
+@base_cases
+def test_sess_is_a_base_like_any_other(base, tiny, images, targets):
+    once = SESS(base, num_scales=2, prefilter_ratio=0.5)
+    twice = SESS(once, num_scales=1)
+    torch.testing.assert_close(twice(tiny, images, targets), once(tiny, images, targets), atol=1e-6, rtol=0)
+
+
+@base_cases
+@pytest.mark.parametrize(
+    ("theta", "fusion", "weighs"), [(0.0, "mean", True), (0.3, "max", False), (0.2, "mean", False)]
+)
+def test_sess_is_equation_2_of_the_bases_maps_of_its_windows(base, theta, fusion, weighs, tiny):
+    image, target = picture(150, 120, 3)[None], torch.tensor([2])
+    method = SESS(
+        base,
+        scales=(64, 90),
+        window=64,
+        stride=50,
+        prefilter_ratio=0.4,
+        theta=theta,
+        fusion=fusion,
+        channel_weights=weighs,
+    )
+    plan = method.plan(tiny, (150, 120))
+    parts = torch.stack(list(windows(image, plan)))
+    maps, scores = base.explain(tiny, parts, target.expand(len(plan)))
+    which = scores.argsort(descending=True, stable=True)[: len(plan) - int(len(plan) * 0.4)]
+    weights = scores / scores.amax() if weighs else torch.ones(len(plan))
+    expected = torch.from_numpy(equation_2(maps[which], weights[which], plan, which.tolist(), theta, fusion))
+    expected = (expected - expected.amin()) / (expected.amax() - expected.amin())
+    got = method(tiny, image, target)[0]
+    off = (got - expected).abs()
+    assert (off > 1e-4).double().mean() <= 2e-3  # A pixel on the threshold may count or not.
+    assert got.amax() == 1
+    assert got.amin() == 0
+
+
+def test_pictures_are_smoothed_last(tiny, images, targets):
+    plain = SESS(GradCAM("features.5"), num_scales=2)(tiny, images, targets)
+    smoothed = SESS(GradCAM("features.5"), num_scales=2, smoothing=True)(tiny, images, targets)
+    assert torch.equal(smoothed, blur(plain, 11, 5.0))
+
+
+@base_cases
+@pytest.mark.parametrize("size", [(224, 224), (150, 225)])
+def test_a_batch_is_its_images_one_by_one(base, size, tiny, targets):
+    images = torch.stack([picture(*size, 1), picture(*size, 2)])
+    method = SESS(base, num_scales=2, window=112, prefilter_ratio=0.5, batch_size=5)
+    got = method.explain(tiny, images, targets)
+    for i in range(2):
+        one = method.explain(tiny, images[i : i + 1], targets[i : i + 1])
+        torch.testing.assert_close(got.maps[i], one.maps[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(got.scores[i], one.scores[0], atol=1e-6, rtol=0)
+
+
+@base_cases
+def test_the_batch_size_does_not_matter(base, tiny, images, targets):
+    few, many = (SESS(base, num_scales=2, prefilter_ratio=0.5, batch_size=n) for n in (3, 64))
+    torch.testing.assert_close(few(tiny, images, targets), many(tiny, images, targets), atol=1e-5, rtol=0)
+
+
+def test_maps_are_finite_where_every_probability_underflows(tiny, images):
+    tiny.fc.weight.data *= 1e3
+    tiny.fc.bias.data = torch.tensor([-1000.0, -1000.0, 1000.0, 1000.0, 0.0])
+    targets = torch.tensor([0, 1])
+    maps, scores = SESS(GradCAM("features.5"), num_scales=2).explain(tiny, images, targets)
+    assert scores.tolist() == [0, 0]
+    assert maps.isfinite().all()
+    assert maps.amax((1, 2)).tolist() == [1, 1]
+
+
+def test_a_target_whose_every_window_is_flat_gets_a_map_of_zeros(tiny, images, targets):
+    tiny.fc.weight.data = -tiny.fc.weight.data.abs()
+    maps = SESS(GradCAM("features.5"), num_scales=2)(tiny, images, targets)
+    assert torch.equal(maps, torch.zeros(2, 224, 224))
+
+
+# Cost -----------------------------------------------------------------------------------------------------
+
+
+@base_cases
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_count_forwards_is_what_the_model_sees(base, ratio, tiny, images, targets):
+    sizes = []
+    tiny.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    method = SESS(base, num_scales=3, prefilter_ratio=ratio, batch_size=4)
+    method(tiny, images, targets)
+    kept = 9 - int(9 * ratio)
+    expected = {"GradCAM": 9, "GuidedBackprop": 9 + kept, "GroupCAM": 9 + kept * (2 + 8)}[type(base).__name__]
+    assert method.count_forwards(tiny, (224, 224)) == expected
+    assert sum(sizes) == 2 * expected
+
+
+def test_windows_of_all_images_share_full_batches(tiny, images, targets):
+    sizes = []
+    tiny.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    SESS(GradCAM("features.5"), num_scales=3, batch_size=4)(tiny, images, targets)
+    assert sizes == [4, 4, 4, 4, 2]
+
+
+# Windows and scores ---------------------------------------------------------------------------------------
+
+
+def test_the_window_is_the_size_the_model_was_built_for_else_the_shorter_side(tiny):
+    method = SESS(GradCAM("features.5"), num_scales=2)
+    assert method.plan(tiny, (96, 128)).scales == ((96, 128), (123, 164))
+    tiny.pretrained_cfg = {"fixed_input_size": True, "input_size": (3, 224, 224)}
+    assert method.plan(tiny, (96, 128)).scales == ((224, 298), (288, 384))
+
+
+def test_scores_are_the_whole_images_where_a_window_is_the_whole_image_else_the_best_windows(tiny, targets):
+    square, wide = torch.stack([picture(224, 224, 1), picture(224, 224, 2)]), picture(224, 400, 3)[None]
+    probabilities = tiny(square).softmax(1)[[0, 1], targets]
+    scores = SESS(GradCAM("features.5"), num_scales=2).explain(tiny, square, targets).scores
+    torch.testing.assert_close(scores, probabilities)
+    best = torch.cat([tiny(wide[..., :224]), tiny(wide[..., 176:])]).softmax(1)[:, targets[0]].amax()
+    scores = SESS(GradCAM("features.5"), num_scales=1).explain(tiny, wide, targets[:1]).scores
+    torch.testing.assert_close(scores, best[None])
+
+
+# Records --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_methods_print_compare_hash_and_pickle():
+    method = SESS(GradCAM("layer4"), scales=[224, 320], prefilter_ratio=0.5)
+    assert method.scales == (224, 320)
+    assert repr(method).startswith(
+        "SESS(base=GradCAM(target_layer='layer4', activation='softmax'), num_scales=6,"
+    )
+    assert method == SESS(GradCAM("layer4"), scales=(224, 320), prefilter_ratio=0.5)
+    assert method != SESS(GradCAM("layer3"), scales=(224, 320), prefilter_ratio=0.5)
+    assert hash(method) == hash(pickle.loads(pickle.dumps(method)))
+    with pytest.raises(AttributeError):
+        method.theta = 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (
+            {"base": "GradCAM"},
+            TypeError,
+            r"SESS: base must be a saliency method such as GradCAM\(\), got 'GradCAM'",
+        ),
+        ({"num_scales": 0}, ValueError, "SESS: num_scales must be at least 1, got 0"),
+        ({"scales": ()}, ValueError, "SESS: scales is empty; give at least one"),
+        ({"prefilter_ratio": 1.0}, ValueError, r"SESS: prefilter_ratio must be in \[0, 1\), got 1.0"),
+        ({"prefilter_ratio": -0.1}, ValueError, r"SESS: prefilter_ratio must be in \[0, 1\), got -0.1"),
+        ({"fusion": "sum"}, ValueError, 'SESS: fusion must be "mean" or "max", got \'sum\''),
+        (
+            {"theta": 1.0},
+            ValueError,
+            r"SESS: theta must be in \[0, 1\), a fraction of the top weight, got 1.0",
+        ),
+        ({"batch_size": 0}, ValueError, "SESS: batch_size must be at least 1, got 0"),
+        ({"stride": 0}, ValueError, "SESS: stride must be at least 1, got 0"),
+        ({"window": 0}, ValueError, "SESS: window must be at least 1, got 0"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_setting_that_cannot_be_is_refused_at_once(wrong, error, message):
+    with pytest.raises(error, match=message):
+        SESS(**{"base": CentreGaussian(), **wrong})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"scales": (200, 300), "window": 224},
+            "window 224 exceeds the 200x200 scaled image; use scales >= window",
+        ),
+        ({"scales": (200,)}, "window 224 exceeds the 200x200 scaled image; use scales >= window"),
+        ({"stride": 225}, "stride 225 with window 224; use a window >= 1 and 1 <= stride <= window"),
+    ],
+)
+def test_windows_that_do_not_fit_the_image_are_refused(settings, message, tiny, images, targets):
+    with pytest.raises(ValueError, match=message):
+        SESS(GradCAM("features.5"), **settings)(tiny, images, targets)
