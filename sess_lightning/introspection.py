@@ -464,8 +464,8 @@ def find_target_layer(model: nn.Module, images: Float[Tensor, "B C H W"]) -> nn.
     """Find the last layer whose features still lie on a grid, by one traced forward of one image.
 
     For a CNN that is the block before global pooling (ResNet's ``layer4``, VGG-16's last ReLU before its last
-    pooling). For a transformer it is the last layer, keys and values aside, whose patch tokens still reach the
-    logits: a class token is read at the end, so the very last layers tell nothing about place (ViT's last
+    pooling). For a transformer it is the last layer, keys and values aside, whose patch tokens still reach
+    the logits: a class token is read at the end, so the very last layers tell nothing about place (ViT's last
     block's ``norm1``). The answer is remembered per model and image size.
 
     Raises:

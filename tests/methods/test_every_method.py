@@ -26,7 +26,7 @@ ARGUMENTS = {
     "GroupCAM": {"groups": 4},
     "RISE": {"num_masks": 4},
     "IntegratedGradients": {"steps": 2},
-    "XRAI": {"steps": 2},
+    "XRAI": {"steps": 2, "scales": (100.0, 250.0)},
     "ExtremalPerturbation": {"areas": (0.2,), "steps": 2},
 }
 NEEDS = {"Captum": "captum", "PytorchGradCAM": "pytorch_grad_cam"}
