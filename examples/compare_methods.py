@@ -30,7 +30,6 @@ PICTURES = {
     "Egyptian cat, 285": (pictures.chelsea, 285),
     "espresso, 967": (pictures.coffee, 967),
     "cup, 968": (pictures.coffee, 968),
-    "moped, 665": (lambda: pictures.stereo_motorcycle()[0], 665),
     "palace, 698": (lambda: load_sample_image("china.jpg"), 698),
 }
 FULL = {"num_scales": 12, "smoothing": True, "window": 224}

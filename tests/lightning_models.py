@@ -1,7 +1,9 @@
 """A classifier, its pictures and a Trainer, as small as they can be."""
 
+import random
 from itertools import cycle
 
+import numpy as np
 import torch
 from formula import fill, uniform
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -157,7 +159,10 @@ def trainer(folder, *callbacks, logger=None, **kwargs):
 
 
 def fit(folder, *callbacks, module=Classifier, train=None, val=None, ckpt_path=None, **kwargs):
-    """Fit a classifier on 16 squares, shuffled, and validate it on the same in order."""
+    """Fit a classifier on 16 squares, shuffled, and validate it on the same in order.
+
+    How it leaves the global generators is noted on the Trainer.
+    """
     seed_everything(0, verbose=False)
     its = trainer(folder, *callbacks, **kwargs)
     its.fit(
@@ -166,6 +171,11 @@ def fit(folder, *callbacks, module=Classifier, train=None, val=None, ckpt_path=N
         squares() if val is None else val,
         ckpt_path=ckpt_path,
     )
+    its.generators = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor(np.random.get_state()[2]),  # noqa: NPY002
+        "python": torch.tensor(random.getstate()[1]),
+    }
     return its
 
 

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import random
 import re
 import subprocess
 import sys
@@ -77,7 +78,7 @@ class Broken(SaliencyMethod):
     calls: list = field(default_factory=list, compare=False)
 
     def explain(self, model, images, targets):
-        torch.rand(1)
+        torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
         self.calls.append(1)
         if len(self.calls) > self.since:
             raise self.error("out of luck")
@@ -436,8 +437,7 @@ def everything(its):
     return {
         **its.lightning_module.state_dict(),
         **{f"momentum {i}": momentum for i, momentum in enumerate(momenta)},
-        "rng": torch.get_rng_state(),
-        "numpy": torch.tensor(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002
+        **its.generators,
         "modes": torch.tensor([module.training for module in its.lightning_module.modules()]),
         "val_loss": torch.tensor(its.logger.of("val_loss")),
     }

@@ -241,7 +241,7 @@ class IntegratedGradients(PixelMethod):
                 points = baselines + part.to(line.dtype).view(-1, 1, 1, 1, 1) * line
                 gradients, _ = pixel_gradients(model, points.flatten(0, 1), targets.repeat(len(part)))
                 total += torch.tensordot(weight, gradients.unflatten(0, points.shape[:2]), 1)
-        return total * line
+        return total * line.to(torch.float32)
 
     def _parts(self, nodes: Tensor, weights: Tensor, images: int) -> tuple[tuple[Tensor, ...], ...]:
         size = max(1, self.batch_size // images)

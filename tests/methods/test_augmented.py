@@ -112,7 +112,7 @@ def test_the_misfit_is_the_formula(blob):
 
 
 def test_without_variation_it_is_ridge_regression():
-    method = AugmentedGradCAM(num_copies=10, variation=0.0, energy=0.1, steps=3000, learning_rate=0.01)
+    method = AugmentedGradCAM(num_copies=10, variation=0.0, energy=0.1, steps=1200, learning_rate=0.02)
     posed = method.draw((16, 16), torch.device("cpu"))
     views = View.of(posed, (16, 16), (4, 4))
     maps = torch.rand(10, 1, 4, 4, generator=torch.Generator().manual_seed(0))

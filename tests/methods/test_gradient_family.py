@@ -195,3 +195,11 @@ def test_methods_print_as_the_call_that_makes_them():
     assert str(SmoothGrad(IntegratedGradients(10), noise=0.1)) == (
         "SmoothGrad(IntegratedGradients(steps=10), noise=0.1)"
     )
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_maps_are_float32_whatever_the_model_is(method, dtype, tiny, images, targets):
+    explanation = method.explain(tiny.to(dtype), images.to(dtype), targets)
+    assert explanation.maps.dtype == explanation.scores.dtype == torch.float32
+    assert explanation.maps.amax((1, 2)).tolist() == [1.0, 1.0]

@@ -1,0 +1,186 @@
+"""The command line: ``sess-lightning evaluate | explain | fit | validate | test``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from PIL import Image
+from typing_extensions import override
+
+from sess_lightning.benchmarks import Benchmark, Sample, read_picture
+from sess_lightning.callback import SESSCallback
+from sess_lightning.engine import smooth
+from sess_lightning.evaluation import Experiment, Results, evaluate, evaluate_with
+from sess_lightning.introspection import classify, explaining
+from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.ops import min_max
+from sess_lightning.reporting.panels import Panel, displayed, overlay, sheet
+from sess_lightning.types import SaliencyMethod
+from sess_lightning.weights import Network, load_network
+
+USAGE = """usage: sess-lightning COMMAND ...
+
+  evaluate   score a method on a data set: the paper's tables, on its data or yours
+  explain    explain one picture
+  fit, validate, test   Lightning's own commands, with the callback beside (--sess.*)
+
+sess-lightning COMMAND --help tells more.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: What stands behind ``sess-lightning``; None reads the command line.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = given[0] if given else ""
+    if command in ("fit", "validate", "test"):
+        ExplainedCLI(args=None if arguments is None else given)
+    elif command == "evaluate":
+        run_evaluate(evaluate_parser().parse_args(given[1:]))
+    elif command == "explain":
+        run_explain(explain_parser().parse_args(given[1:]))
+    else:
+        sys.stdout.write(USAGE)
+        sys.exit(0 if command in ("-h", "--help") else 2)
+
+
+class ExplainedCLI(LightningCLI):
+    """Lightning's commands for any module and data module, with a ``SESSCallback`` set by ``--sess.*``."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(SESSCallback, "sess")
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would take the checkpoint's hyper-parameters for arguments, which only works if the same
+        # command had written it. Here a checkpoint brings weights; --model.* says how the model is made.
+        pass
+
+
+def evaluate_parser() -> ArgumentParser:
+    """Return the parser of ``evaluate``."""
+    parser = ArgumentParser(prog="sess-lightning evaluate", description=evaluate.__doc__)
+    parser.add_argument(
+        "--config", action="config", help="YAML with any of these; the paper's: configs/paper"
+    )
+    parser.add_argument("--data", type=Path, help="the data set's folder, where the config says none")
+    parser.add_function_arguments(load_network, "model")
+    parser.add_subclass_arguments(Benchmark, "benchmark", required=True)
+    parser.add_class_arguments(Experiment, "experiment", skip={"mean", "std"})
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="records and results")
+    parser.add_argument("--paper", type=dict[str, float], default={}, help="figures to put beside, percent")
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ...")
+    parser.add_argument("--devices", type=int, default=1, help="processes that share the pictures")
+    parser.add_argument("--skip_broken", type=bool, default=False, help="leave out unreadable samples")
+    parser.link_arguments("data", "benchmark.init_args.root")
+    return parser
+
+
+def run_evaluate(config: Namespace) -> Results:
+    """Evaluate, write the results and print their table."""
+    made = evaluate_parser().instantiate(config)
+    network = _network(config)
+    experiment = replace(made.experiment, mean=network.mean, std=network.std)
+    trainer = _trainer(config.accelerator, config.devices)
+    given = (network.model, made.benchmark, experiment, config.out)
+    if config.devices > 1:
+        results = evaluate_with(trainer, *given, skip_broken=config.skip_broken)
+    else:
+        network.model.to(trainer.strategy.root_device)
+        results = evaluate(*given, skip_broken=config.skip_broken, progress=True)
+    if trainer.is_global_zero:
+        written = results.write(config.out, config.paper)
+        sys.stdout.write(results.table(config.paper) + "\n")
+        sys.stdout.write("".join(f"{path}\n" for path in written))
+    return results
+
+
+def _trainer(accelerator: str, devices: int) -> Trainer:
+    # Shares end at different times: the last one is waited for.
+    strategy: Strategy | str = DDPStrategy(timeout=timedelta(days=30)) if devices > 1 else "auto"
+    return Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _network(config: Namespace) -> Network:
+    return load_network(**config.model.as_dict())
+
+
+def explain_parser() -> ArgumentParser:
+    """Return the parser of ``explain``."""
+    parser = ArgumentParser(prog="sess-lightning explain", description="Explain one picture.")
+    parser.add_argument("image", type=Path, help="a file")
+    parser.add_argument("--config", action="config", help="YAML with any of these")
+    parser.add_function_arguments(load_network, "model")
+    parser.add_argument("--method", type=SaliencyMethod, default=SESS(GradCAM()), help="what explains")
+    parser.add_argument("--target", type=int | str | None, default=None, help="class; None is the prediction")
+    parser.add_argument("--size", type=int, default=224, help="shorter side the model sees, px")
+    parser.add_argument("--out", type=Path, default=Path("explanation.png"), help="the picture to write")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, ...")
+    return parser
+
+
+def run_explain(config: Namespace) -> None:
+    """Explain a picture, and its base beside it where there is one."""
+    method = explain_parser().instantiate(config).method
+    network = _network(config)
+    model = network.model.to(config.device)
+    with Image.open(config.image) as file:
+        size = file.height, file.width
+    picture = read_picture(Sample(config.image.stem, config.image, size, ()))
+    framing = Experiment(method, size=config.size, antialias=True, mean=network.mean, std=network.std)
+    images = framing.images(picture).to(config.device)
+    with explaining(model), torch.no_grad():
+        logits = classify(model, images.clone())
+    target = _target(config.target, network.class_names, int(logits.argmax(1)))
+    label = network.class_names[target] if target < len(network.class_names) else f"class {target}"
+    targets = torch.tensor([target], device=config.device)
+    shown = displayed(images, (network.mean, network.std))[0]
+    overlays, caption = {}, [f"target: {label}"]
+    for each in [*([method.base] if isinstance(method, SESS) else []), method]:
+        maps, scores = each.explain(model, images, targets)
+        drawn = min_max(smooth(maps)) if isinstance(each, SESS) else maps
+        overlays[type(each).__name__] = overlay(shown, drawn[0])
+        caption.append(f"{each}: score {float(scores):.3f}")
+    panel = Panel(shown, overlays, "\n".join(caption), label=label, title=config.image.name)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(sheet([panel], side=shown.shape[0]))).save(config.out)
+    sys.stdout.write("\n".join([*caption, str(config.out)]) + "\n")
+
+
+def _target(asked: Any, names: Sequence[str], predicted: int) -> int:
+    if asked is None:
+        return predicted
+    if isinstance(asked, int) or str(asked).isdigit():
+        return int(asked)
+    if asked not in names:
+        raise SystemExit(
+            f"--target: {asked!r} is none of the model's {len(names)} class names; give its index."
+        )
+    return list(names).index(asked)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from formula import build
+from layouts import photograph, write_coco, write_imagenet, write_own, write_voc
+from PIL import Image
+from torch import nn
+
+from sess_lightning import cli, weights
+from sess_lightning.methods import SESS
+from sess_lightning.types import SaliencyMethod
+from sess_lightning.weights import fit_names, load_network, read_state
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    pytest.importorskip("pycocotools")
+    root = tmp_path_factory.mktemp("data")
+    return {"VOC07": write_voc(root / "voc"), "COCO14": write_coco(root / "coco"),
+            "ImageNet": write_imagenet(root / "imagenet")}  # fmt: skip
+
+
+@pytest.fixture
+def parser():
+    return cli.evaluate_parser()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_paper_makes_an_experiment(path, roots, parser):
+    text = path.read_text()
+    kind = next(name for name in roots if f"benchmarks.{name}" in text)
+    more = ["--data", str(roots[kind])]
+    if kind == "ImageNet":
+        more = ["--data", str(roots[kind] / "val"), "--benchmark.synsets", str(roots[kind] / "synsets.txt")]
+    made = parser.instantiate(parser.parse_args(["--config", str(path), *more]))
+    experiment = made.experiment
+    assert len(made.benchmark) == 3
+    assert isinstance(experiment.method, SaliencyMethod)
+    assert experiment.metric().methods.keys() == {"", *experiment.methods()}
+    assert str(made.out) == f"runs/paper/{path.stem}"
+    if isinstance(experiment.method, SESS):
+        assert not experiment.method.smoothing
+        assert not experiment.method.antialias
+
+
+def test_there_is_a_config_for_every_row():
+    names = {path.stem for path in CONFIGS}
+    backbones, methods = ("resnet50", "vgg16"), ("gradcam", "guidedbp", "groupcam")
+    assert {f"table1_{b}_{m}" for b in backbones for m in methods} <= names
+    others = (*methods, "rise", "ebp", "ep")
+    assert {f"table3_{d}_{b}_{m}" for d in ("voc07", "coco14") for b in backbones for m in others} <= names
+    assert {f"table2_{m}_n{n}_r{r}" for m in methods for n in (6, 12) for r in (0, 50, 99)} <= names
+    assert {f"figure5_{b}_n{n:02d}" for b in backbones for n in range(1, 13)} <= names
+    assert {f"figure6_{b}_r{r}0" for b in backbones for r in range(10)} <= names
+    assert {f"figure{f}_{b}" for f in (7, 9, 10) for b in backbones} <= names
+
+
+@pytest.fixture
+def tiny_network(monkeypatch):
+    """The tiny CNN, in place of torchvision's."""
+    network = weights.Network(build("tiny"), (0.5,) * 3, (0.5,) * 3, ("a", "b", "c", "d", "e"))
+    monkeypatch.setattr(cli, "_network", lambda config: network)
+    return network
+
+
+def write_config(path):
+    path.write_text(
+        """
+model: {name: resnet18, weights: null}
+benchmark: {class_path: sess_lightning.benchmarks.PictureFolder}
+experiment:
+  method:
+    class_path: sess_lightning.methods.SESS
+    init_args: {base: {class_path: sess_lightning.methods.GradCAM}, num_scales: 2, window: 64}
+  size: 64
+  steps: 2
+paper: {overall: 57.3}
+"""
+    )
+    return str(path)
+
+
+def test_evaluate_writes_and_prints_the_figures(tmp_path, capsys, tiny_network):
+    root, config = write_own(tmp_path / "own"), write_config(tmp_path / "tiny.yaml")
+    given = ["evaluate", "--config", config, "--data", str(root), "--out", str(tmp_path / "out")]
+    cli.main([*given, "--accelerator", "cpu"])
+    printed = capsys.readouterr().out
+    assert "SESS(GradCAM()" in printed
+    assert "n 3, images 3, broken 0, missing 0" in printed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "records-0-of-1.jsonl", "results.csv", "results.txt", "classes.csv", "curves.png",
+    }  # fmt: skip
+
+
+def test_explain_writes_a_picture_of_image_base_and_sess(tmp_path, capsys, tiny_network):
+    photograph("chelsea").save(tmp_path / "cat.png")
+    given = ["explain", str(tmp_path / "cat.png"), "--model.name", "resnet18", "--model.weights", "null"]
+    out = tmp_path / "out" / "cat.png"
+    cli.main([*given, "--size", "64", "--target", "b", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "target: b" in printed
+    assert Image.open(out).width > 3 * 64
+
+
+def test_explaining_a_class_of_unknown_name_says_so(tmp_path, tiny_network):
+    photograph("chelsea").save(tmp_path / "cat.png")
+    given = ["explain", str(tmp_path / "cat.png"), "--model.name", "resnet18", "--target", "unicorn"]
+    with pytest.raises(SystemExit, match="'unicorn' is none of the model's 5 class names"):
+        cli.main(given)
+
+
+def test_no_command_tells_what_there_is(capsys):
+    with pytest.raises(SystemExit):
+        cli.main([])
+    assert "evaluate   score a method on a data set" in capsys.readouterr().out
+
+
+def small(classes=4):
+    return torchvision.models.squeezenet1_1(num_classes=classes), torchvision.models.resnet18(
+        num_classes=classes
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.net."])
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3, "lr": 0.1}])
+def test_weights_come_from_state_dicts_and_lightning_checkpoints(tmp_path, prefix, wrap):
+    model = small()[1]
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    torch.save(wrap({**state, "metric.total": torch.zeros(1)}), tmp_path / "a.ckpt")
+    loaded = load_network("resnet18", tmp_path / "a.ckpt").model
+    assert loaded.fc.out_features == 4
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_weights_come_from_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = small()[1]
+    safetensors.save_file(model.state_dict(), tmp_path / "a.safetensors")
+    loaded = load_network("resnet18", tmp_path / "a.safetensors").model
+    assert torch.equal(loaded.fc.weight, model.fc.weight)
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "whole_model.pth")
+    with pytest.raises(ValueError, match="holds more than tensors, which is not loaded"):
+        read_state(tmp_path / "whole_model.pth")
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    torch.save(small()[0].state_dict(), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="the weights do not fit the model"):
+        load_network("resnet18", tmp_path / "a.pth")
+    with pytest.raises(FileNotFoundError, match=r"none\.pth is no file"):
+        load_network("resnet18", tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="torchvision knows no 'resnet19'"):
+        load_network("resnet19")
+
+
+def test_prefixes_are_found_not_guessed():
+    state = {"a.b.w": torch.ones(1), "w": torch.zeros(1), "a.b.v": torch.ones(1)}
+    assert fit_names(state, {"w", "v"}, "f") == {"w": torch.ones(1), "v": torch.ones(1)}
+
+
+def caffe_names(state):
+    """TorchRay's file of ResNet-50: batch norms in pairs, blue first, a bias in the first convolution."""
+    named = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        is_norm = parts[-2].startswith("bn") or ("downsample" in name and parts[-2] == "1")
+        if is_norm:
+            parts.insert(-1, "0" if "running" in name or "num_batches" in name else "1")
+        named[".".join(parts)] = value
+    return named
+
+
+def test_torchrays_resnet50_is_read_from_a_local_file(tmp_path):
+    model = torchvision.models.resnet50(num_classes=20)
+    state = caffe_names(model.state_dict())
+    state["conv1.bias"] = torch.zeros(64)
+    state["fc.weight"] = state["fc.weight"][:, :, None, None]
+    torch.save(state, tmp_path / "resnet50_voc.pth.tar")
+    network = load_network("resnet50", tmp_path / "resnet50_voc.pth.tar", layout="torchray")
+    assert torch.equal(network.model.conv1.weight, model.conv1.weight.flip(1))
+    assert torch.equal(network.model.fc.weight, model.fc.weight)
+    assert network.mean == pytest.approx((123.68 / 255, 116.779 / 255, 103.939 / 255))
+    assert (network.model.maxpool.padding, network.model.maxpool.ceil_mode) == (0, True)
+    assert (network.model.layer2[0].conv1.stride, network.model.layer2[0].conv2.stride) == ((2, 2), (1, 1))
+
+
+def test_torchrays_vgg16_takes_pictures_of_any_shape(monkeypatch, tmp_path):
+    with torch.device("meta"):
+        plain = torchvision.models.vgg16(num_classes=20).eval()
+    plain.to_empty(device="cpu")
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    renamed = {"classifier.3": "classifier.2", "classifier.6": "classifier.4"}
+    state = {
+        next((name.replace(old, new) for old, new in renamed.items() if name.startswith(old)), name): value
+        for name, value in plain.state_dict().items()
+    }
+    monkeypatch.setattr(weights, "read_state", lambda path: dict(state))
+    (tmp_path / "vgg16_voc.pth.tar").touch()
+    network = load_network("vgg16", tmp_path / "vgg16_voc.pth.tar", layout="torchray")
+    images = torch.linspace(-1, 1, 3 * 224 * 224).view(1, 3, 224, 224)
+    with torch.no_grad():
+        # Blue first in the file: the plain network sees the channels reversed.
+        assert torch.allclose(network.model(images), plain(images.flip(1)), atol=1e-5)
+        assert network.model(torch.zeros(1, 3, 224, 260)).shape == (1, 20)

@@ -1,0 +1,210 @@
+import copy
+import csv
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from evaluated import FiveClasses, experiment, run, start
+from formula import build
+from layouts import write_own, write_voc
+
+from sess_lightning.benchmarks import BrokenSampleError, PictureFolder, read_picture
+from sess_lightning.evaluation import Experiment, Results, describe, evaluate, evaluate_with, summarise
+from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.metrics import SESSMetric
+from sess_lightning.metrics.functional import insertion_curve, pointing_hits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the forked processes: sums in another order would differ in the last digit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    return write_voc(tmp_path_factory.mktemp("voc"))
+
+
+@pytest.fixture(scope="module")
+def whole(voc, tmp_path_factory):
+    """An unbroken run of one process: its results, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(voc, folder), folder
+
+
+def test_a_run_killed_half_way_goes_on_to_the_very_same_figures(voc, whole, tmp_path):
+    process, path = start(voc, tmp_path), tmp_path / "records-0-of-1.jsonl"
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 2):
+        assert time.monotonic() < deadline
+        assert process.is_alive()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    written = path.read_bytes()
+    assert 2 <= written.count(b"\n") < 4
+    path.write_bytes(written + b'{"sample": 2, "id": "0000')  # What a kill in the midst of a line leaves.
+    results = run(voc, tmp_path)
+    assert results.figures == whole[0].figures
+    assert path.read_bytes() == (whole[1] / path.name).read_bytes()
+
+
+def test_two_processes_give_exactly_the_figures_of_one(voc, whole, tmp_path):
+    processes = [start(voc, tmp_path, rank, 2) for rank in range(2)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    lines = [len(path.read_text().splitlines()) - 1 for path in sorted(tmp_path.glob("records-*"))]
+    assert lines == [2, 1]
+    merged = summarise(tmp_path, whole[0].settings, FiveClasses(voc), experiment())
+    assert merged.figures == whole[0].figures
+    assert merged.classes == whole[0].classes
+
+
+def test_a_finished_run_is_read_not_repeated(voc, whole, monkeypatch):
+    monkeypatch.setattr("sess_lightning.evaluation.assess", None)
+    assert run(voc, whole[1]).figures == whole[0].figures
+
+
+def test_one_share_alone_says_what_is_missing(voc, tmp_path):
+    figures = run(voc, tmp_path, rank=1, world=2).figures
+    assert (figures["images"], figures["missing"]) == (1, 2)
+
+
+def test_figures_are_those_of_the_metrics_own_functions(voc, tmp_path):
+    made = replace(experiment(), compare={})
+    model, benchmark = build("tiny"), FiveClasses(voc)
+    figures = evaluate(model, benchmark, made, tmp_path).figures
+    areas, hits = [], {}
+    for sample in map(benchmark.__getitem__, range(3)):
+        images = made.images(read_picture(sample))
+        for trial in sample.trials:
+            target = torch.tensor([trial.target])
+            maps = made.method(model, images, target)
+            curve = insertion_curve(model, images, maps, target, steps=4)[0]
+            areas.append(float((curve.sum() - (curve[0] + curve[-1]) / 2) / 4))
+            hit = pointing_hits(maps, [trial.region], 15.0, sample.size)
+            hits.setdefault(trial.target, []).append(float(hit))
+    accuracy = sum(sum(each) / len(each) for each in hits.values()) / len(hits)
+    assert figures["insertion"] == pytest.approx(sum(areas) / len(areas), abs=1e-6)
+    assert figures["pointing_game"] == pytest.approx(accuracy)
+    assert (figures["n"], figures["all_difficult"], figures["pointing_game_difficult_n"]) == (5, 1, 2)
+
+
+def test_pictures_are_fed_with_their_shorter_side_at_the_models_size():
+    made = Experiment(GradCAM(), size=64)
+    images = made.images(torch.zeros(3, 100, 151, dtype=torch.uint8))
+    assert images.shape == (1, 3, 64, 96)
+    assert images[0, :, 0, 0].tolist() == pytest.approx([-2.1179, -2.0357, -1.8044], abs=1e-4)
+    assert replace(made, framing="square").images(torch.zeros(3, 9, 7, dtype=torch.uint8)).shape[2:] == (
+        64,
+        64,
+    )
+
+
+def test_without_curves_only_the_pointing_game_is_played(voc, tmp_path):
+    figures = evaluate(build("tiny"), FiveClasses(voc), experiment(curves=False), tmp_path).figures
+    assert "insertion" not in figures
+    assert {"pointing_game", "base/pointing_game", "minus_base/pointing_game"} <= set(figures)
+
+
+def test_pictures_without_regions_are_scored_by_curves_alone(tmp_path):
+    root = write_own(tmp_path / "own")
+    (root / "annotations.json").unlink()
+    figures = evaluate(build("tiny"), PictureFolder(root), experiment(), tmp_path / "out").figures
+    assert figures["n"] == 3
+    assert "pointing_game" not in figures
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"tolerance": 7.0}, "tolerance was 15.0, is 7.0"), ({"method": GradCAM()}, "method was SESS")],
+)
+def test_records_of_other_settings_are_refused(voc, whole, change, told):
+    made = replace(experiment(), **change)
+    with pytest.raises(ValueError, match=f"written under other settings .*{told}"):
+        evaluate(build("tiny"), FiveClasses(voc), made, whole[1])
+
+
+def test_records_of_other_weights_are_refused(voc, whole):
+    model = copy.deepcopy(build("tiny"))
+    with torch.no_grad():
+        next(model.parameters())[0, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="model was Tiny"):
+        evaluate(model, FiveClasses(voc), experiment(), whole[1])
+
+
+def test_a_damaged_line_in_the_middle_is_refused(voc, whole, tmp_path):
+    lines = (whole[1] / "records-0-of-1.jsonl").read_text().splitlines()
+    lines[2] = lines[2][:50]
+    (tmp_path / "records-0-of-1.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="is damaged"):
+        run(voc, tmp_path)
+
+
+def test_broken_pictures_stop_the_run_or_are_counted(tmp_path):
+    root = write_voc(tmp_path / "voc")
+    picture = root / "VOCdevkit" / "VOC2007" / "JPEGImages" / "000002.jpg"
+    picture.write_bytes(picture.read_bytes()[:300])
+    with pytest.raises(BrokenSampleError, match=r"000002\.jpg"):
+        run(root, tmp_path / "out")
+    figures = run(root, tmp_path / "out", skip_broken=True).figures
+    assert (figures["images"], figures["broken"], figures["n"]) == (3, 1, 4)
+
+
+def test_samples_are_drawn_the_same_every_time():
+    made = Experiment(GradCAM(), samples=5, seed=3)
+    assert made.chosen(100) == made.chosen(100)
+    assert len(set(made.chosen(100))) == 5
+    assert made.chosen(100) != replace(made, seed=4).chosen(100)
+    assert made.chosen(4) == [0, 1, 2, 3]
+
+
+def test_settings_tell_options_apart(voc):
+    model, benchmark = build("tiny"), FiveClasses(voc)
+    assert describe(model, benchmark, experiment()) == describe(model, benchmark, experiment())
+    other = experiment(method=SESS(GradCAM(), num_scales=3, window=64, antialias=False))
+    assert describe(model, benchmark, experiment())["method"] != describe(model, benchmark, other)["method"]
+
+
+def test_the_table_stands_beside_the_paper(voc, whole, tmp_path):
+    paper = {"overall": 57.3, "base/overall": 56.0}
+    table = whole[0].table(paper)
+    difference = 100 * whole[0].figures["overall"] - 57.3
+    assert f"57.3 ({difference:+.2f})" in table
+    written = {path.name for path in whole[0].write(tmp_path, paper)}
+    assert written == {"results.csv", "results.txt", "classes.csv", "curves.png"}
+    with (tmp_path / "results.csv").open() as file:
+        rows = {(row["method"], row["figure"]): row for row in csv.DictReader(file)}
+    assert float(rows["base", "overall"]["paper"]) == pytest.approx(0.56)
+    assert float(rows["base", "overall"]["value"]) == whole[0].figures["base/overall"]
+
+
+def test_lightnings_trainer_gives_the_figures_of_the_plain_loop(voc, whole, tmp_path):
+    from lightning.pytorch import Trainer
+
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    results = evaluate_with(trainer, build("tiny"), FiveClasses(voc), experiment(), tmp_path)
+    assert results.figures == whole[0].figures
+
+
+def test_records_are_readable_by_anyone(whole):
+    head, first, *_ = map(json.loads, (whole[1] / "records-0-of-1.jsonl").read_text().splitlines())
+    assert set(head) == {"fingerprint", "settings"}
+    assert (first["sample"], first["id"], first["all_difficult"]) == (0, "000001", 1)
+    assert set(first["rows"]) == set(SESSMetric(GradCAM(), compare={"a": GradCAM(), "b": GradCAM()})._empty)
+
+
+def test_results_of_nothing_are_empty(tmp_path, voc):
+    results = summarise(tmp_path, {}, FiveClasses(voc), experiment())
+    assert isinstance(results, Results)
+    assert (results.figures["images"], results.figures["missing"]) == (0, 3)
