@@ -33,7 +33,7 @@ def read_batch(batch: Any, adapter: Callable[[Any], Any] | None = None) -> Batch
 
     Raises:
         TypeError: If images or labels are not found.
-        ValueError: If their shapes do not fit, or boxes lie outside the images.
+        ValueError: If their shapes do not fit (where boxes lie is told by ``check_boxes``).
     """
     if adapter is not None:
         batch = adapter(batch)

@@ -343,13 +343,11 @@ def assess(
     """Score a sample's trials, and return the metric's rows as plain lists."""
     device = _device(model)
     targets = torch.tensor([trial.target for trial in sample.trials], device=device)
-    # Contiguous: in which layout a copy of an expanded tensor lies depends on the number of trials.
-    images = images.to(device).expand(len(targets), -1, -1, -1).contiguous()
     known = [trial.difficult is not None for trial in sample.trials]
     difficult = torch.tensor([bool(trial.difficult) for trial in sample.trials], device=device)
     metric.update(
         model,
-        images,
+        images.to(device),
         targets,
         _regions(sample, device),
         difficult=difficult if all(known) else None,

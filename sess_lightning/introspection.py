@@ -363,13 +363,13 @@ def head_forward(
     return logits, tap.features
 
 
-def gradient(outputs: Float[Tensor, " B"], inputs: Tensor) -> Tensor:
+def gradient(outputs: Float[Tensor, " B"], inputs: Tensor, retain_graph: bool = False) -> Tensor:
     """Return the gradient of the sum of ``outputs`` by ``inputs``; no ``.grad`` is touched.
 
     Raises:
         RuntimeError: If no gradient flows from the one to the other.
     """
-    found = _gradient(outputs.float().sum(), inputs)
+    found = _gradient(outputs.float().sum(), inputs, retain_graph)
     if found is None:
         raise RuntimeError(
             "No gradient flows from the model's logits back to the target layer or the image: the forward "

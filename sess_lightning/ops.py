@@ -33,7 +33,7 @@ def size_of(images: Tensor) -> tuple[int, int]:
 def min_max(maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:
     """Stretch each map to [0, 1]; a flat map, or one with a NaN or an infinity in it, becomes zeros."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return _stretch(maps, low, high).clamp(0, 1)
+    return _stretch(maps, low, high)
 
 
 def min_max_upsampled(maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B h w"]:
@@ -97,8 +97,8 @@ def gaussian_matrix(
     kernel = torch.exp(-(offsets.to(torch.float32) ** 2) / (2 * sigma**2))
     reached = torch.arange(size, device=device)[:, None] + offsets
     period = max(1, 2 * (size - 1))
-    reached = (reached % period + period) % period
-    reached = torch.minimum(reached, period - reached) if size > 1 else reached
+    reached = reached % period
+    reached = torch.minimum(reached, period - reached)
     weights = (kernel / kernel.sum()).expand(size, -1)
     # Named, because a Trainer in half precision changes the default.
     empty = torch.zeros(size, size, device=device, dtype=torch.float32)

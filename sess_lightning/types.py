@@ -75,6 +75,18 @@ class SaliencyMethod(ABC):
         maps, scores = self.explain(model, images, targets)
         return Extraction(maps, scores.log())
 
+    def explain_classes(
+        self, model: nn.Module, image: Float[Tensor, "1 C H W"], targets: Int[Tensor, " T"]
+    ) -> Explanation:
+        """Explain several classes of one image; a method that can share forwards between them does."""
+        return self.explain(model, image.expand(len(targets), -1, -1, -1).contiguous(), targets)
+
+    def extract_classes(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"]
+    ) -> list[Extraction]:
+        """Return ``extract`` of all images for each of ``targets``."""
+        return [self.extract(model, images, target.repeat(len(images))) for target in targets]
+
     def __str__(self) -> str:
         """Return the call that makes this method, defaults left out."""
         told = [

@@ -654,6 +654,17 @@ def test_a_bfloat16_model(method, images):
 
 
 @method_cases
+def test_the_default_dtype_which_half_precision_trainers_set_changes_nothing(method, images):
+    model, images = made(Net).bfloat16(), images.bfloat16()
+    expected = maps_of(model, images, method)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        same(maps_of(model, images, method), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@method_cases
 def test_autocast_around_the_call(method, images):
     model = made(Net)
     plain_maps = maps_of(model, images, method)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,6 +43,16 @@ def layer_evidence(
         ValueError: If the layer's features lie on no grid.
         RuntimeError: If no gradient flows back to the layer.
     """
+    return next(class_evidence(model, target_layer, images, [targets]))
+
+
+def class_evidence(
+    model: nn.Module,
+    target_layer: str | nn.Module | None,
+    images: Float[Tensor, "B C H W"],
+    targets: Sequence[Int[Tensor, " B"]],
+) -> Iterator[tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"], Float[Tensor, "B N"]]]:
+    """Yield what ``layer_evidence`` returns for each of several targets: one forward for all."""
     layer = resolve_layer(model, target_layer, images)
     logits, features = head_forward(model, layer, images)
     grid = find_grid(features.shape, size_of(images))
@@ -51,9 +61,10 @@ def layer_evidence(
             f"target_layer {type(layer).__name__} gives features of shape {tuple(features.shape)}, which lie "
             f"on no grid over {tuple(images.shape)} images; name an earlier layer."
         )
-    gradients = gradient(target_logits(logits, targets), features)
-    on_grid = (grid.to_maps(tensor.detach()).to(torch.float32) for tensor in (features, gradients))
-    return *on_grid, logits.detach()  # type: ignore[return-value]
+    on_grid = grid.to_maps(features.detach()).to(torch.float32)
+    for place, each in enumerate(targets, 1):
+        found = gradient(target_logits(logits, each), features, retain_graph=place < len(targets))
+        yield on_grid, grid.to_maps(found.detach()).to(torch.float32), logits.detach()
 
 
 @dataclass(frozen=True)
@@ -103,11 +114,30 @@ class _FromFeatures(SaliencyMethod):
         """Return maps on the layer's grid, and log-scores, from one forward."""
         with explaining(model):
             images, targets = borrowed(images), borrowed(targets)
-            features, gradients, logits = layer_evidence(model, self.target_layer, images, targets)
-            with torch.no_grad(), full_precision(images.device):
-                maps = self.combine(features, gradients)
-                logs = log_scores(logits, targets, self.activation)
-                return Extraction(min_max_upsampled(maps, size_of(images)), logs)
+            evidence = layer_evidence(model, self.target_layer, images, targets)
+            return self._extraction(*evidence, targets, size_of(images))
+
+    def extract_classes(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"]
+    ) -> list[Extraction]:
+        """Return ``extract`` of all images for each of ``targets``, from one forward."""
+        if type(self).extract is not _FromFeatures.extract:  # A subclass has its own way.
+            return super().extract_classes(model, images, targets)
+        with explaining(model):
+            images, each = borrowed(images), [target.repeat(len(images)) for target in targets]
+            evidence = class_evidence(model, self.target_layer, images, each)
+            return [
+                self._extraction(*found, target, size_of(images))
+                for found, target in zip(evidence, each, strict=True)
+            ]
+
+    def _extraction(
+        self, features: Tensor, gradients: Tensor, logits: Tensor, targets: Tensor, size: tuple[int, int]
+    ) -> Extraction:
+        with torch.no_grad(), full_precision(features.device):
+            maps = self.combine(features, gradients)
+            logs = log_scores(logits, targets, self.activation)
+            return Extraction(min_max_upsampled(maps, size), logs)
 
 
 @dataclass(frozen=True)

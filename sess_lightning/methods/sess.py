@@ -26,7 +26,14 @@ from sess_lightning.engine import (
     smooth,
     windows,
 )
-from sess_lightning.introspection import borrowed, check_inputs, explaining, input_window, score
+from sess_lightning.introspection import (
+    borrowed,
+    check_inputs,
+    classify,
+    explaining,
+    input_window,
+    log_scores,
+)
 from sess_lightning.ops import min_max, size_of
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
@@ -129,6 +136,16 @@ class SESS(SaliencyMethod):
             ValueError: If an argument has the wrong shape, or the windows do not fit.
         """
         check_inputs("SESS", images, targets)
+        return self._finished(model, images, targets)
+
+    def explain_classes(
+        self, model: nn.Module, image: Float[Tensor, "1 C H W"], targets: Int[Tensor, " T"]
+    ) -> Explanation:
+        """Explain several classes of one image; its windows pass through the model once for all of them."""
+        check_inputs("SESS", image.expand(len(targets), -1, -1, -1), targets)
+        return self._finished(model, image, targets)
+
+    def _finished(self, model: nn.Module, images: Tensor, targets: Tensor) -> Explanation:
         plan = self.plan(model, size_of(images))
         with explaining(model):
             maps, logs = self.fused(model, borrowed(images), borrowed(targets), plan)
@@ -139,27 +156,27 @@ class SESS(SaliencyMethod):
 
     @torch.no_grad()
     def fused(
-        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"], plan: Plan
-    ) -> tuple[Float[Tensor, "B H W"], Float[Tensor, "B P"]]:
-        """Return equation 2 before its min-max, and every window's log-score."""
-        batches = zip(
-            chunked(windows(images, plan, self.antialias), self.batch_size),
-            targets.repeat_interleave(len(plan)).split(self.batch_size),
-            strict=True,
-        )
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"], plan: Plan
+    ) -> tuple[Float[Tensor, "T H W"], Float[Tensor, "T P"]]:
+        """Return equation 2 before its min-max, and every window's log-score.
+
+        There is one target per image, or several for a single image.
+        """
+        parts = chunked(windows(images, plan, self.antialias), self.batch_size)
         stream: Iterator[Tensor]
         if self.base.single_forward:
-            extracted = [self.base.extract(model, part, target) for part, target in batches]
-            coarse = torch.cat([maps for maps, _ in extracted]).unflatten(0, (-1, len(plan)))
-            logs = torch.cat([log for _, log in extracted]).unflatten(0, (-1, len(plan)))
+            coarse, logs = self._extracted(model, parts, targets, len(images), len(plan))
             kept = prefilter(logs, self.prefilter_ratio)
             stream = chain.from_iterable(maps[which] for maps, which in zip(coarse, kept, strict=True))
             grid = size_of(coarse)
         else:
-            parts = [score(model, part, target, self.activation) for part, target in batches]
-            logs = torch.cat(parts).unflatten(0, (-1, len(plan)))
+            logits = torch.cat([classify(model, part) for part in parts]).unflatten(0, (-1, len(plan)))
+            each = zip(logits.expand(len(targets), -1, -1), targets, strict=True)
+            logs = torch.stack(
+                [log_scores(own, target.repeat(len(plan)), self.activation) for own, target in each]
+            )
             kept = prefilter(logs, self.prefilter_ratio)
-            stream = self._kept_maps(model, images, targets, plan, kept)
+            stream = self._kept_maps(model, images.expand(len(targets), -1, -1, -1), targets, plan, kept)
             grid = (plan.window, plan.window)
         weights = channel_weights(logs) if self.channel_weights else torch.ones_like(logs)
         strips = canvas_strips(plan, grid, images.device)
@@ -170,6 +187,19 @@ class SESS(SaliencyMethod):
             for weight, which in zip(weights, kept, strict=True)
         ]
         return torch.stack(fused), logs
+
+    def _extracted(
+        self, model: nn.Module, parts: Iterator[Tensor], targets: Tensor, images: int, windows: int
+    ) -> tuple[Float[Tensor, "T P h w"], Float[Tensor, "T P"]]:
+        """Return all windows' maps and log-scores: of each image for its target, or of one for each."""
+        if images == len(targets):
+            of_window = targets.repeat_interleave(windows).split(self.batch_size)
+            extracted = [self.base.extract(model, *each) for each in zip(parts, of_window, strict=True)]
+            maps, logs = (torch.cat(each) for each in zip(*extracted, strict=True))
+            return maps.unflatten(0, (-1, windows)), logs.unflatten(0, (-1, windows))
+        shared = [self.base.extract_classes(model, part, targets) for part in parts]
+        maps = torch.cat([torch.stack([each.maps for each in part]) for part in shared], 1)
+        return maps, torch.cat([torch.stack([each.log_scores for each in part]) for part in shared], 1)
 
     def _kept_maps(
         self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan, kept: Int[Tensor, "B K"]

@@ -125,10 +125,10 @@ class SESSMetric(PerSample):
         self,
         model: nn.Module,
         images: Float[Tensor, "B C H W"],
-        targets: Int[Tensor, " B"],
-        regions: Bool[Tensor, "B h w"] | Sequence[Float[Tensor, "_ 4"]] | None = None,
+        targets: Int[Tensor, " T"],
+        regions: Bool[Tensor, "T h w"] | Sequence[Float[Tensor, "_ 4"]] | None = None,
         *,
-        difficult: Bool[Tensor, " B"] | None = None,
+        difficult: Bool[Tensor, " T"] | None = None,
         size: tuple[int, int] | None = None,
     ) -> None:
         """Explain and score a batch.
@@ -136,12 +136,17 @@ class SESSMetric(PerSample):
         Args:
             model: Any classifier; given back as it was.
             images: As the model takes them.
-            targets: The class to explain on each image.
+            targets: The class to explain on each image, or several for a single image, which then passes
+                through the model once for all of them where the method can.
             regions: Where that class is: masks, or boxes (x0, y0, x1, y1) per image, half-open; None plays no
                 Pointing Game, an empty one is no trial.
             difficult: Which images belong to the "difficult" subset; None leaves it out.
             size: (height, width) that boxes refer to, if not the images'.
         """
+        shared = images if len(images) == 1 < len(targets) else None
+        if shared is not None:
+            # Contiguous: in which layout a copy of an expanded tensor lies depends on the number of targets.
+            images = images.expand(len(targets), -1, -1, -1).contiguous()
         check_inputs("SESSMetric", images, targets)
         with explaining(model), torch.no_grad():
             images, targets = borrowed(images), borrowed(targets).long()
@@ -151,7 +156,11 @@ class SESSMetric(PerSample):
             self.latest = {}
             for i, (name, method) in enumerate(self.methods.items()):
                 room = self.limits.get(name, done + len(images)) - done
-                found = self._assess(model, method, images, blurred, targets, ends, room, regions, size)
+                if shared is None:
+                    maps = method(model, images, targets)
+                else:
+                    maps = method.explain_classes(model, shared, targets).maps
+                found = self._assess(model, maps, images, blurred, targets, ends, room, regions, size)
                 self.latest[name] = found
                 flat = found.maps.flatten(1).amax(1) <= found.maps.flatten(1).amin(1)
                 getattr(self, f"curves_{i}").append(torch.stack([found.insertion, found.deletion], 1))
@@ -184,7 +193,7 @@ class SESSMetric(PerSample):
     def _assess(
         self,
         model: nn.Module,
-        method: SaliencyMethod,
+        maps: Tensor,
         images: Tensor,
         blurred: Tensor,
         targets: Tensor,
@@ -193,7 +202,6 @@ class SESSMetric(PerSample):
         regions: Tensor | Sequence[Tensor] | None,
         size: tuple[int, int] | None,
     ) -> Assessment:
-        maps = method(model, images, targets)
         own, blur, zero = ends.unbind(1)
         drawn = slice(0, max(0, room))
         curves = images.new_full((2, len(images), self.steps + 1), torch.nan, dtype=torch.float32)
