@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from typing_extensions import override
 
 from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
 from sess_lightning.engine import smooth
-from sess_lightning.introspection import borrowed, check_inputs, classify, explaining
+from sess_lightning.introspection import borrowed, check_inputs, classify, explaining, keep_rng
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import curve_auc
@@ -400,7 +399,7 @@ class SESSCallback(Callback):
     def _show(self, trainer: Trainer, curves: Mapping[str, Tensor]) -> None:
         when = {"epoch": trainer.current_epoch, "step": _step(trainer)}
         panels: list[Panel] = []
-        with self._guarded(trainer), _keep_rng():
+        with self._guarded(trainer), keep_rng():
             panels = [self._draw(i, sample) for i, sample in enumerate(self._panel)]
         named = {
             f"{name or self._own} (n={self._last.get(f'{name}/curves_n'.lstrip('/'), 0):.0f})": curve
@@ -408,7 +407,7 @@ class SESSCallback(Callback):
         }
         for sink in self._sinks:
             # Some loggers draw from the global generators; each may fail alone.
-            with self._guarded(trainer), _keep_rng():
+            with self._guarded(trainer), keep_rng():
                 if panels:
                     sink.panels(f"{self.prefix}/panel", panels, when)
                 sink.curves(f"{self.prefix}/curves", named, when)
@@ -473,21 +472,9 @@ class SESSCallback(Callback):
 def _isolated(pl_module: LightningModule) -> Iterator[None]:
     """Keep what a forward of the user's module may touch and ``explaining`` does not keep."""
     with ExitStack() as stack:
-        stack.enter_context(_keep_rng())
+        stack.enter_context(keep_rng())
         stack.enter_context(_keep_metrics(pl_module))
         yield
-
-
-@contextmanager
-def _keep_rng() -> Iterator[None]:
-    # Lightning's isolate_rng restores nothing after an error.
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])  # noqa: NPY002
-        torch.set_rng_state(kept[2])
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -176,7 +178,7 @@ def explaining(model: nn.Module) -> Iterator[nn.Module]:
             yield model
             return
         with ExitStack() as stack:
-            stack.enter_context(_keep_rng(model))
+            stack.enter_context(keep_rng(model))
             stack.enter_context(_no_inference_tensors(model))
             stack.enter_context(_keep_state(model))
             stack.enter_context(_evaluating(model))
@@ -251,12 +253,18 @@ def _keep_state(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _keep_rng(model: nn.Module) -> Iterator[None]:
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    cpu, cuda = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+def keep_rng(model: nn.Module | None = None) -> Iterator[None]:
+    """Give Python's, NumPy's and torch's generators their state back, and those of the model's GPUs."""
+    # Lightning's isolate_rng restores nothing after an error.
+    parameters = model.parameters() if model is not None else ()
+    devices = {p.device for p in parameters if p.device.type == "cuda"}
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
     try:
         yield
     finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(cpu)
         for device, state in cuda.items():
             torch.cuda.set_rng_state(state, device)

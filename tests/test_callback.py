@@ -114,9 +114,6 @@ def told(caplog, monkeypatch):
     return lambda: [record.getMessage() for record in caplog.records if "SESSCallback" in record.getMessage()]
 
 
-# One line in a Trainer ------------------------------------------------------------------------------------
-
-
 KEYS = {
     f"sess/{prefix}{name}"
     for prefix in ("", "base/", "random/", "centre/")
@@ -176,9 +173,6 @@ def test_validate_and_test_give_the_same_scores_with_and_without_inference_mode(
             curve_auc(insertion).mean().item(), abs=1e-5
         )
         assert values[f"sess/{prefix}deletion"] == pytest.approx(curve_auc(deletion).mean().item(), abs=1e-5)
-
-
-# Which samples --------------------------------------------------------------------------------------------
 
 
 def test_samples_are_spread_over_the_loader_and_over_places_in_the_batch(tmp_path):
@@ -271,9 +265,6 @@ def test_predictions_can_be_explained_instead_of_labels(tmp_path):
     assert (values["sess/pointing_game_n"], values["sess/skipped"]) == (4, 12)
 
 
-# What it costs --------------------------------------------------------------------------------------------
-
-
 class Apart(Classifier):
     """Validates without its own forward, so that what is counted are the explanations' forwards."""
 
@@ -341,9 +332,6 @@ def test_the_tolerance_follows_the_size_of_the_images_unless_given(tmp_path, tol
         True,
     ]
     assert "no boxes or masks, no Pointing Game" in told()[2]
-
-
-# Monitored ------------------------------------------------------------------------------------------------
 
 
 class Watch(Callback):
@@ -425,9 +413,6 @@ def test_a_run_without_a_finite_score_does_not_stop_training(tmp_path):
     assert its.current_epoch == 2
     assert its.logger.of("sess/nan") == [4, 4]
     assert its.logger.of("sess/overall") == []
-
-
-# Nothing of the training changes --------------------------------------------------------------------------
 
 
 def everything(its):
@@ -537,9 +522,6 @@ def test_learning_rates_that_follow_the_users_metric_are_the_same(tmp_path):
     assert (
         with_it.optimizers[0].param_groups[0]["lr"] == without.optimizers[0].param_groups[0]["lr"] == 0.0125
     )
-
-
-# Errors ---------------------------------------------------------------------------------------------------
 
 
 def test_a_run_that_fails_warns_once_and_three_in_a_row_switch_the_callback_off(tmp_path):
@@ -653,9 +635,6 @@ def test_arguments_that_make_no_sense_are_refused(arguments, error, told, unchec
         SESSCallback(**arguments)
 
 
-# Batches --------------------------------------------------------------------------------------------------
-
-
 def masked(index, image, label, boxes):
     mask = torch.zeros(1, 32, 32, dtype=torch.bool)
     x0, y0, x1, y1 = boxes[0].tolist()
@@ -749,9 +728,6 @@ def test_other_precisions_are_scored_as_they_are_validated(tmp_path, precision):
         curve_auc(insertion_curve(module, images, QUICK(module, images, targets), targets)).mean().item()
     )
     assert found == pytest.approx(expected, abs=0.01)
-
-
-# Prefixes, checkpoints, loggers ---------------------------------------------------------------------------
 
 
 def test_two_callbacks_with_prefixes_of_their_own_stand_side_by_side(tmp_path):
@@ -858,9 +834,6 @@ def test_no_pictures_are_made_where_none_are_wanted(tmp_path):
     assert (tmp_path / "sess" / "curves").exists()
 
 
-# Panels ---------------------------------------------------------------------------------------------------
-
-
 class Shelf(Sink):
     """Keeps what it is given."""
 
@@ -957,9 +930,6 @@ def test_another_method_than_sess_goes_by_its_own_name(tmp_path, shelf):
     assert list(curves) == ["GradCAM (n=4)", "random (n=4)"]
 
 
-# W&B ------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def wandb_logger(monkeypatch, tmp_path):
     for _ in offline(monkeypatch, tmp_path):
@@ -1028,9 +998,6 @@ def check_curves(folder, logged, figures):
     }
     curve = torch.tensor([point["lineVal"] for point in points if point["lineKey"] == "deletion, base (n=4)"])
     assert curve_auc(curve).item() == pytest.approx(figures["sess/base/deletion"], abs=1e-6)
-
-
-# Several processes ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,6 @@ def box_lists(batch):
     return [box.tolist() for box in batch.boxes]
 
 
-# Batches --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "given",
     [
@@ -213,9 +210,6 @@ def test_boxes_may_reach_to_the_very_border_and_refer_to_the_original_size():
     check_boxes(Batch(IMAGES, LABELS, boxes=[torch.tensor([[0.0, 0, 100, 80]])] * 2, size=(80, 100)))
     with pytest.raises(ValueError, match="does not lie in the 4x5 image"):
         check_boxes(Batch(IMAGES, LABELS, boxes=boxes, size=(4, 5)))
-
-
-# Names and normalisation ----------------------------------------------------------------------------------
 
 
 class Pictures(TensorDataset):

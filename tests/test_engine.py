@@ -32,9 +32,6 @@ TILES = json.loads((Path(__file__).parent / "golden" / "tiles.json").read_text()
 CPU = torch.device("cpu")
 
 
-# Scale and slide ------------------------------------------------------------------------------------------
-
-
 def test_scales_are_64_px_apart_for_a_window_of_224_and_in_proportion_for_others():
     assert scale_sides(224, 12) == [224, 288, 352, 416, 480, 544, 608, 672, 736, 800, 864, 928]
     assert scale_sides(32, 4) == [32, 41, 50, 59]
@@ -154,9 +151,6 @@ def test_chunked_gives_full_batches_and_a_rest():
     assert [part.tolist() for part in chunked(torch.arange(5), 2)] == [[0, 1], [2, 3], [4]]
 
 
-# Pre-filter -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("count", "ratio", "kept"),
     [(303, 0.99, 4), (31, 0.5, 16), (12, 0.9, 2), (39, 0.99, 1), (10, 0.0, 10), (1, 0.9, 1)],
@@ -184,9 +178,6 @@ def test_a_pre_filter_that_keeps_nothing_is_refused(ratio):
         kept_count(10, ratio)
 
 
-# Weights --------------------------------------------------------------------------------------------------
-
-
 def test_channel_weights_are_shares_of_the_best_score():
     weights = channel_weights(torch.tensor([[0.5, 0.25, 0.125]]).log())
     torch.testing.assert_close(weights, torch.tensor([[1.0, 0.5, 0.25]]))
@@ -201,9 +192,6 @@ def test_channel_weights_survive_scores_far_below_the_range_of_float32():
 def test_a_window_without_a_score_weighs_nothing():
     assert channel_weights(torch.tensor([0.0, torch.nan, -torch.inf])).tolist() == [1.0, 0.0, 0.0]
     assert channel_weights(torch.tensor([torch.nan, -torch.inf])).tolist() == [0.0, 0.0]
-
-
-# Fuse -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -69,8 +69,6 @@ def made(net, *args):
     return fill(net(*args), head_gain=1.0)
 
 
-# What a model says ----------------------------------------------------------------------------------------
-
 LOGITS = torch.tensor([[1.0, 2.0, 4.0]])
 Named = namedtuple("Named", ["logits", "features"])
 
@@ -162,9 +160,6 @@ def test_score_is_one_plain_forward(images):
     assert not got.requires_grad
 
 
-# What is refused ------------------------------------------------------------------------------------------
-
-
 ONE, TWO = torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8)
 ZERO = torch.zeros(1).long()
 
@@ -223,9 +218,6 @@ def test_an_error_of_the_model_itself_comes_through_as_it_is(images):
     model.head = nn.Linear(17, 5)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         GradCAM("features")(model, images, torch.tensor([0, 1]))
-
-
-# Given back -----------------------------------------------------------------------------------------------
 
 
 class Restless(Net):
@@ -404,9 +396,6 @@ def test_a_forward_that_writes_to_its_input_writes_to_a_copy(images):
     for method in (GradCAM(), GuidedBackprop()):
         expected = method(made(Net), (images - 0.5) / 0.25, targets)
         torch.testing.assert_close(method(made(InPlace), images, targets), expected)
-
-
-# Models as they come --------------------------------------------------------------------------------------
 
 
 def maps_of(model, images, method=None):
@@ -745,9 +734,6 @@ def test_a_traced_model_says_that_the_layer_did_not_run(images):
         maps_of(traced, images)
 
 
-# Layers ---------------------------------------------------------------------------------------------------
-
-
 def test_a_layer_is_named_or_given(images):
     model = made(Net)
     assert resolve_layer(model, "features.2", images) is model.features[2]
@@ -809,9 +795,6 @@ def test_a_layer_that_folds_places_into_the_batch_is_refused(images):
     ):
         maps_of(made(Windowed), images, GradCAM("per_window"))
     assert find_target_layer(made(Windowed), images).__class__ is nn.Sequential
-
-
-# The search -----------------------------------------------------------------------------------------------
 
 
 def forwards_of(model, call):
@@ -940,9 +923,6 @@ def test_the_search_finds_the_last_layer_whose_patches_still_reach_the_class_tok
     torch.testing.assert_close(maps.amax((1, 2)), torch.ones(2))
 
 
-# Grids ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("shape", "size", "expected"),
     [
@@ -989,9 +969,6 @@ def test_a_shape_is_read_as_a_grid(shape, size, expected):
 )
 def test_a_shape_that_lies_on_no_grid(shape):
     assert find_grid(shape, (224, 224)) is None
-
-
-# The size a model was built for ---------------------------------------------------------------------------
 
 
 def stating(**attributes):

@@ -67,9 +67,6 @@ def modular():
     return fill(Modular())
 
 
-# Every one of them ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", PIXELS + PERTURBATIONS + LAYERS)
 def test_captums_attributions_run_by_name(name, captum, modular, images, targets):
     explanation = Captum(name, QUICK.get(name)).explain(modular, images, targets)
@@ -82,7 +79,10 @@ def test_captums_attributions_run_by_name(name, captum, modular, images, targets
 
 @pytest.mark.parametrize("name", CAMS)
 def test_grad_cams_methods_run_by_name(name, grad_cam, tiny, images, targets, capfd):
+    np.random.seed(0)  # noqa: NPY002 (RandomCAM draws its weights from it; all may be negative.)
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
     maps = PytorchGradCAM(name)(tiny, images, targets)
+    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
     assert maps.shape == (2, 224, 224)
     assert maps.isfinite().all()
     close(maps.amax((1, 2)), torch.ones(2), 1e-5)
@@ -102,9 +102,6 @@ def test_the_lists_above_are_all_that_captum_has_for_the_class_of_an_image(captu
     }  # Around others, or of no class of an image.
     others |= {"FeaturePermutation", "LayerFeaturePermutation", "ShapleyValues"}  # Refused, see below.
     assert attributions - others == {*PIXELS, *PERTURBATIONS, *LAYERS}
-
-
-# Against the packages themselves --------------------------------------------------------------------------
 
 
 def test_integrated_gradients_are_captums_on_real_weights(captum):
@@ -149,9 +146,6 @@ def test_finer_cam_tells_the_target_from_its_nearest_classes(grad_cam, tiny, ima
         close(ours, min_max(expected)[0], 1e-5)
     difference = PytorchGradCAM("FinerCAM")(tiny, images, targets) - GradCAM()(tiny, images, targets)
     assert difference.abs().max() > 0.01
-
-
-# How it is said -------------------------------------------------------------------------------------------
 
 
 def test_a_class_is_as_good_as_its_name(captum, grad_cam):
@@ -227,9 +221,6 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(method, tiny, 
         ImportError, match=r"needs the package (captum|grad-cam): pip install 'sess-lightning\["
     ):
         method(tiny, images, targets)
-
-
-# Lent and given back --------------------------------------------------------------------------------------
 
 
 def everything(model):
@@ -313,9 +304,6 @@ def test_an_override_of_train_is_not_called(tiny, images, targets):
 
     tiny.train = train
     PytorchGradCAM("GradCAM")(tiny, images, targets)
-
-
-# Cost, and other company ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,6 @@ def count_forwards(model, call):
     return len(seen)
 
 
-# Against grad-cam -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layer", [18, 13], ids=["last", "early"])
 @pytest.mark.parametrize("method", [GradCAM, GradCAMPlusPlus, LayerCAM, HiResCAM, XGradCAM])
 def test_maps_are_those_of_grad_cam_on_real_weights(method, layer):
@@ -64,9 +61,6 @@ def test_cam_is_zhous_sum_of_features_weighted_by_the_last_linear_layer():
     weights = model.classifier[1].weight[TARGETS].detach()
     expected = min_max(upsample(torch.einsum("bk,bkhw->bhw", weights, features), (224, 224)))
     close(CAM()(model, cats(), TARGETS), expected, 1e-5)  # Measured: 1.2e-6.
-
-
-# Identities -----------------------------------------------------------------------------------------------
 
 
 def test_hires_cam_and_x_grad_cam_are_grad_cam_where_gradients_are_the_same_everywhere(tiny, images, targets):
@@ -131,9 +125,6 @@ def test_smooth_grad_cam_plus_plus_refuses_what_makes_no_sense(options):
         SmoothGradCAMPlusPlus(**options)
 
 
-# Cost -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method", FAMILY, ids=named)
 def test_scores_and_maps_come_out_of_one_forward(method, tiny, images, targets):
     assert method.single_forward
@@ -157,9 +148,6 @@ def test_nothing_between_image_and_map_waits_for_the_host(method, tiny, sync_spy
     with sync_spy:
         maps = method(tiny, torch.zeros(2, 3, 224, 224, device="meta"), torch.zeros(2, device="meta").long())
     assert maps.shape == (2, 224, 224)
-
-
-# CAM's head -----------------------------------------------------------------------------------------------
 
 
 class TwoLayerHead(Tiny):
@@ -216,9 +204,6 @@ def test_other_precisions_give_nearly_the_same_float32_maps(method, dtype, tiny,
     maps = method(tiny.to(dtype), images.to(dtype), targets)
     assert maps.dtype == torch.float32
     assert (maps - expected).abs().mean() < (0.03 if dtype == torch.bfloat16 else 1e-5)
-
-
-# Finite, whatever comes -----------------------------------------------------------------------------------
 
 
 def evidence(kind):

@@ -121,9 +121,6 @@ def test_hugging_face(name):
     assert_explained(model, 64, layer, grid, window)
 
 
-# What made the search fail before -------------------------------------------------------------------------
-
-
 class PooledInside(nn.Module):
     """A backbone, as Hugging Face's, that gives its features and what it pooled of them."""
 
@@ -174,9 +171,6 @@ def test_an_activation_in_place_after_an_identity_is_not_cut_off(images):
 def test_a_pooled_vector_of_as_many_channels_as_a_grid_has_places_is_no_grid():
     assert find_grid((1, 1024, 1), (224, 224)) is None
     assert find_grid((1, 1024, 2), (224, 224)) is not None
-
-
-# What a model may answer ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,6 @@ def counting():
     return fill(Counting())
 
 
-# Score-CAM ------------------------------------------------------------------------------------------------
-
-
 def score_cam_by_hand(model, features, image, target):
     """The authors' loop over channels, one masked image at a time."""
     total = np.zeros(image.shape[-2:])
@@ -96,9 +93,6 @@ def test_score_cam_costs_a_forward_per_channel(counting, images, targets):
     method(counting, images, targets)
     assert Counting.total == 2 * 25
     assert Counting.largest == 8
-
-
-# RISE -----------------------------------------------------------------------------------------------------
 
 
 def rise_mask_by_hand(grid, shift, size):
@@ -193,9 +187,6 @@ def test_rise_costs_a_forward_per_mask_and_one(counting, images, targets):
 
 def test_rise_takes_any_size(tiny, targets):
     assert RISE(4)(tiny, torch.ones(2, 3, 61, 97), targets).shape == (2, 61, 97)
-
-
-# Extremal perturbations -----------------------------------------------------------------------------------
 
 
 def bump_mask_by_hand(heights, size, step, sigma):
@@ -314,8 +305,6 @@ def test_extremal_perturbation_costs_a_forward_per_step_and_area(counting, image
     assert Counting.largest == 3
     assert ExtremalPerturbation().forwards == 3201
 
-
-# All ------------------------------------------------------------------------------------------------------
 
 EXTREMAL = ExtremalPerturbation((0.1, 0.3), steps=2, step=28, sigma=28)
 METHODS = [ScoreCAM("features.5"), ScoreCAM("features.5", "softmax"), RISE(6), EXTREMAL]

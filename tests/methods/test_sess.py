@@ -60,9 +60,6 @@ def close_to(golden, result, got, step):
     return (off > 1e-5).mean() <= 1e-3 and all(np.abs(mean).max() < 1e-4 for mean in means)
 
 
-# The authors' numbers -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("_asis")])
 def test_the_map_is_the_authors(case):
     golden, meta = read(case)
@@ -102,9 +99,6 @@ def test_the_papers_example_keeps_4_of_303_windows():
     plan = method.plan(build("tiny"), (224, 224))
     assert len(plan) == 303
     assert prefilter(torch.zeros(303), method.prefilter_ratio).tolist() == [0, 1, 2, 3]
-
-
-# Identities -----------------------------------------------------------------------------------------------
 
 
 @base_cases
@@ -192,9 +186,6 @@ def test_a_target_whose_every_window_is_flat_gets_a_map_of_zeros(tiny, images, t
     assert torch.equal(maps, torch.zeros(2, 224, 224))
 
 
-# Cost -----------------------------------------------------------------------------------------------------
-
-
 @base_cases
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_count_forwards_is_what_the_model_sees(base, ratio, tiny, images, targets):
@@ -215,9 +206,6 @@ def test_windows_of_all_images_share_full_batches(tiny, images, targets):
     assert sizes == [4, 4, 4, 4, 2]
 
 
-# Windows and scores ---------------------------------------------------------------------------------------
-
-
 def test_the_window_is_the_size_the_model_was_built_for_else_the_shorter_side(tiny):
     method = SESS(GradCAM("features.5"), num_scales=2)
     assert method.plan(tiny, (96, 128)).scales == ((96, 128), (123, 164))
@@ -233,9 +221,6 @@ def test_scores_are_the_whole_images_where_a_window_is_the_whole_image_else_the_
     best = torch.cat([tiny(wide[..., :224]), tiny(wide[..., 176:])]).softmax(1)[:, targets[0]].amax()
     scores = SESS(GradCAM("features.5"), num_scales=1).explain(tiny, wide, targets[:1]).scores
     torch.testing.assert_close(scores, best[None])
-
-
-# Records --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -50,9 +50,6 @@ def four():
 ONE = torch.tensor([1])
 
 
-# Curves ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["tiny", "resnet18"])
 def test_curves_are_those_of_the_authors_code(name):
     golden = np.load(GOLDEN / f"causal_{name}.npz")
@@ -257,9 +254,6 @@ def test_a_baseline_of_another_shape_is_refused(curve, four, unchecked):
         ValueError, match=r"baseline has shape \(1, 1, 3, 3\); .* that of images, \(1, 1, 2, 2\)"
     ):
         curve(Sum(), four, four[:, 0], ONE, baseline=torch.zeros(1, 1, 3, 3))
-
-
-# Pointing -------------------------------------------------------------------------------------------------
 
 
 def peak(height, width, x, y):

@@ -35,9 +35,6 @@ TARGETS = torch.tensor([0, 1, 2, 3, 1])
 FAITHFULNESS = [(Insertion, insertion_curve), (Deletion, deletion_curve)]
 
 
-# Insertion and deletion -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("metric_class", "curve"), FAITHFULNESS)
 def test_the_metric_is_the_mean_of_its_function(metric_class, curve, model, images, maps):
     metric = metric_class()
@@ -93,9 +90,6 @@ def test_a_collection_keeps_insertion_and_deletion_apart(grouping, model, images
         name: metric.compute().item() for name, metric in alone.items()
     }
     assert found["Insertion"] != found["Deletion"]
-
-
-# What every torchmetrics Metric promises ------------------------------------------------------------------
 
 
 def pointing_batches():
@@ -191,9 +185,6 @@ def test_a_metrics_dtype_does_not_follow_the_module_it_is_attached_to(case):
     value = filled(metric, batches).compute()
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, filled(make(), batches).compute())
-
-
-# Pointing Game --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("unseen_as_zero", "figure"), [(False, "mean_over_seen"), (True, "torchray_mean")])

@@ -88,9 +88,6 @@ def areas(model, images, maps):
 TWO_SCALES = SESS(GradCAM(), num_scales=2)
 
 
-# What it says ---------------------------------------------------------------------------------------------
-
-
 def test_every_figure_comes_with_its_interval_its_floor_and_its_counts(model, images, boxes):
     values = run(SESSMetric(TWO_SCALES, tolerance=3.0), model, images, boxes)
     played = FIGURES | {"pointing_game"}
@@ -336,9 +333,6 @@ def test_a_single_logit_head_predicts_class_1_where_its_logit_is_positive():
     assert expected["misclassified"] == 1
 
 
-# What it costs --------------------------------------------------------------------------------------------
-
-
 def test_an_image_costs_56_forwards_a_further_map_54_and_zeros_one_per_run(model, images):
     counter, metric = Counter(model), SESSMetric(Channel(0))
     run(metric, model, images, parts=(slice(0, 2), slice(2, 6)))
@@ -359,9 +353,6 @@ def test_methods_add_their_own_forwards_and_nothing_else(model, images):
     windows = TWO_SCALES.count_forwards(model, (32, 32))
     assert windows == 5
     assert counter.images == 1 + 6 * (56 + windows + 54 + 1)
-
-
-# How sure it is -------------------------------------------------------------------------------------------
 
 
 def test_bootstrap_resamples_draw_as_many_samples_as_there_are_and_always_the_same():
@@ -406,9 +397,6 @@ def test_intervals_are_reproducible_and_leave_the_global_generator_alone(model, 
     second = run(SESSMetric(TWO_SCALES, compare={"random": RandomMap()}), model, images, boxes)
     assert first == second
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# What every torchmetrics Metric promises ------------------------------------------------------------------
 
 
 def test_before_the_first_update_there_is_nothing_to_tell():
@@ -507,9 +495,6 @@ def test_the_model_is_given_back_as_it_was(images):
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-# Refusals -------------------------------------------------------------------------------------------------
 
 
 def test_a_method_without_a_base_is_compared_with_nothing():

@@ -13,9 +13,6 @@ def plain(height, width, value=100):
     return np.full((height, width, 3), value, dtype=np.uint8)
 
 
-# Pictures -------------------------------------------------------------------------------------------------
-
-
 def test_displaying_undoes_the_normalisation_exactly():
     pixels = torch.randint(0, 256, (2, 3, 8, 10), generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, STD))
@@ -58,9 +55,6 @@ def test_half_precision_is_displayed():
     assert displayed(images, ([0.0], [1.0]))[0].tolist() == [[[0, 128, 255]]]
 
 
-# Overlays -------------------------------------------------------------------------------------------------
-
-
 def test_zeros_and_ones_are_drawn_in_the_colours_own_ends():
     blue, red = overlay(plain(4, 5), torch.zeros(4, 5)), overlay(plain(4, 5), torch.ones(4, 5))
     # The ends of "jet" are (0, 0, 127.5) and (127.5, 0, 0); half of each and half of the picture's 100.
@@ -81,9 +75,6 @@ def test_an_overlay_lies_pixel_on_pixel():
     saliency[1, 3] = 1
     drawn = overlay(plain(4, 5), saliency)
     assert np.argwhere(drawn[..., 0] == 114).tolist() == [[1, 3]]
-
-
-# Panels ---------------------------------------------------------------------------------------------------
 
 
 def a_panel(boxes=(), height=56, width=56, caption="label: cat"):
@@ -130,9 +121,6 @@ def test_boxes_are_drawn_green_where_they_are_on_every_picture_of_the_row():
 def test_boxes_without_area_are_not_drawn():
     page = sheet([a_panel(boxes=[(5.0, 5.0, 5.0, 20.0)])], side=224)
     assert not (page == GREEN).all(2).any()
-
-
-# Curves ---------------------------------------------------------------------------------------------------
 
 
 def test_a_figure_of_curves_has_a_line_per_method():

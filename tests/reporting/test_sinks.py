@@ -41,9 +41,6 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-# Files ----------------------------------------------------------------------------------------------------
-
-
 def test_files_get_a_sheet_per_run(tmp_path, panels):
     sink = FileSink(tmp_path)
     sink.panels("sess/panel", panels, WHEN)
@@ -83,9 +80,6 @@ def test_a_file_sink_says_where_the_files_are(tmp_path):
     assert FileSink(tmp_path).name == f"files in {tmp_path}"
 
 
-# TensorBoard ----------------------------------------------------------------------------------------------
-
-
 def test_tensorboard_holds_the_sheet_and_the_figure_at_their_step(tmp_path, panels):
     logger = TensorBoardLogger(tmp_path)
     sink = sink_for(logger, tmp_path)
@@ -101,9 +95,6 @@ def test_tensorboard_holds_the_sheet_and_the_figure_at_their_step(tmp_path, pane
         (event,) = events.Images(key)
         assert event.step == 17
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
-
-
-# W&B ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -153,9 +144,6 @@ def test_wandb_holds_every_point_of_the_curves(wandb_logger, tmp_path):
         (point["step"], point["lineVal"]) for point in named if point["lineKey"] == "deletion, base (n=8)"
     ]
     assert points == [(0.0, 0.5), (0.25, 0.375), (0.5, 0.25), (0.75, 0.125), (1.0, 0.0)]
-
-
-# Which sink -----------------------------------------------------------------------------------------------
 
 
 def test_every_logger_gets_its_own_sink(tmp_path):
