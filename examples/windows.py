@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from sess_lightning.engine import canvas_strips, channel_weights, chunked, prefilter, windows
-from sess_lightning.introspection import classify, explaining
+from sess_lightning.introspection import classify
+from sess_lightning.lending import explaining
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import size_of
 from sess_lightning.reporting.panels import displayed, overlay

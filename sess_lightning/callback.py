@@ -18,7 +18,8 @@ from typing_extensions import override
 
 from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
 from sess_lightning.engine import smooth
-from sess_lightning.introspection import borrowed, check_inputs, classify, explaining, keep_rng
+from sess_lightning.introspection import check_inputs, classify
+from sess_lightning.lending import borrowed, explaining, keep_rng
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import curve_auc

@@ -22,7 +22,8 @@ from sess_lightning.benchmarks import Benchmark, Sample, read_picture
 from sess_lightning.callback import SESSCallback
 from sess_lightning.engine import smooth
 from sess_lightning.evaluation import Experiment, Results, evaluate, evaluate_with
-from sess_lightning.introspection import classify, explaining
+from sess_lightning.introspection import classify
+from sess_lightning.lending import explaining
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
 from sess_lightning.reporting.panels import Panel, displayed, overlay, sheet

@@ -15,9 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torchmetrics import CatMetric
 
 from sess_lightning.introspection import (
-    borrowed,
     check_inputs,
-    explaining,
     find_grid,
     find_target_layer,
     input_window,
@@ -28,6 +26,7 @@ from sess_lightning.introspection import (
     score,
     target_logits,
 )
+from sess_lightning.lending import borrowed, explaining
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
 
 METHODS = [

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 
 from sess_lightning.introspection import (
     Grid,
-    borrowed,
     check_inputs,
     classify,
-    explaining,
     find_grid,
     first_tensor,
     log_scores,
     resolve_layer,
     with_first_tensor,
 )
+from sess_lightning.lending import borrowed, explaining
 from sess_lightning.ops import min_max, size_of, upsample
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.introspection import borrowed, check_inputs, explaining, score
+from sess_lightning.introspection import check_inputs, score
+from sess_lightning.lending import borrowed, explaining
 from sess_lightning.ops import blur, min_max, size_of
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 

@@ -14,10 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sess_lightning.introspection import (
-    borrowed,
     check_inputs,
     classify,
-    explaining,
     find_grid,
     gradient,
     head_forward,
@@ -26,6 +24,7 @@ from sess_lightning.introspection import (
     resolve_layer,
     target_logits,
 )
+from sess_lightning.lending import borrowed, explaining
 from sess_lightning.methods.gradient import generator
 from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod

@@ -14,9 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from sess_lightning.introspection import (
-    borrowed,
     check_inputs,
-    explaining,
     find_grid,
     gradient,
     head_forward,
@@ -24,6 +22,7 @@ from sess_lightning.introspection import (
     resolve_layer,
     target_logits,
 )
+from sess_lightning.lending import borrowed, explaining
 from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 

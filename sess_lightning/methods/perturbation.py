@@ -11,16 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from sess_lightning.introspection import (
-    borrowed,
-    check_inputs,
-    classify,
-    explaining,
-    gradient,
-    log_scores,
-    score,
-    target_logits,
-)
+from sess_lightning.introspection import check_inputs, classify, gradient, log_scores, score, target_logits
+from sess_lightning.lending import borrowed, explaining
 from sess_lightning.methods.cam import layer_evidence
 from sess_lightning.methods.gradient import generator
 from sess_lightning.ops import blur, full_precision, min_max, resize_matrix, size_of, upsample

@@ -26,14 +26,8 @@ from sess_lightning.engine import (
     smooth,
     windows,
 )
-from sess_lightning.introspection import (
-    borrowed,
-    check_inputs,
-    classify,
-    explaining,
-    input_window,
-    log_scores,
-)
+from sess_lightning.introspection import check_inputs, classify, input_window, log_scores
+from sess_lightning.lending import borrowed, explaining
 from sess_lightning.ops import min_max, size_of
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 

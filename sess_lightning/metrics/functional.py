@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from sess_lightning.engine import chunked
-from sess_lightning.introspection import borrowed, check_inputs, explaining, score
+from sess_lightning.introspection import check_inputs, score
+from sess_lightning.lending import borrowed, explaining
 from sess_lightning.ops import blur, size_of, upsample
 from sess_lightning.types import Activation
 

@@ -9,14 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.introspection import (
-    borrowed,
-    check_inputs,
-    classify,
-    explaining,
-    log_scores,
-    score,
-)
+from sess_lightning.introspection import check_inputs, classify, log_scores, score
+from sess_lightning.lending import borrowed, explaining
 from sess_lightning.metrics.functional import (
     blurred_baseline,
     class_mean,

@@ -8,7 +8,7 @@ import torch
 from formula import TARGET_LAYERS, build, equation_2, picture
 
 from sess_lightning.engine import prefilter, windows
-from sess_lightning.introspection import explaining
+from sess_lightning.lending import explaining
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
 from sess_lightning.ops import blur
 
