@@ -23,7 +23,7 @@ from sess_lightning.callback import SESSCallback
 from sess_lightning.engine import smooth
 from sess_lightning.evaluation import Experiment, Results, evaluate, evaluate_with
 from sess_lightning.introspection import classify
-from sess_lightning.lending import explaining
+from sess_lightning.lending import explaining, folded
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
 from sess_lightning.reporting.panels import Panel, displayed, overlay, sheet
@@ -87,6 +87,7 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ...")
     parser.add_argument("--devices", type=int, default=1, help="processes that share the pictures")
     parser.add_argument("--skip_broken", type=bool, default=False, help="leave out unreadable samples")
+    parser.add_argument("--fold", type=bool, default=False, help="fold batch norms away; equal to rounding")
     parser.link_arguments("data", "benchmark.init_args.root")
     return parser
 
@@ -95,13 +96,15 @@ def run_evaluate(config: Namespace) -> Results:
     """Evaluate, write the results and print their table."""
     made = evaluate_parser().instantiate(config)
     network = _network(config)
+    model = folded(network.model) if config.fold else network.model
+    model.to(memory_format=torch.channels_last)
     experiment = replace(made.experiment, mean=network.mean, std=network.std)
     trainer = _trainer(config.accelerator, config.devices)
-    given = (network.model, made.benchmark, experiment, config.out)
+    given = (model, made.benchmark, experiment, config.out)
     if config.devices > 1:
         results = evaluate_with(trainer, *given, skip_broken=config.skip_broken)
     else:
-        network.model.to(trainer.strategy.root_device)
+        model.to(trainer.strategy.root_device)
         results = evaluate(*given, skip_broken=config.skip_broken, progress=True)
     if trainer.is_global_zero:
         written = results.write(config.out, config.paper)
