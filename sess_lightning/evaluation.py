@@ -34,6 +34,8 @@ from sess_lightning.reporting.panels import curve_figure
 from sess_lightning.types import SaliencyMethod
 
 FIGURES = ("insertion", "deletion", "overall", "pointing_game", "pointing_game_difficult")
+FORMAT = 2
+"""Of the records: 2 marks where a new image begins."""
 COUNTS = ("n", "images", "broken", "missing", "all_difficult", "skipped", "misclassified", "nan", "flat")
 
 
@@ -129,6 +131,7 @@ def describe(model: nn.Module, benchmark: Benchmark, experiment: Experiment) -> 
     """Return what figures depend on, as text: settings, the model's weights, the pictures' names."""
     told = {field.name: repr(getattr(experiment, field.name)) for field in fields(experiment)}
     told["compare"] = repr(experiment.methods())
+    told["format"] = str(FORMAT)
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
@@ -340,7 +343,7 @@ def _entry(
 def assess(
     model: nn.Module, sample: Sample, images: Float[Tensor, "1 3 h w"], metric: SESSMetric
 ) -> dict[str, list[Any]]:
-    """Score a sample's trials, and return the metric's rows as plain lists."""
+    """Score a sample's trials, and return the metric's rows as plain lists; None stands for NaN."""
     device = _device(model)
     targets = torch.tensor([trial.target for trial in sample.trials], device=device)
     known = [trial.difficult is not None for trial in sample.trials]
@@ -353,7 +356,7 @@ def assess(
         difficult=difficult if all(known) else None,
         size=sample.size,
     )
-    return _take_rows(metric)
+    return {name: _without_nan(rows.tolist()) for name, rows in metric.take_rows().items()}
 
 
 def _regions(
@@ -368,15 +371,6 @@ def _regions(
         masks = [r if r.dtype == torch.bool else boxes_to_mask(r, sample.size) for r in given]
         return torch.stack(masks).to(device)
     return [region.to(device) for region in given]
-
-
-def _take_rows(metric: SESSMetric) -> dict[str, list[Any]]:
-    """Take the last update's rows out of a metric; NaN becomes None, as JSON has none."""
-    taken = {}
-    for name in metric._empty:
-        taken[name] = _without_nan(metric.rows(name).tolist())
-        getattr(metric, name).clear()
-    return taken
 
 
 def _without_nan(value: Any) -> Any:
@@ -398,10 +392,8 @@ def summarise(
     entries = read_journals(Path(folder), settings)
     metric = experiment.metric()
     rows = [entry["rows"] for entry in entries.values() if entry.get("rows")]
-    for name, empty in metric._empty.items():
-        parts = [torch.tensor(_with_nan(each[name]), dtype=empty.dtype) for each in rows]
-        getattr(metric, name).extend(part.view(-1, *empty.shape[1:]) for part in parts)
-    metric._update_count = len(rows)
+    for each in rows:
+        metric.load_rows({name: _with_nan(value) for name, value in each.items()})
     figures = metric.compute() if rows else {}
     expected = experiment.chosen(len(benchmark))
     figures["images"] = float(len(entries))

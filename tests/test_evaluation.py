@@ -201,7 +201,9 @@ def test_records_are_readable_by_anyone(whole):
     head, first, *_ = map(json.loads, (whole[1] / "records-0-of-1.jsonl").read_text().splitlines())
     assert set(head) == {"fingerprint", "settings"}
     assert (first["sample"], first["id"], first["all_difficult"]) == (0, "000001", 1)
-    assert set(first["rows"]) == set(SESSMetric(GradCAM(), compare={"a": GradCAM(), "b": GradCAM()})._empty)
+    metric = SESSMetric(GradCAM(), compare={"a": GradCAM(), "b": GradCAM()})
+    assert set(first["rows"]) == set(metric.take_rows())
+    assert first["rows"]["begins"] == [1, 0]
 
 
 def test_results_of_nothing_are_empty(tmp_path, voc):
