@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.introspection import check_inputs, classify, log_scores, score
+from sess_lightning.introspection import check_inputs, classify, log_scores, predict, score
 from sess_lightning.lending import borrowed, explaining
 from sess_lightning.metrics.functional import (
     blurred_baseline,
@@ -41,12 +41,14 @@ class Assessment(NamedTuple):
         insertion: Curves; NaN where the budget left an image out.
         deletion: Curves; NaN where the budget left an image out.
         hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
+        seconds: How long the maps took; NaN without a clock.
     """
 
     maps: Float[Tensor, "B H W"]
     insertion: Float[Tensor, "B T"]
     deletion: Float[Tensor, "B T"]
     hits: Int[Tensor, " B"]
+    seconds: float = float("nan")
 
 
 class SESSMetric(PerSample):
@@ -69,6 +71,8 @@ class SESSMetric(PerSample):
         steps: Number of steps of a curve.
         tolerance: Of the Pointing Game, px at the regions' resolution.
         batch_size: Images that go through the model at once.
+        clock: Tells the seconds by which maps are timed, once the device has done its work; None does not
+            wait for the device.
         kwargs: For ``torchmetrics.Metric``.
 
     Attributes:
@@ -93,6 +97,7 @@ class SESSMetric(PerSample):
         steps: int = 28,
         tolerance: float = 15.0,
         batch_size: int = 32,
+        clock: Callable[[torch.device], float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -108,6 +113,7 @@ class SESSMetric(PerSample):
         self.methods = {OWN: method, **compare}
         self.limits = dict(limits or {})
         self.steps, self.tolerance, self.batch_size = steps, tolerance, batch_size
+        self.clock = clock
         self.latest: dict[str, Assessment] = {}
         self._zero: tuple[Any, Tensor] | None = None
         self.add_rows("ends", 3)
@@ -154,12 +160,14 @@ class SESSMetric(PerSample):
             self.latest = {}
             for i, (name, method) in enumerate(self.methods.items()):
                 room = self.limits.get(name, done + len(images)) - done
+                started = self._now(images.device)
                 if shared is None:
                     maps = method(model, images, targets)
                 else:
                     maps = method.explain_classes(model, shared, targets).maps
+                seconds = self._now(images.device) - started
                 found = self._assess(model, maps, images, blurred, targets, ends, room, regions, size)
-                self.latest[name] = found
+                self.latest[name] = found._replace(seconds=seconds)
                 flat = found.maps.flatten(1).amax(1) <= found.maps.flatten(1).amin(1)
                 getattr(self, f"curves_{i}").append(torch.stack([found.insertion, found.deletion], 1))
                 getattr(self, f"hits_{i}").append(found.hits)
@@ -173,6 +181,9 @@ class SESSMetric(PerSample):
             self.targets.append(targets)
             self.predicted.append(predicted)
             self.ends.append(ends)
+
+    def _now(self, device: torch.device) -> float:
+        return self.clock(device) if self.clock is not None else torch.nan
 
     def _ends(
         self, model: nn.Module, images: Tensor, blurred: Tensor, targets: Tensor
@@ -189,8 +200,7 @@ class SESSMetric(PerSample):
             score(model, blurred, targets, activation),
             log_scores(zero, targets, activation),
         )
-        predicted = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
-        return torch.stack(ends, 1).exp(), predicted
+        return torch.stack(ends, 1).exp(), predict(logits)
 
     def _assess(
         self,
