@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
 from sess_lightning.engine import smooth
-from sess_lightning.introspection import check_inputs, classify
+from sess_lightning.introspection import check_inputs, classify, predict
 from sess_lightning.lending import borrowed, explaining, keep_rng
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
@@ -526,7 +526,7 @@ def _predicted(pl_module: nn.Module, images: Tensor, labels: Tensor, regions: An
     """Return the predicted classes; the regions are the label's, so that another prediction is no trial."""
     with explaining(pl_module), torch.no_grad():
         logits = classify(pl_module, borrowed(images))
-    predicted = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+    predicted = predict(logits)
     right = predicted == labels
     if isinstance(regions, Tensor):
         regions = regions & right[:, None, None]
