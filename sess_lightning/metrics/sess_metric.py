@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from sess_lightning.introspection import check_inputs, classify, log_scores, score
 from sess_lightning.lending import borrowed, explaining
@@ -19,6 +20,7 @@ from sess_lightning.metrics.functional import (
     has_region,
     insertion_curve,
     pointing_hits,
+    relevance_mass,
 )
 from sess_lightning.metrics.samples import PerSample
 from sess_lightning.metrics.statistics import bootstrap_counts, interval
@@ -40,12 +42,40 @@ class Assessment(NamedTuple):
         insertion: Curves; NaN where the budget left an image out.
         deletion: Curves; NaN where the budget left an image out.
         hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
+        mass: Share of the map inside the region; NaN without one.
     """
 
     maps: Float[Tensor, "B H W"]
     insertion: Float[Tensor, "B T"]
     deletion: Float[Tensor, "B T"]
     hits: Int[Tensor, " B"]
+    mass: Float[Tensor, " B"]
+
+
+class Samples(NamedTuple):
+    """What is known of each sample and the method's own map of it, of all processes, on the host.
+
+    Attributes:
+        targets: The class explained.
+        predicted: The class predicted.
+        scores: The model's probability of the target.
+        insertion: Area under the curve; NaN where none was drawn.
+        deletion: Area under the curve; NaN where none was drawn.
+        hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
+        mass: Share of the map inside the region; NaN without one.
+        share: The region's share of the picture; NaN without one.
+        small: Each map averaged over a G x G grid.
+    """
+
+    targets: Int[Tensor, " N"]
+    predicted: Int[Tensor, " N"]
+    scores: Float[Tensor, " N"]
+    insertion: Float[Tensor, " N"]
+    deletion: Float[Tensor, " N"]
+    hits: Int[Tensor, " N"]
+    mass: Float[Tensor, " N"]
+    share: Float[Tensor, " N"]
+    small: Float[Tensor, "N G G"]
 
 
 class SESSMetric(PerSample):
@@ -54,8 +84,9 @@ class SESSMetric(PerSample):
     Every update explains the batch with ``method`` and with all of ``compare``, draws the insertion and
     deletion curves of all maps from shared end points, and plays the Pointing Game where regions are given.
     ``compute`` gives plain floats: ``insertion``, ``deletion``, ``overall`` (their difference),
-    ``pointing_game``, ``pointing_game_difficult``, each mean with its 95 % bootstrap interval
-    (``..._ci_low``, ``..._ci_high``), the curves' areas divided by how much there was to gain
+    ``pointing_game``, ``pointing_game_difficult``, ``relevance_mass`` (share of the map inside the region, to
+    be read against ``region_share``, what a map without preference has), each mean with its 95 % bootstrap
+    interval (``..._ci_low``, ``..._ci_high``), the curves' areas divided by how much there was to gain
     (``..._normalised``), counts, the same under ``<name>/`` for each compared method, and under
     ``minus_<name>/`` the paired difference to it (this method less that one).
 
@@ -67,6 +98,7 @@ class SESSMetric(PerSample):
         steps: Number of steps of a curve.
         tolerance: Of the Pointing Game, px at the regions' resolution.
         batch_size: Images that go through the model at once.
+        grid: Side of the small copies of its own maps that ``samples`` gives; 0 keeps none.
         kwargs: For ``torchmetrics.Metric``.
 
     Attributes:
@@ -80,6 +112,8 @@ class SESSMetric(PerSample):
     predicted: list[Tensor]
     ends: list[Tensor]
     difficult: list[Tensor]
+    share: list[Tensor]
+    small: list[Tensor]
 
     def __init__(
         self,
@@ -90,6 +124,7 @@ class SESSMetric(PerSample):
         steps: int = 28,
         tolerance: float = 15.0,
         batch_size: int = 32,
+        grid: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -107,13 +142,18 @@ class SESSMetric(PerSample):
         self.steps, self.tolerance, self.batch_size = steps, tolerance, batch_size
         self.latest: dict[str, Assessment] = {}
         self._zero: tuple[Any, Tensor] | None = None
+        self.grid = grid
         self.add_rows("ends", 3)
+        self.add_rows("share")
+        if grid:
+            self.add_rows("small", grid, grid)
         for state in ("targets", "predicted", "difficult"):
             self.add_rows(state, dtype=torch.int64)
         for i in range(len(self.methods)):
             self.add_rows(f"curves_{i}", 2, steps + 1)
             self.add_rows(f"hits_{i}", dtype=torch.int64)
             self.add_rows(f"flat_{i}", dtype=torch.int64)
+            self.add_rows(f"mass_{i}")
 
     def update(
         self,
@@ -160,8 +200,13 @@ class SESSMetric(PerSample):
                 getattr(self, f"curves_{i}").append(torch.stack([found.insertion, found.deletion], 1))
                 getattr(self, f"hits_{i}").append(found.hits)
                 getattr(self, f"flat_{i}").append(flat.long())
+                getattr(self, f"mass_{i}").append(found.mass)
             unknown = torch.full_like(targets, NO_TRIAL)
             self.difficult.append(unknown if difficult is None else difficult.to(unknown))
+            own = self.latest[OWN].maps
+            self.share.append(_masses(torch.ones_like(own), regions, size))
+            if self.grid:
+                self.small.append(adaptive_avg_pool2d(own[:, None], self.grid)[:, 0])
             self.targets.append(targets)
             self.predicted.append(predicted)
             self.ends.append(ends)
@@ -215,7 +260,7 @@ class SESSMetric(PerSample):
         if regions is not None:
             hit = pointing_hits(maps, regions, self.tolerance, size)
             hits = torch.where(has_region(regions, maps.device), hit.to(hits), hits)
-        return Assessment(maps, curves[0], curves[1], hits)
+        return Assessment(maps, curves[0], curves[1], hits, _masses(maps, regions, size))
 
     def compute(self) -> dict[str, float]:
         """Return every figure as a float; an empty dict before the first update.
@@ -242,9 +287,25 @@ class SESSMetric(PerSample):
             values |= self._curve_values(prefix, area, ends.double(), counts)
             values[f"{prefix}flat"] = float(self._held(f"flat_{i}").sum())
             values |= self._pointing_values(i, prefix, counts)
+            mass, own_mass = (self._held(f"mass_{j}")[:, None].double() for j in (i, 0))
+            values |= _means(prefix, ("relevance_mass",), mass, counts)
             if name:
+                values |= _means(f"minus_{prefix}", ("relevance_mass",), own_mass - mass, counts)
                 values |= _means(f"minus_{prefix}", CURVE_FIGURES, areas[0] - area, counts)
+        share = self._held("share")
+        if share.isfinite().any():
+            values["region_share"] = float(share.nanmean())
         return values
+
+    def samples(self) -> Samples:
+        """Return what is known of each sample; as with ``compute``, every process must call it."""
+        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
+            area = curve_auc(self._held("curves_0"))
+            small = self._held("small") if self.grid else torch.empty(len(area), 0, 0)
+            return Samples(
+                self._held("targets"), self._held("predicted"), self._held("ends")[:, 0], area[:, 0],
+                area[:, 1], self._held("hits_0"), self._held("mass_0"), self._held("share"), small,
+            )  # fmt: skip
 
     def curves(self) -> dict[str, Float[Tensor, "2 T"]]:
         """Return each method's mean insertion and deletion curve over the samples that have one.
@@ -303,6 +364,14 @@ class SESSMetric(PerSample):
         """Forget everything."""
         super().reset()
         self.latest, self._zero = {}, None
+
+
+def _masses(
+    maps: Tensor, regions: Tensor | Sequence[Tensor] | None, size: tuple[int, int] | None
+) -> Float[Tensor, " B"]:
+    if regions is None:
+        return torch.full_like(maps[:, 0, 0], torch.nan)
+    return relevance_mass(maps, regions, size)
 
 
 def _means(prefix: str, names: Sequence[str], columns: Tensor, counts: Tensor) -> dict[str, float]:
