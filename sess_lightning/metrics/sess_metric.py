@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from sess_lightning.introspection import check_inputs, classify, log_scores, predict, score
 from sess_lightning.lending import borrowed, explaining
@@ -19,6 +20,7 @@ from sess_lightning.metrics.functional import (
     has_region,
     insertion_curve,
     pointing_hits,
+    relevance_mass,
 )
 from sess_lightning.metrics.samples import PerSample
 from sess_lightning.metrics.statistics import ClassMean, Mean, Statistic, interval, resample
@@ -42,13 +44,41 @@ class Assessment(NamedTuple):
         deletion: Curves; NaN where the budget left an image out.
         hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
         seconds: How long the maps took; NaN without a clock.
+        mass: Share of the map inside the region; NaN without one.
     """
 
     maps: Float[Tensor, "B H W"]
     insertion: Float[Tensor, "B T"]
     deletion: Float[Tensor, "B T"]
     hits: Int[Tensor, " B"]
+    mass: Float[Tensor, " B"]
     seconds: float = float("nan")
+
+
+class Samples(NamedTuple):
+    """What is known of each sample and the method's own map of it, of all processes, on the host.
+
+    Attributes:
+        targets: The class explained.
+        predicted: The class predicted.
+        scores: The model's probability of the target.
+        insertion: Area under the curve; NaN where none was drawn.
+        deletion: Area under the curve; NaN where none was drawn.
+        hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
+        mass: Share of the map inside the region; NaN without one.
+        share: The region's share of the picture; NaN without one.
+        small: Each map averaged over a G x G grid.
+    """
+
+    targets: Int[Tensor, " N"]
+    predicted: Int[Tensor, " N"]
+    scores: Float[Tensor, " N"]
+    insertion: Float[Tensor, " N"]
+    deletion: Float[Tensor, " N"]
+    hits: Int[Tensor, " N"]
+    mass: Float[Tensor, " N"]
+    share: Float[Tensor, " N"]
+    small: Float[Tensor, "N G G"]
 
 
 class SESSMetric(PerSample):
@@ -57,8 +87,9 @@ class SESSMetric(PerSample):
     Every update explains the batch with ``method`` and with all of ``compare``, draws the insertion and
     deletion curves of all maps from shared end points, and plays the Pointing Game where regions are given.
     ``compute`` gives plain floats: ``insertion``, ``deletion``, ``overall`` (their difference),
-    ``pointing_game``, ``pointing_game_difficult``, each mean with its 95 % bootstrap interval
-    (``..._ci_low``, ``..._ci_high``), the curves' areas divided by how much there was to gain
+    ``pointing_game``, ``pointing_game_difficult``, ``relevance_mass`` (share of the map inside the region, to
+    be read against ``region_share``, what a map without preference has), each mean with its 95 % bootstrap
+    interval (``..._ci_low``, ``..._ci_high``), the curves' areas divided by how much there was to gain
     (``..._normalised``), counts, the same under ``<name>/`` for each compared method, and under
     ``minus_<name>/`` the paired difference to it (this method less that one). The bootstrap draws images,
     each with all its trials: the classes explained on one image are no independent samples.
@@ -73,6 +104,7 @@ class SESSMetric(PerSample):
         batch_size: Images that go through the model at once.
         clock: Tells the seconds by which maps are timed, once the device has done its work; None does not
             wait for the device.
+        grid: Side of the small copies of its own maps that ``samples`` gives; 0 keeps none.
         kwargs: For ``torchmetrics.Metric``.
 
     Attributes:
@@ -87,6 +119,8 @@ class SESSMetric(PerSample):
     ends: list[Tensor]
     difficult: list[Tensor]
     begins: list[Tensor]
+    share: list[Tensor]
+    small: list[Tensor]
 
     def __init__(
         self,
@@ -98,6 +132,7 @@ class SESSMetric(PerSample):
         tolerance: float = 15.0,
         batch_size: int = 32,
         clock: Callable[[torch.device], float] | None = None,
+        grid: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -116,7 +151,11 @@ class SESSMetric(PerSample):
         self.clock = clock
         self.latest: dict[str, Assessment] = {}
         self._zero: tuple[Any, Tensor] | None = None
+        self.grid = grid
         self.add_rows("ends", 3)
+        self.add_rows("share")
+        if grid:
+            self.add_rows("small", grid, grid)
         # 1 where a row begins a new image. Numbers would collide once processes are gathered, marks cannot.
         for state in ("targets", "predicted", "difficult", "begins"):
             self.add_rows(state, dtype=torch.int64)
@@ -124,6 +163,7 @@ class SESSMetric(PerSample):
             self.add_rows(f"curves_{i}", 2, steps + 1)
             self.add_rows(f"hits_{i}", dtype=torch.int64)
             self.add_rows(f"flat_{i}", dtype=torch.int64)
+            self.add_rows(f"mass_{i}")
 
     def update(
         self,
@@ -172,12 +212,17 @@ class SESSMetric(PerSample):
                 getattr(self, f"curves_{i}").append(torch.stack([found.insertion, found.deletion], 1))
                 getattr(self, f"hits_{i}").append(found.hits)
                 getattr(self, f"flat_{i}").append(flat.long())
+                getattr(self, f"mass_{i}").append(found.mass)
             unknown = torch.full_like(targets, NO_TRIAL)
             self.difficult.append(unknown if difficult is None else difficult.to(unknown))
             begins = torch.ones_like(targets)
             if shared is not None:
                 begins[1:] = 0
             self.begins.append(begins)
+            own = self.latest[OWN].maps
+            self.share.append(_masses(torch.ones_like(own), regions, size))
+            if self.grid:
+                self.small.append(adaptive_avg_pool2d(own[:, None], self.grid)[:, 0])
             self.targets.append(targets)
             self.predicted.append(predicted)
             self.ends.append(ends)
@@ -233,7 +278,7 @@ class SESSMetric(PerSample):
         if regions is not None:
             hit = pointing_hits(maps, regions, self.tolerance, size)
             hits = torch.where(has_region(regions, maps.device), hit.to(hits), hits)
-        return Assessment(maps, curves[0], curves[1], hits)
+        return Assessment(maps, curves[0], curves[1], hits, _masses(maps, regions, size))
 
     def compute(self) -> dict[str, float]:
         """Return every figure as a float; an empty dict before the first update.
@@ -262,8 +307,12 @@ class SESSMetric(PerSample):
             values |= self._curve_values(prefix, area, ends.double())
             values[f"{prefix}flat"] = float(self._held(f"flat_{i}").sum())
             values |= self._pointing_values(i, prefix, image_of, statistics)
+            mass, own_mass = (self._held(f"mass_{j}")[:, None].double() for j in (i, 0))
+            values |= _means(prefix, mass, image_of, statistics, ("relevance_mass",))
             if name:
                 values |= _means(f"minus_{prefix}", areas[0] - area, image_of, statistics)
+                difference = own_mass - mass
+                values |= _means(f"minus_{prefix}", difference, image_of, statistics, ("relevance_mass",))
         resampled = resample(statistics, int(image_of[-1]) + 1, len(targets))
         for name, key in product(self.methods, POINTING_FIGURES):
             if name and f"{name}/{key}" in resampled:
@@ -271,7 +320,20 @@ class SESSMetric(PerSample):
                 resampled[f"minus_{name}/{key}"] = resampled[key] - resampled[f"{name}/{key}"]
         for name, figures in resampled.items():
             values |= interval(name, figures)
+        share = self._held("share")
+        if share.isfinite().any():
+            values["region_share"] = float(share.nanmean())
         return values
+
+    def samples(self) -> Samples:
+        """Return what is known of each sample; as with ``compute``, every process must call it."""
+        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
+            area = curve_auc(self._held("curves_0"))
+            small = self._held("small") if self.grid else torch.empty(len(area), 0, 0)
+            return Samples(
+                self._held("targets"), self._held("predicted"), self._held("ends")[:, 0], area[:, 0],
+                area[:, 1], self._held("hits_0"), self._held("mass_0"), self._held("share"), small,
+            )  # fmt: skip
 
     def curves(self) -> dict[str, Float[Tensor, "2 T"]]:
         """Return each method's mean insertion and deletion curve over the samples that have one.
@@ -322,14 +384,26 @@ class SESSMetric(PerSample):
         self.latest, self._zero = {}, None
 
 
+def _masses(
+    maps: Tensor, regions: Tensor | Sequence[Tensor] | None, size: tuple[int, int] | None
+) -> Float[Tensor, " B"]:
+    if regions is None:
+        return torch.full_like(maps[:, 0, 0], torch.nan)
+    return relevance_mass(maps, regions, size)
+
+
 def _means(
-    prefix: str, columns: Tensor, image_of: Tensor, statistics: dict[str, Statistic]
+    prefix: str,
+    columns: Tensor,
+    image_of: Tensor,
+    statistics: dict[str, Statistic],
+    figures: Sequence[str] = CURVE_FIGURES,
 ) -> dict[str, float]:
-    """Return the curves' figures, and put what is to be resampled into ``statistics``."""
+    """Return the columns' means, and put what is to be resampled into ``statistics``."""
     drawn = columns.isfinite().all(1)
     if not drawn.any():
         return {}
     own = columns[drawn].T
-    names = [prefix + figure for figure in CURVE_FIGURES]
+    names = [prefix + figure for figure in figures]
     statistics |= {name: Mean(column, image_of[drawn]) for name, column in zip(names, own, strict=True)}
     return {name: float(column.mean()) for name, column in zip(names, own, strict=True)}

@@ -19,6 +19,7 @@ from sess_lightning.metrics.functional import (
     deletion_curve,
     insertion_curve,
     pointing_hits,
+    relevance_mass,
 )
 from sess_lightning.ops import min_max
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
@@ -89,7 +90,7 @@ TWO_SCALES = SESS(GradCAM(), num_scales=2)
 
 def test_every_figure_comes_with_its_interval_its_floor_and_its_counts(model, images, boxes):
     values = run(SESSMetric(TWO_SCALES, tolerance=3.0), model, images, boxes)
-    played = FIGURES | {"pointing_game"}
+    played = FIGURES | {"pointing_game", "relevance_mass"}
     own = with_intervals(played) | {
         "n",
         "nan",
@@ -98,6 +99,7 @@ def test_every_figure_comes_with_its_interval_its_floor_and_its_counts(model, im
         "pointing_game_n",
         "flat",
         "curves_n",
+        "region_share",
     }
     base = {f"base/{name}" for name in with_intervals(played) | {"flat", "curves_n"}}
     minus = {f"minus_base/{name}" for name in with_intervals(played)}
@@ -110,7 +112,9 @@ def test_every_figure_comes_with_its_interval_its_floor_and_its_counts(model, im
 
 def test_without_regions_no_pointing_game_is_played(model, images):
     values = run(SESSMetric(TWO_SCALES), model, images)
-    assert not [name for name in values if "pointing" in name or "skipped" in name]
+    assert not [
+        name for name in values if any(word in name for word in ("pointing", "skipped", "mass", "region"))
+    ]
     assert values["n"] == 6
 
 
@@ -145,7 +149,7 @@ def test_the_difference_to_another_method_is_the_mean_of_paired_differences(mode
 def test_a_method_that_equals_the_one_it_is_compared_with_differs_by_nothing(model, images, boxes):
     values = run(SESSMetric(Channel(0), compare={"same": Channel(0)}), model, images, boxes)
     same = {name: value for name, value in values.items() if name.startswith("minus_same/")}
-    assert len(same) == 12
+    assert len(same) == 15
     assert set(same.values()) == {0.0}
 
 
@@ -516,6 +520,31 @@ def test_the_latest_maps_and_curves_are_at_hand(model, images, boxes):
     torch.testing.assert_close(metric.latest["base"].maps, maps, atol=1e-6, rtol=0)
     assert metric.latest["base"].insertion.shape == (2, 29)
     assert metric.latest["base"].hits.tolist() == pointing_hits(maps, boxes[4:]).long().tolist()
+
+
+def test_relevance_mass_is_that_of_the_functions_over_images_with_a_region(model, images, boxes):
+    boxes[5] = torch.zeros(0, 4)
+    values = run(SESSMetric(TWO_SCALES), model, images, boxes, (slice(0, 4), slice(4, 6)))
+    masses = [relevance_mass(method(model, images, TARGETS), boxes) for method in (TWO_SCALES, GradCAM())]
+    assert values["relevance_mass"] == pytest.approx(masses[0].nanmean().item(), abs=1e-6)
+    assert values["base/relevance_mass"] == pytest.approx(masses[1].nanmean().item(), abs=1e-6)
+    difference = (masses[0] - masses[1]).nanmean().item()
+    assert values["minus_base/relevance_mass"] == pytest.approx(difference, abs=1e-6)
+    assert values["region_share"] == pytest.approx(6 * 8 / 32**2, abs=1e-6)
+
+
+def test_samples_tell_of_each_what_the_figures_tell_of_all(model, images, boxes):
+    metric = SESSMetric(TWO_SCALES, grid=4)
+    values = run(metric, model, images, boxes, (slice(0, 4), slice(4, 6)))
+    samples = metric.samples()
+    assert samples.targets.tolist() == TARGETS.tolist()
+    assert samples.insertion.mean().item() == pytest.approx(values["insertion"], abs=1e-6)
+    assert samples.deletion.mean().item() == pytest.approx(values["deletion"], abs=1e-6)
+    assert samples.mass.mean().item() == pytest.approx(values["relevance_mass"], abs=1e-6)
+    assert samples.share.tolist() == pytest.approx([48 / 1024] * 6)
+    maps = TWO_SCALES(model, images, TARGETS)
+    torch.testing.assert_close(samples.small, maps.unflatten(1, (4, 8)).unflatten(3, (4, 8)).mean((2, 4)))
+    assert metric.small[0].shape == (4, 4, 4)
 
 
 def test_the_model_is_given_back_as_it_was(images):
