@@ -1,4 +1,4 @@
-"""The command line: ``sess-lightning evaluate | explain | fit | validate | test``."""
+"""The command line: ``sess-lightning evaluate | compare | explain | fit | validate | test``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from sess_lightning.benchmarks import Benchmark, Sample, read_picture
 from sess_lightning.callback import SESSCallback
+from sess_lightning.comparison import compare
 from sess_lightning.engine import smooth
 from sess_lightning.evaluation import Experiment, evaluate, evaluate_with
 from sess_lightning.introspection import classify
@@ -34,6 +35,7 @@ from sess_lightning.weights import Network, load_network
 USAGE = """usage: sess-lightning COMMAND ...
 
   evaluate   score a method on a data set: the paper's tables, on its data or yours
+  compare    draw finished evaluations side by side: ablations
   explain    explain one picture
   fit, validate, test   Lightning's own commands, with the callback beside (--sess.*)
 
@@ -53,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ExplainedCLI(args=None if arguments is None else given)
     elif command == "evaluate":
         run_evaluate(evaluate_parser().parse_args(given[1:]))
+    elif command == "compare":
+        asked = compare_parser().parse_args(given[1:])
+        sys.stdout.write("".join(f"{path}\n" for path in compare(asked.runs, asked.out, asked.x)))
     elif command == "explain":
         run_explain(explain_parser().parse_args(given[1:]))
     else:
@@ -134,6 +139,17 @@ def _trainer(accelerator: str, devices: int) -> Trainer:
 
 def _network(config: Namespace) -> Network:
     return load_network(**config.model.as_dict())
+
+
+def compare_parser() -> ArgumentParser:
+    """Return the parser of ``compare``."""
+    parser = ArgumentParser(
+        prog="sess-lightning compare", description="Draw finished evaluations side by side."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of results, or their configs")
+    parser.add_argument("--x", type=str | None, default=None, help="option to draw over, e.g. num_scales")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="for compare.csv and .png")
+    return parser
 
 
 def explain_parser() -> ArgumentParser:

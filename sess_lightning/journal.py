@@ -83,6 +83,19 @@ def read_journal(path: Path, settings: Mapping[str, str]) -> dict[int, dict[str,
     return found
 
 
+def read_settings(folder: Path) -> dict[str, str]:
+    """Return the settings that a folder's records were written under.
+
+    Raises:
+        FileNotFoundError: If there are no records.
+    """
+    for path in sorted(folder.glob("records-*.jsonl")):
+        with path.open() as file:
+            settings: dict[str, str] = json.loads(file.readline())["settings"]
+        return settings
+    raise FileNotFoundError(f"{folder}: no records-*.jsonl; give the folder of an evaluation.")
+
+
 def read_journals(folder: Path, settings: Mapping[str, str]) -> dict[int, dict[str, Any]]:
     """Return what all processes wrote, by sample, in rising order."""
     entries: dict[int, dict[str, Any]] = {}

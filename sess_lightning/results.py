@@ -110,12 +110,12 @@ class Results:
         written[0].write_text(self.table(paper) + "\n")
         rows = self.rows(paper)
         figures = {column: [row[column] for row in rows] for column in rows[0]}
-        written += _write_table(folder / "results.csv", figures, parquet)
+        written += write_table(folder / "results.csv", figures, parquet)
         if self.samples:
-            written += _write_table(folder / "samples.csv", self.samples, parquet)
+            written += write_table(folder / "samples.csv", self.samples, parquet)
         if any(row["trials"] for row in self.classes):
             by_class = {column: [row[column] for row in self.classes] for column in self.classes[0]}
-            written += _write_table(folder / "classes.csv", by_class, False)
+            written += write_table(folder / "classes.csv", by_class, False)
         drawn = {name or self.method: curve for name, curve in self.curves.items() if curve.isfinite().all()}
         if drawn:
             written.append(folder / "curves.png")
@@ -164,7 +164,17 @@ def _aligned(lines: Sequence[Sequence[str]]) -> Iterable[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
-def _write_table(path: Path, columns: Mapping[str, Any], parquet: bool | None) -> list[Path]:
+def write_table(path: Path, columns: Mapping[str, Any], parquet: bool | None) -> list[Path]:
+    """Write columns as CSV, and as Parquet beside it; return what was written.
+
+    Args:
+        path: Of the CSV.
+        columns: Of equal length.
+        parquet: As for ``Results.write``.
+
+    Raises:
+        ImportError: If Parquet is asked for and pyarrow is not installed.
+    """
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
