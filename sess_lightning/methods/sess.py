@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sess_lightning.batching import batch_limit, in_batches, stacked
 from sess_lightning.engine import (
     Fusion,
     Plan,
     canvas_strips,
     channel_weights,
-    chunked,
     crop,
     crop_strips,
     fuse,
@@ -61,7 +61,7 @@ class SESS(SaliencyMethod):
         fusion: ``"mean"`` (equation 2), ``"max"``, or ``"average"`` over all windows, zeros included.
         channel_weights: Weight each map by its window's score (equation 1).
         smoothing: Blur the seams of the fused map: for pictures, not for scores.
-        batch_size: Windows that go through the model at once.
+        batch_size: Windows that go through the model at once; None by the memory there is.
     """
 
     base: SaliencyMethod
@@ -75,7 +75,7 @@ class SESS(SaliencyMethod):
     fusion: Fusion = "mean"
     channel_weights: bool = True
     smoothing: bool = False
-    batch_size: int = 32
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, SaliencyMethod):
@@ -157,24 +157,24 @@ class SESS(SaliencyMethod):
 
         There is one target per image, or several for a single image.
         """
-        parts = chunked(windows(images, plan, self.antialias), self.batch_size)
-        stream: Iterator[Tensor]
+        size = batch_limit(self.batch_size, images)
+        cut = windows(images, plan, self.antialias)
         if self.base.single_forward:
-            coarse, logs = self._extracted(model, parts, targets, len(images), len(plan))
-            kept = prefilter(logs, self.prefilter_ratio)
-            stream = chain.from_iterable(maps[which] for maps, which in zip(coarse, kept, strict=True))
-            grid = size_of(coarse)
-        else:
-            logits = torch.cat([classify(model, part) for part in parts]).unflatten(0, (-1, len(plan)))
-            each = zip(logits.expand(len(targets), -1, -1), targets, strict=True)
-            logs = torch.stack(
-                [log_scores(own, target.repeat(len(plan)), self.activation) for own, target in each]
+            maps, logs = self._extracted(model, cut, targets, len(images), len(plan), size)
+            kept = self._kept(logs)
+            stream: Iterator[Tensor] = chain.from_iterable(
+                own[which] for own, which in zip(maps, kept, strict=True)
             )
-            kept = prefilter(logs, self.prefilter_ratio)
-            stream = self._kept_maps(model, images.expand(len(targets), -1, -1, -1), targets, plan, kept)
-            grid = (plan.window, plan.window)
+        else:
+            logs = self._scores(model, cut, targets, len(plan), size)
+            kept = self._kept(logs)
+            stream = self._kept_maps(
+                model, images.expand(len(targets), -1, -1, -1), targets, plan, kept, size
+            )
         weights = channel_weights(logs) if self.channel_weights else torch.ones_like(logs)
-        strips = canvas_strips(plan, grid, images.device)
+        first = next(stream)
+        stream = chain([first], stream)
+        strips = canvas_strips(plan, size_of(first), images.device)
         fused = [
             fuse(
                 islice(stream, len(which)), weight[which], strips, which, theta=self.theta, fusion=self.fusion
@@ -183,29 +183,63 @@ class SESS(SaliencyMethod):
         ]
         return torch.stack(fused), logs
 
+    def _kept(self, log_scores: Float[Tensor, "T P"]) -> Int[Tensor, "T K"]:
+        # In the plan's order: where all are kept, the windows need not be cut one by one.
+        return prefilter(log_scores, self.prefilter_ratio).sort(dim=-1).values
+
     def _extracted(
-        self, model: nn.Module, parts: Iterator[Tensor], targets: Tensor, images: int, windows: int
+        self, model: nn.Module, cut: Iterator[Tensor], targets: Tensor, images: int, windows: int, size: int
     ) -> tuple[Float[Tensor, "T P h w"], Float[Tensor, "T P"]]:
         """Return all windows' maps and log-scores: of each image for its target, or of one for each."""
         if images == len(targets):
-            of_window = targets.repeat_interleave(windows).split(self.batch_size)
-            extracted = [self.base.extract(model, *each) for each in zip(parts, of_window, strict=True)]
-            maps, logs = (torch.cat(each) for each in zip(*extracted, strict=True))
+            of_window = targets.repeat_interleave(windows)
+            found = in_batches(
+                lambda part, which: self.base.extract(model, stacked(part), of_window[which]), cut, size
+            )
+            maps, logs = (torch.cat(each) for each in zip(*found, strict=True))
             return maps.unflatten(0, (-1, windows)), logs.unflatten(0, (-1, windows))
-        shared = [self.base.extract_classes(model, part, targets) for part in parts]
+        shared = [
+            *in_batches(lambda part, _: self.base.extract_classes(model, stacked(part), targets), cut, size)
+        ]
         maps = torch.cat([torch.stack([each.maps for each in part]) for part in shared], 1)
         return maps, torch.cat([torch.stack([each.log_scores for each in part]) for part in shared], 1)
 
+    def _scores(
+        self, model: nn.Module, cut: Iterator[Tensor], targets: Tensor, windows: int, size: int
+    ) -> Float[Tensor, "T P"]:
+        """Return the windows' log-scores: of each image for its target, or of one for each."""
+        found = in_batches(lambda part, _: classify(model, stacked(part)), cut, size)
+        logits = torch.cat([*found]).unflatten(0, (-1, windows)).expand(len(targets), -1, -1)
+        of_window = targets[:, None].expand(-1, windows)
+        logs = log_scores(logits.flatten(0, 1), of_window.flatten(), self.activation)
+        return logs.view(-1, windows)
+
     def _kept_maps(
-        self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan, kept: Int[Tensor, "B K"]
-    ) -> Iterator[Float[Tensor, "w w"]]:
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        plan: Plan,
+        kept: Int[Tensor, "B K"],
+        size: int,
+    ) -> Iterator[Float[Tensor, "h w"]]:
         """Yield the base's maps of the kept windows, image by image, from full batches."""
+        of_window = targets.repeat_interleave(kept.shape[1])
+        found = in_batches(
+            lambda part, which: self.base.extract(model, stacked(part), of_window[which]),
+            self._kept_windows(images, plan, kept, size),
+            size,
+        )
+        return chain.from_iterable(each.maps for each in found)
+
+    def _kept_windows(
+        self, images: Tensor, plan: Plan, kept: Int[Tensor, "B K"], size: int
+    ) -> Iterator[Float[Tensor, "C w w"]]:
+        if kept.shape[1] == len(plan):
+            return windows(images, plan, self.antialias)
         rows, columns = crop_strips(plan, self.antialias, images.device)
-        cut = chain.from_iterable(
+        return chain.from_iterable(
             crop(image, rows, columns, which)
             for image, some in zip(images, kept, strict=True)
-            for which in some.split(self.batch_size)
+            for which in some.split(size)
         )
-        of_window = targets.repeat_interleave(kept.shape[1]).split(self.batch_size)
-        for part, target in zip(chunked(cut, self.batch_size), of_window, strict=True):
-            yield from self.base(model, part, target)
