@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +24,7 @@ from sess_lightning.engine import (
     kept_count,
     plan_windows,
     prefilter,
+    shrunk,
     sides_of,
     smooth,
     windows,
@@ -30,7 +32,9 @@ from sess_lightning.engine import (
 from sess_lightning.introspection import check_inputs, classify, input_window, log_scores
 from sess_lightning.lending import borrowed, explaining
 from sess_lightning.ops import min_max, size_of
-from sess_lightning.types import Activation, Explanation, SaliencyMethod
+from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
+
+Scoring: TypeAlias = Literal["full", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class SESS(SaliencyMethod):
         channel_weights: Weight each map by its window's score (equation 1).
         smoothing: Blur the seams of the fused map: for pictures, not for scores.
         batch_size: Windows that go through the model at once; None by the memory there is.
+        scoring: ``"bf16"`` ranks windows by a forward in bfloat16; those kept are then explained and weighted
+            in full precision. Cheaper at a high ``prefilter_ratio`` only.
+        scoring_size: Side, px, at which windows are ranked; those kept are explained and weighted at full
+            size. For networks that take any size; None is the window.
     """
 
     base: SaliencyMethod
@@ -76,6 +84,8 @@ class SESS(SaliencyMethod):
     channel_weights: bool = True
     smoothing: bool = False
     batch_size: int | None = None
+    scoring: Scoring = "full"
+    scoring_size: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, SaliencyMethod):
@@ -90,7 +100,9 @@ class SESS(SaliencyMethod):
             raise ValueError(
                 f"SESS: theta must be in [0, 1), a fraction of the top weight, got {self.theta}."
             )
-        for name in ("window", "stride", "batch_size"):
+        if self.scoring not in ("full", "bf16"):
+            raise ValueError(f'SESS: scoring must be "full" or "bf16", got {self.scoring!r}.')
+        for name in ("window", "stride", "batch_size", "scoring_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"SESS: {name} must be at least 1, got {value}.")
@@ -108,14 +120,29 @@ class SESS(SaliencyMethod):
         """
         window = self.window if self.window is not None else input_window(model) or min(size)
         stride = self.stride if self.stride is not None else window
+        self._check_scoring_size(model, window)
         return plan_windows(tuple(size), window, stride, sides_of(self.scales, window, self.num_scales))
 
+    def _check_scoring_size(self, model: nn.Module, window: int) -> None:
+        if self.scoring_size is None:
+            return
+        built_for = input_window(model)
+        if built_for is not None:
+            raise ValueError(
+                f"SESS: scoring_size={self.scoring_size}, but the model says it was built for {built_for} px "
+                'and may take no other size; leave it out, scoring="bf16" works for any model.'
+            )
+        if self.scoring_size > window:
+            raise ValueError(
+                f"SESS: scoring_size {self.scoring_size} exceeds the window, {window} px; use a smaller one."
+            )
+
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
-        """Return how many forwards of windows one map of an image of ``size`` costs."""
-        count = len(self.plan(model, size))
-        if self.base.single_forward:
+        """Return how many forwards of windows one map of an image of ``size`` costs, cheap or not."""
+        plan = self.plan(model, size)
+        count, window = len(plan), plan.window
+        if self.base.single_forward and not self._scores_cheaply:
             return count
-        window = self.plan(model, size).window
         kept = kept_count(count, self.prefilter_ratio)
         return count + kept * self.base.count_forwards(model, (window, window))
 
@@ -125,10 +152,11 @@ class SESS(SaliencyMethod):
         """Explain ``targets`` on ``images`` of any one size.
 
         The scores are those of the window that is the whole image where there is one, else of the best
-        window.
+        window; if that one is not kept, as cheap scoring found it.
 
         Raises:
-            ValueError: If an argument has the wrong shape, or the windows do not fit.
+            ValueError: If an argument has the wrong shape, the windows do not fit, or ``scoring_size`` does
+                not suit the model.
         """
         check_inputs("SESS", images, targets)
         return self._finished(model, images, targets)
@@ -158,30 +186,38 @@ class SESS(SaliencyMethod):
         There is one target per image, or several for a single image.
         """
         size = batch_limit(self.batch_size, images)
-        cut = windows(images, plan, self.antialias)
-        if self.base.single_forward:
+        if self.base.single_forward and not self._scores_cheaply:
+            cut = windows(images, plan, self.antialias)
             maps, logs = self._extracted(model, cut, targets, len(images), len(plan), size)
             kept = self._kept(logs)
             stream: Iterator[Tensor] = chain.from_iterable(
                 own[which] for own, which in zip(maps, kept, strict=True)
             )
         else:
-            logs = self._scores(model, cut, targets, len(plan), size)
+            logs = self._scores(model, images, targets, plan, size)
             kept = self._kept(logs)
-            stream = self._kept_maps(
-                model, images.expand(len(targets), -1, -1, -1), targets, plan, kept, size
-            )
-        weights = channel_weights(logs) if self.channel_weights else torch.ones_like(logs)
+            expanded = images.expand(len(targets), -1, -1, -1)
+            found = self._kept_extractions(model, expanded, targets, plan, kept, size)
+            if self._scores_cheaply:  # Held, few as they are: they are weighted by their own best score.
+                found = iter(held := [*found])
+                own_logs = torch.cat([each.log_scores for each in held])
+                logs = logs.scatter(1, kept, own_logs.view_as(kept))
+            stream = chain.from_iterable(each.maps for each in found)
+        weights = channel_weights(logs.gather(1, kept))
+        if not self.channel_weights:
+            weights = torch.ones_like(weights)
         first = next(stream)
         stream = chain([first], stream)
         strips = canvas_strips(plan, size_of(first), images.device)
         fused = [
-            fuse(
-                islice(stream, len(which)), weight[which], strips, which, theta=self.theta, fusion=self.fusion
-            )
+            fuse(islice(stream, len(which)), weight, strips, which, theta=self.theta, fusion=self.fusion)
             for weight, which in zip(weights, kept, strict=True)
         ]
         return torch.stack(fused), logs
+
+    @property
+    def _scores_cheaply(self) -> bool:
+        return self.scoring != "full" or self.scoring_size is not None
 
     def _kept(self, log_scores: Float[Tensor, "T P"]) -> Int[Tensor, "T K"]:
         # In the plan's order: where all are kept, the windows need not be cut one by one.
@@ -205,16 +241,19 @@ class SESS(SaliencyMethod):
         return maps, torch.cat([torch.stack([each.log_scores for each in part]) for part in shared], 1)
 
     def _scores(
-        self, model: nn.Module, cut: Iterator[Tensor], targets: Tensor, windows: int, size: int
+        self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan, size: int
     ) -> Float[Tensor, "T P"]:
         """Return the windows' log-scores: of each image for its target, or of one for each."""
-        found = in_batches(lambda part, _: classify(model, stacked(part)), cut, size)
-        logits = torch.cat([*found]).unflatten(0, (-1, windows)).expand(len(targets), -1, -1)
-        of_window = targets[:, None].expand(-1, windows)
+        cut = windows(images, shrunk(plan, self.scoring_size or plan.window), self.antialias)
+        device = images.device.type if images.device.type != "meta" else "cpu"
+        with torch.autocast(device, torch.bfloat16) if self.scoring == "bf16" else nullcontext():
+            logits = torch.cat([*in_batches(lambda part, _: classify(model, stacked(part)), cut, size)])
+        logits = logits.unflatten(0, (-1, len(plan))).expand(len(targets), -1, -1)
+        of_window = targets[:, None].expand(-1, len(plan))
         logs = log_scores(logits.flatten(0, 1), of_window.flatten(), self.activation)
-        return logs.view(-1, windows)
+        return logs.view(-1, len(plan))
 
-    def _kept_maps(
+    def _kept_extractions(
         self,
         model: nn.Module,
         images: Tensor,
@@ -222,15 +261,14 @@ class SESS(SaliencyMethod):
         plan: Plan,
         kept: Int[Tensor, "B K"],
         size: int,
-    ) -> Iterator[Float[Tensor, "h w"]]:
-        """Yield the base's maps of the kept windows, image by image, from full batches."""
+    ) -> Iterator[Extraction]:
+        """Yield what the base says about the kept windows, image by image, in full batches."""
         of_window = targets.repeat_interleave(kept.shape[1])
-        found = in_batches(
+        return in_batches(
             lambda part, which: self.base.extract(model, stacked(part), of_window[which]),
             self._kept_windows(images, plan, kept, size),
             size,
         )
-        return chain.from_iterable(each.maps for each in found)
 
     def _kept_windows(
         self, images: Tensor, plan: Plan, kept: Int[Tensor, "B K"], size: int
