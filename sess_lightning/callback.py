@@ -48,8 +48,14 @@ class _Sample:
 
 
 @dataclass(frozen=True)
-class _Budget:
-    """What a validation run will do: samples on this process, floors' samples, forwards of all processes."""
+class Budget:
+    """What a validation run will do.
+
+    Attributes:
+        samples: Samples explained and scored on this process.
+        floors: Of these, the ones that the floors' curves are drawn for.
+        forwards: Of single images, on all processes, at most.
+    """
 
     samples: int
     floors: int
@@ -139,7 +145,7 @@ class SESSCallback(Callback):
         self.max_forwards, self.tolerance, self.dataloader_idx = max_forwards, tolerance, dataloader_idx
         self.class_names, self.normalisation, self.report = class_names, normalisation, report
         self._metric: SESSMetric | None = None
-        self._budget: _Budget | None = None
+        self._budget: Budget | None = None
         self._own = ""
         self._sinks: list[Sink] = []
         self._kept: dict[int, Batch] = {}
@@ -288,11 +294,10 @@ class SESSCallback(Callback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batches: float) -> None:
         """Settle, on the first batch, what a run costs, and say so."""
         size = size_of(batch.images)
-        method = self.method if self.method is not None else SESS(GradCAM(activation=_activation(pl_module)))
+        method, compare = self.methods(pl_module)
         self._own = type(method).__name__
-        compare = dict(self.compare) if self.compare is not None else _comparisons(method)
         tolerance = self.tolerance or LITERATURE_TOLERANCE * min(size) / LITERATURE_SIDE
-        self._budget = self._spend(trainer, pl_module, method, compare, size, len(batch) * batches)
+        self._budget = self.budget(pl_module, size, len(batch) * batches, trainer.world_size)
         floors = [name for name, each in compare.items() if each.forwards == 0]
         limits = dict.fromkeys(floors, self._budget.floors)
         self._metric = SESSMetric(method, compare=compare, limits=limits, tolerance=tolerance).to(
@@ -328,23 +333,34 @@ class SESSCallback(Callback):
             "device": f"{pl_module.device}, {trainer.precision}, {world} process{'es' * (world > 1)}",
         }
 
-    def _spend(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        method: SaliencyMethod,
-        compare: Mapping[str, SaliencyMethod],
-        size: tuple[int, int],
-        available: float,
-    ) -> _Budget:
+    def methods(self, model: nn.Module) -> tuple[SaliencyMethod, dict[str, SaliencyMethod]]:
+        """Return the method that a run scores on this model, and by name those it scores beside it."""
+        method = self.method if self.method is not None else SESS(GradCAM(activation=_activation(model)))
+        return method, dict(self.compare) if self.compare is not None else _comparisons(method)
+
+    def budget(
+        self, model: nn.Module, size: tuple[int, int], available: float = float("inf"), world_size: int = 1
+    ) -> Budget:
+        """Return what a run on images of one size will do.
+
+        Args:
+            model: The model to explain.
+            size: (height, width) of the images as the model takes them.
+            available: Samples that this process's loader holds.
+            world_size: Number of processes.
+
+        Raises:
+            ValueError: If ``max_forwards`` does not pay for a single sample.
+        """
+        method, compare = self.methods(model)
         further = 2 * (28 - 1)  # Forwards of the curves of one more map, their ends being known.
         fixed = 1 + (self.target == "predicted")
         models = [each for each in compare.values() if each.forwards > 0]
-        each = fixed + 1 + method.count_forwards(pl_module, size) + further
-        each += sum(other.count_forwards(pl_module, size) + further for other in models)
+        each = fixed + 1 + method.count_forwards(model, size) + further
+        each += sum(other.count_forwards(model, size) + further for other in models)
         floors = further * (len(compare) - len(models))
-        here = self.max_forwards // trainer.world_size - SHARED
-        wanted = int(min(-(-self.num_samples // trainer.world_size), available))
+        here = self.max_forwards // world_size - SHARED
+        wanted = int(min(-(-self.num_samples // world_size), available))
         samples = min(wanted, (here - FLOOR_SAMPLES * floors) // each)
         if samples < 1:
             raise ValueError(
@@ -353,7 +369,7 @@ class SESSCallback(Callback):
             )
         on_floors = min(samples, (here - samples * each) // floors) if floors else 0
         cost = SHARED + samples * each + on_floors * floors
-        return _Budget(samples, on_floors, trainer.world_size * cost)
+        return Budget(samples, on_floors, world_size * cost)
 
     def _samples(self, batch: Any, batch_idx: int, batches: float) -> Batch | None:
         """Return this batch's share of the samples: those of the first run, even if the loader shuffles."""

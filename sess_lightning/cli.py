@@ -1,4 +1,4 @@
-"""The command line: ``sess-lightning evaluate | compare | explain | fit | validate | test``."""
+"""The command line: ``sess-lightning evaluate | compare | explain | cost | fit | validate | test``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from PIL import Image
+from torch import nn
 from typing_extensions import override
 
 from sess_lightning.benchmarks import Benchmark, Sample, read_picture
 from sess_lightning.callback import SESSCallback
 from sess_lightning.comparison import compare
+from sess_lightning.cost import Costs, measure_cost
 from sess_lightning.engine import smooth
 from sess_lightning.evaluation import Experiment, evaluate, evaluate_with
 from sess_lightning.introspection import classify
@@ -37,6 +39,7 @@ USAGE = """usage: sess-lightning COMMAND ...
   evaluate   score a method on a data set: the paper's tables, on its data or yours
   compare    draw finished evaluations side by side: ablations
   explain    explain one picture
+  cost       measure what explaining costs on a model, and what each knob would change
   fit, validate, test   Lightning's own commands, with the callback beside (--sess.*)
 
 sess-lightning COMMAND --help tells more.
@@ -60,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write("".join(f"{path}\n" for path in compare(asked.runs, asked.out, asked.x)))
     elif command == "explain":
         run_explain(explain_parser().parse_args(given[1:]))
+    elif command == "cost":
+        run_cost(cost_parser().parse_args(given[1:]))
     else:
         sys.stdout.write(USAGE)
         sys.exit(0 if command in ("-h", "--help") else 2)
@@ -204,6 +209,60 @@ def _target(asked: Any, names: Sequence[str], predicted: int) -> int:
             f"--target: {asked!r} is none of the model's {len(names)} class names; give its index."
         )
     return list(names).index(asked)
+
+
+def cost_parser() -> ArgumentParser:
+    """Return the parser of ``cost``."""
+    parser = ArgumentParser(
+        prog="sess-lightning cost",
+        description="Measure what explaining costs on a model, against its bare forward.",
+    )
+    parser.add_argument("--config", action="config", help="YAML with any of these")
+    parser.add_function_arguments(load_network, "model")
+    parser.set_defaults({"model.name": "resnet50", "model.weights": None})
+    parser.add_argument(
+        "--module", type=nn.Module | None, default=None, help="your own class, instead of --model.*"
+    )
+    parser.add_argument(
+        "--method", type=SaliencyMethod | None, default=None, help="what explains; null is SESS(GradCAM())"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs="+", default=[224], help="side of the images, or height and width, px"
+    )
+    parser.add_argument("--channels", type=int, default=3, help="of the images")
+    parser.add_argument("--batch", type=int, default=1, help="images explained at once")
+    parser.add_argument("--num_samples", type=int, default=32, help="of the callback")
+    parser.add_argument("--max_forwards", type=int, default=5000, help="of the callback")
+    parser.add_argument("--fold", type=bool, default=False, help="fold batch norms away, for both sides")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--rounds", type=int, default=5, help="how often everything is run")
+    parser.add_argument("--out", type=Path | None, default=None, help="a CSV to write")
+    return parser
+
+
+def run_cost(config: Namespace) -> Costs:
+    """Measure on noise, print the table, and write it where asked."""
+    if len(config.size) > 2:
+        raise SystemExit(f"--size: one side, or height and width, got {config.size}.")
+    made = cost_parser().instantiate(config)
+    model = made.module if made.module is not None else _network(config).model
+    model = folded(model) if config.fold else model
+    model = model.to(config.device).to(memory_format=torch.channels_last)
+    size = (config.size[0], config.size[-1])
+    noise = torch.rand(config.batch, config.channels, *size, generator=torch.Generator().manual_seed(0))
+    costs = measure_cost(
+        model,
+        noise.to(config.device),
+        made.method,
+        num_samples=config.num_samples,
+        max_forwards=config.max_forwards,
+        rounds=config.rounds,
+    )
+    sys.stdout.write(costs.table() + "\n")
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        costs.to_csv(config.out)
+    return costs
 
 
 if __name__ == "__main__":
