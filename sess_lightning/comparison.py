@@ -192,13 +192,15 @@ def draw(label: str, found: Sequence[Point]) -> Picture:
             )
         field.set(title=name, xlabel=label)
         if not numeric:
+            field.set_xlim(-0.5, len(places) - 0.5)
             field.set_xticks(range(len(places)), [str(place) for place in places], rotation=20, ha="right")
         field.grid(alpha=0.3)
     for field in list(figure.axes)[len(shown) :]:
         field.remove()
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    if any(names):
-        figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
+    told = [each.get_legend_handles_labels() for each in figure.axes]
+    names = {name: handle for handles, labels in told for name, handle in zip(labels, handles, strict=True)}
+    if names:
+        figure.legend(names.values(), names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

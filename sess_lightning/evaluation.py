@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, UInt8
 from lightning.pytorch import LightningModule, Trainer
@@ -38,9 +36,8 @@ from sess_lightning.journal import Journal, read_journals
 from sess_lightning.lending import explaining
 from sess_lightning.methods import SESS, Blurred, CentreGaussian, RandomMap
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.ops import resize, size_of
-from sess_lightning.results import Results
+from sess_lightning.results import Results, per_class, per_sample
 from sess_lightning.types import SaliencyMethod
 
 FORMAT = 2
@@ -355,14 +352,14 @@ def summarise(
     figures["broken"] = float(sum("broken" in entry for entry in entries.values()))
     figures["missing"] = float(len(set(experiment.chosen(len(benchmark))) - set(entries)))
     figures["all_difficult"] = _total(entries, "all_difficult")
-    names = benchmark.class_names
+    given = metric, benchmark.class_names, tuple(experiment.methods())
     return Results(
         method=str(experiment.method),
         others=tuple(experiment.methods()),
         figures=figures,
         curves=metric.curves() if scored else {},
-        classes=_per_class(metric, names, experiment) if scored else [],
-        samples=_per_sample(metric, names, experiment, scored) if scored else {},
+        classes=per_class(*given) if scored else [],
+        samples=per_sample(*given, scored) if scored else {},
         seconds=_mean_seconds(scored.values()),
         settings=dict(settings),
     )
@@ -375,57 +372,3 @@ def _total(entries: Mapping[int, Mapping[str, Any]], count: str) -> float:
 def _mean_seconds(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     taken = [entry["seconds"] for entry in entries]
     return {name: sum(each[name] for each in taken) / len(taken) for name in (taken[0] if taken else ())}
-
-
-def _class_name(names: Sequence[str], target: int) -> str:
-    return names[target] if target < len(names) else str(target)
-
-
-def _per_class(metric: SESSMetric, names: Sequence[str], experiment: Experiment) -> list[dict[str, Any]]:
-    targets = metric.rows("targets")
-    table = []
-    for target in targets.unique().tolist():
-        row: dict[str, Any] = {"class": _class_name(names, target)}
-        for place, name in enumerate(("method", *experiment.methods())):
-            hits = metric.rows(f"hits_{place}")[targets == target]
-            row |= {"trials": int((hits >= 0).sum()), f"{name}_hits": int((hits == 1).sum())}
-        table.append(row)
-    return table
-
-
-def _per_sample(
-    metric: SESSMetric,
-    names: Sequence[str],
-    experiment: Experiment,
-    entries: Mapping[int, Mapping[str, Any]],
-) -> dict[str, npt.NDArray[Any]]:
-    """Return the columns of a table with a row per trial, method and figure."""
-    counts = [len(entry["rows"]["targets"]) for entry in entries.values()]
-    targets = metric.rows("targets").numpy()
-    known = {
-        "sample": np.repeat(list(entries), counts),
-        "id": np.repeat([str(entry["id"]) for entry in entries.values()], counts),
-        "target": targets,
-        "class": np.array([_class_name(names, target) for target in targets.tolist()]),
-        "predicted": metric.rows("predicted").numpy(),
-        "score": metric.rows("ends")[:, 0].double().numpy(),
-        "difficult": metric.rows("difficult").numpy(),
-    }
-    parts = []
-    for place, name in enumerate(("method", *experiment.methods())):
-        insertion, deletion = curve_auc(metric.rows(f"curves_{place}").double()).unbind(1)
-        hits = metric.rows(f"hits_{place}").double()
-        found = {
-            "insertion": insertion,
-            "deletion": deletion,
-            "overall": insertion - deletion,
-            "hit": hits.where(hits >= 0, torch.nan),
-            "flat": metric.rows(f"flat_{place}").double(),
-        }
-        for figure, values in found.items():
-            there = values.isfinite().numpy()
-            own = {"method": name, "figure": figure}
-            part = {column: each[there] for column, each in known.items()}
-            part |= {column: np.repeat(told, there.sum()) for column, told in own.items()}
-            parts.append({**part, "value": values.numpy()[there]})
-    return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}

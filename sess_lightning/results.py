@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 from torch import Tensor
 
+from sess_lightning.metrics import SESSMetric
+from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.reporting.panels import curve_figure
 
 FIGURES = ("insertion", "deletion", "overall", "pointing_game", "pointing_game_difficult")
@@ -121,6 +125,74 @@ class Results:
             written.append(folder / "curves.png")
             Image.fromarray(curve_figure(drawn)).save(written[-1])
         return written
+
+
+def _class_name(names: Sequence[str], target: int) -> str:
+    return names[target] if target < len(names) else str(target)
+
+
+def per_class(metric: SESSMetric, names: Sequence[str], others: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the Pointing Game's trials and hits, a row per class.
+
+    Args:
+        metric: Holds the rows of all samples.
+        names: Of the classes, as far as known.
+        others: Names of the methods beside, in the metric's order.
+    """
+    targets = metric.rows("targets")
+    table = []
+    for target in targets.unique().tolist():
+        row: dict[str, Any] = {"class": _class_name(names, target)}
+        for place, name in enumerate(("method", *others)):
+            hits = metric.rows(f"hits_{place}")[targets == target]
+            row |= {"trials": int((hits >= 0).sum()), f"{name}_hits": int((hits == 1).sum())}
+        table.append(row)
+    return table
+
+
+def per_sample(
+    metric: SESSMetric,
+    names: Sequence[str],
+    others: Sequence[str],
+    entries: Mapping[int, Mapping[str, Any]],
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of a table with a row per trial, method and figure.
+
+    Args:
+        metric: Holds the rows of all samples.
+        names: Of the classes, as far as known.
+        others: Names of the methods beside, in the metric's order.
+        entries: The records that the rows came from, by sample.
+    """
+    counts = [len(entry["rows"]["targets"]) for entry in entries.values()]
+    targets = metric.rows("targets").numpy()
+    known = {
+        "sample": np.repeat(list(entries), counts),
+        "id": np.repeat([str(entry["id"]) for entry in entries.values()], counts),
+        "target": targets,
+        "class": np.array([_class_name(names, target) for target in targets.tolist()]),
+        "predicted": metric.rows("predicted").numpy(),
+        "score": metric.rows("ends")[:, 0].double().numpy(),
+        "difficult": metric.rows("difficult").numpy(),
+    }
+    parts = []
+    for place, name in enumerate(("method", *others)):
+        insertion, deletion = curve_auc(metric.rows(f"curves_{place}").double()).unbind(1)
+        hits = metric.rows(f"hits_{place}").double()
+        found = {
+            "insertion": insertion,
+            "deletion": deletion,
+            "overall": insertion - deletion,
+            "hit": hits.where(hits >= 0, torch.nan),
+            "flat": metric.rows(f"flat_{place}").double(),
+        }
+        for figure, values in found.items():
+            there = values.isfinite().numpy()
+            own = {"method": name, "figure": figure}
+            part = {column: each[there] for column, each in known.items()}
+            part |= {column: np.repeat(told, there.sum()) for column, told in own.items()}
+            parts.append({**part, "value": values.numpy()[there]})
+    return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
 
 
 def _row(
