@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from sess_lightning.batching import stacked
 from sess_lightning.ops import blur, full_precision, resize, resize_matrix
 
-Fusion: TypeAlias = Literal["mean", "max"]
+Fusion: TypeAlias = Literal["mean", "max", "average"]
 
 
 class Plan(NamedTuple):
@@ -266,7 +266,8 @@ def fuse(
         strips: From ``canvas_strips``.
         which: The window each map belongs to.
         theta: Threshold, as a fraction of the top weight.
-        fusion: ``"mean"`` (the paper) or ``"max"``.
+        fusion: ``"mean"`` (the paper), ``"max"``, or ``"average"``: the sum over all windows divided by their
+            number, also where they do not lie and whatever ``theta`` (Figure 9's comparison).
         chunk: How many canvases exist at a time.
     """
     rows, columns = strips
@@ -282,12 +283,12 @@ def fuse(
                 @ weighted
                 @ columns.matrices[columns.strip_of[window]]
             )
-        voting = F.threshold(drawn, theta, 0, inplace=True)
+        voting = drawn if fusion == "average" else F.threshold(drawn, theta, 0, inplace=True)
         if fusion == "max":
             total = torch.maximum(total, voting.amax(0))
         else:
             total += voting.sum(0)
-            count += voting.ne_(0).sum(0)
+            count += len(part) if fusion == "average" else voting.ne_(0).sum(0)
     return total if fusion == "max" else total / count.clamp(min=1)
 
 

@@ -87,12 +87,12 @@ paper: {overall: 57.3}
 def test_evaluate_writes_and_prints_the_figures(tmp_path, capsys, tiny_network):
     root, config = write_own(tmp_path / "own"), write_config(tmp_path / "tiny.yaml")
     given = ["evaluate", "--config", config, "--data", str(root), "--out", str(tmp_path / "out")]
-    cli.main([*given, "--accelerator", "cpu"])
+    cli.main([*given, "--accelerator", "cpu", "--parquet", "false"])
     printed = capsys.readouterr().out
     assert "SESS(GradCAM()" in printed
     assert "n 3, images 3, broken 0, missing 0" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "records-0-of-1.jsonl", "results.csv", "results.txt", "classes.csv", "curves.png",
+        "records-0-of-1.jsonl", "results.csv", "results.txt", "classes.csv", "samples.csv", "curves.png",
     }  # fmt: skip
 
 

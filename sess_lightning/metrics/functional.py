@@ -1,4 +1,4 @@
-"""How good a map is: insertion, deletion and the Pointing Game, as functions."""
+"""How good a map is: insertion, deletion, the Pointing Game, relevance mass and rank correlation."""
 
 from __future__ import annotations
 
@@ -193,6 +193,56 @@ def pointing_hits(
     else:
         near = _near_box(regions, u, v, tolerance)
     return near & (flat.amax(1) > flat.amin(1))
+
+
+def relevance_mass(
+    maps: Float[Tensor, "B h w"],
+    regions: Bool[Tensor, "B H W"] | Sequence[Float[Tensor, "_ 4"]],
+    size: tuple[int, int] | None = None,
+) -> Float[Tensor, " B"]:
+    """Return the share of each map's sum that lies inside its region: relevance mass accuracy.
+
+    A map without preference scores the region's share of the picture. A flat map of zeros scores 0, an empty
+    region NaN; NaN in a map counts as 0.
+
+    Args:
+        maps: Saliency, not negative; resized bilinearly to the regions' resolution.
+        regions: Per image a mask, or boxes (x0, y0, x1, y1), half-open pixels.
+        size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
+
+    Source: Arras, Osman, Samek, "CLEVR-XAI", Information Fusion 2022.
+    """
+    target = (size_of(regions) if isinstance(regions, Tensor) else size) or size_of(maps)
+    maps = upsample(maps.nan_to_num(0), target)
+    masks = regions if isinstance(regions, Tensor) else box_masks(regions, target, maps.device)
+    inside, all_of_it = (maps * masks).sum((1, 2)), maps.sum((1, 2))
+    share = inside / torch.where(all_of_it > 0, all_of_it, 1)
+    return share.masked_fill(~has_region(regions, maps.device), torch.nan)
+
+
+def box_masks(
+    boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int], device: torch.device
+) -> Bool[Tensor, "B H W"]:
+    """Return which pixels have their centre in one of their image's boxes (x0, y0, x1, y1)."""
+    x0, y0, x1, y1 = pad_boxes(boxes, device).unsqueeze(-1).unbind(-2)
+    y, x = (torch.arange(n, device=device) + 0.5 for n in size)
+    rows, columns = (y0 <= y) & (y < y1), (x0 <= x) & (x < x1)
+    return rows.float().mT @ columns.float() > 0
+
+
+def rank_correlation(first: Float[Tensor, "B N"], second: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+    """Return Spearman's rank correlation of each pair of rows, ties sharing their mean rank.
+
+    NaN where a row is constant. Memory is B x N x N: meant for small maps.
+    """
+
+    def ranks(values: Tensor) -> Tensor:
+        less = values[:, None, :] < values[:, :, None]
+        more = values[:, None, :] > values[:, :, None]
+        return (less.sum(2) - more.sum(2)).double()
+
+    a, b = ranks(first), ranks(second)  # Twice the rank, less its mean.
+    return ((a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()).to(first.dtype)
 
 
 def _near_mask(masks: Tensor, u: Tensor, v: Tensor, tolerance: float) -> Tensor:
