@@ -194,7 +194,7 @@ class SESS(SaliencyMethod):
                 own[which] for own, which in zip(maps, kept, strict=True)
             )
         else:
-            logs = self._scores(model, images, targets, plan, size)
+            logs = self.score_windows(model, images, targets, plan)
             kept = self._kept(logs)
             expanded = images.expand(len(targets), -1, -1, -1)
             found = self._kept_extractions(model, expanded, targets, plan, kept, size)
@@ -240,10 +240,12 @@ class SESS(SaliencyMethod):
         maps = torch.cat([torch.stack([each.maps for each in part]) for part in shared], 1)
         return maps, torch.cat([torch.stack([each.log_scores for each in part]) for part in shared], 1)
 
-    def _scores(
-        self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan, size: int
+    @torch.no_grad()
+    def score_windows(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"], plan: Plan
     ) -> Float[Tensor, "T P"]:
-        """Return the windows' log-scores: of each image for its target, or of one for each."""
+        """Return the log-scores that windows are ranked by, from forwards of their own; as for ``fused``."""
+        size = batch_limit(self.batch_size, images)
         cut = windows(images, shrunk(plan, self.scoring_size or plan.window), self.antialias)
         device = images.device.type if images.device.type != "meta" else "cpu"
         with torch.autocast(device, torch.bfloat16) if self.scoring == "bf16" else nullcontext():

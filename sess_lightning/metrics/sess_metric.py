@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from sess_lightning.introspection import check_inputs, classify, log_scores, predict, score
+from sess_lightning.batching import batch_limit, in_batches, stacked
+from sess_lightning.introspection import check_inputs, classify, log_scores, predict
 from sess_lightning.lending import borrowed, explaining
 from sess_lightning.metrics.functional import (
     blurred_baseline,
@@ -101,7 +102,7 @@ class SESSMetric(PerSample):
             are made, and the Pointing Game is played, on all.
         steps: Number of steps of a curve.
         tolerance: Of the Pointing Game, px at the regions' resolution.
-        batch_size: Images that go through the model at once.
+        batch_size: Images that go through the model at once; None by the memory there is.
         clock: Tells the seconds by which maps are timed, once the device has done its work; None does not
             wait for the device.
         grid: Side of the small copies of its own maps that ``samples`` gives; 0 keeps none.
@@ -130,7 +131,7 @@ class SESSMetric(PerSample):
         limits: Mapping[str, int] | None = None,
         steps: int = 28,
         tolerance: float = 15.0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         clock: Callable[[torch.device], float] | None = None,
         grid: int = 0,
         **kwargs: Any,
@@ -235,17 +236,22 @@ class SESSMetric(PerSample):
     ) -> tuple[Float[Tensor, "B 3"], Int[Tensor, " B"]]:
         """Return the scores of image, blurred image and zeros, which all curves share, and the prediction."""
         activation = self.methods[OWN].activation
-        logits = classify(model, images).float()
+        logits = self._logits(model, images)
         key = (id(model), images.shape[1:], images.dtype, images.device)
         if self._zero is None or self._zero[0] != key:  # Zeros look the same in every batch: once per run.
             self._zero = key, classify(model, torch.zeros_like(images[:1])).float()
         zero = self._zero[1].expand(len(images), -1)
         ends = (
             log_scores(logits, targets, activation),
-            score(model, blurred, targets, activation),
+            log_scores(self._logits(model, blurred), targets, activation),
             log_scores(zero, targets, activation),
         )
         return torch.stack(ends, 1).exp(), predict(logits)
+
+    def _logits(self, model: nn.Module, images: Tensor) -> Float[Tensor, "B N"]:
+        size = batch_limit(self.batch_size, images)
+        found = in_batches(lambda part, _: classify(model, stacked(part)), images, size)
+        return torch.cat([*found]).float()
 
     def _assess(
         self,
