@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
 from sess_lightning.engine import smooth
 from sess_lightning.introspection import check_inputs, classify, predict
-from sess_lightning.lending import borrowed, explaining, keep_rng
+from sess_lightning.lending import borrowed, explaining, keep_metrics, keep_rng, muted
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import curve_auc
@@ -28,14 +30,11 @@ from sess_lightning.metrics.sess_metric import NO_TRIAL
 from sess_lightning.ops import min_max, size_of
 from sess_lightning.reporting.panels import Panel, displayed, overlay
 from sess_lightning.reporting.sinks import ReportSink, Sink, report_folder, sink_for
+from sess_lightning.sampling import SHARED, Budget, Choice, afford, find_order, numbering, spread_in_batch
 from sess_lightning.types import Batch, SaliencyMethod, SESSWarning
 
 WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.0}
 LITERATURE_TOLERANCE, LITERATURE_SIDE = 15.0, 224
-SHARED = 3
-"""Forwards of a run that no sample pays for: the picture of zeros, and finding layers on image and window."""
-FLOOR_SAMPLES = 4
-"""How many samples at least the floors are scored on, when that costs other samples."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +47,11 @@ class _Sample:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What a validation run will do.
+class _Kept:
+    """A batch's samples as the first run met them, on the host, and which of all samples they are."""
 
-    Attributes:
-        samples: Samples explained and scored on this process.
-        floors: Of these, the ones that the floors' curves are drawn for.
-        forwards: Of single images, on all processes, at most.
-    """
-
-    samples: int
-    floors: int
-    forwards: int
+    samples: Batch
+    numbers: list[int]
 
 
 class SESSCallback(Callback):
@@ -67,11 +59,13 @@ class SESSCallback(Callback):
 
     One line in a Trainer: ``Trainer(callbacks=[SESSCallback()])``. The LightningModule's ``forward`` must
     return logits. Samples are taken from the validation (or test) batches as they pass, spread evenly over
-    the loader, and stay the same in all epochs. Logged are ``sess/insertion``, ``sess/deletion``,
-    ``sess/overall``, where boxes or masks are in the batch ``sess/pointing_game``, the same for the base
-    method alone (``sess/base/...``) and for the floors (``sess/random/...``, ``sess/centre/...``), their
-    counts and 95 % intervals, the panel ``sess/panel`` and the mean curves ``sess/curves``. The scalars work
-    as ``monitor=`` of EarlyStopping and ModelCheckpoint.
+    the data set, and stay the same in all epochs. Where the loader does not shuffle, they do not depend
+    on the batch size and the number of processes; else each process takes a share of its own.
+
+    Logged are ``sess/insertion``, ``sess/deletion``, ``sess/overall``, where boxes or masks are in the batch
+    ``sess/pointing_game``, the same for the base method alone (``sess/base/...``) and for the floors
+    (``sess/random/...``, ``sess/centre/...``), their counts and 95 % intervals, the panel ``sess/panel`` and
+    the mean curves ``sess/curves``. The scalars work as ``monitor=`` of EarlyStopping and ModelCheckpoint.
 
     Training goes on exactly as it would without the callback, and an error in it costs a warning, not the
     run.
@@ -86,9 +80,11 @@ class SESSCallback(Callback):
         target: Explain the ``"label"``, or what the model ``"predicted"``.
         batch_adapter: Turns a batch into ``(images, labels)``, or anything else ``read_batch`` understands.
         on_error: ``"warn"`` and go on, or ``"raise"``.
-        max_forwards: Upper bound on forwards of single images per run, curves and floors included.
-        tolerance: Of the Pointing Game, px of the images as the model takes them; None scales the
-            literature's 15 px at 224 px to the images' shorter side.
+        max_forwards: Upper bound on forwards of single images per run, curves and floors included; each
+            process beyond the first adds three, to find layers.
+        tolerance: Of the Pointing Game, px of the boxes' or masks' own resolution; None is the literature's
+            15 px where that is the original one (``Batch.size``, or masks of another size than the images),
+            else 15 px at 224 px in proportion to the images' shorter side.
         compare: Methods to score beside it, by name; None is the base method, a random map and a centre
             Gaussian.
         class_names: Names for the captions; None looks on datamodule, data set and weights.
@@ -133,6 +129,10 @@ class SESSCallback(Callback):
                 raise ValueError(
                     f"SESSCallback: {name} must be a whole number of at least {low}, got {value!r}."
                 )
+        if not prefix or prefix.startswith("/") or ".." in prefix.split("/"):
+            raise ValueError(
+                f'SESSCallback: prefix begins keys and folders: no "..", no leading "/", got {prefix!r}.'
+            )
         if tolerance is not None and not tolerance > 0:
             raise ValueError(f"SESSCallback: tolerance must be positive px, got {tolerance!r}.")
         if target not in ("label", "predicted"):
@@ -146,9 +146,12 @@ class SESSCallback(Callback):
         self.class_names, self.normalisation, self.report = class_names, normalisation, report
         self._metric: SESSMetric | None = None
         self._budget: Budget | None = None
+        self._choice: Choice | None = None
         self._own = ""
         self._sinks: list[Sink] = []
-        self._kept: dict[int, Batch] = {}
+        self._sink_failures: Counter[Sink] = Counter()
+        self._kept: dict[int, _Kept] = {}
+        self._saved: dict[str, Any] = {}
         self._panel: list[_Sample] = []
         self._taken = 0
         self._last: dict[str, float] = {}
@@ -167,10 +170,11 @@ class SESSCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find what surrounds the run: sinks, class names, normalisation."""
+        _refuse_shards(trainer.strategy)
         log_dir = trainer.log_dir or trainer.default_root_dir  # Broadcast: on every process, or all hang.
         self._failures = 0
+        self._metric, self._budget, self._choice, self._kept, self._saved = None, None, None, {}, {}
         with self._guarded(trainer):
-            self._metric, self._budget, self._kept = None, None, {}
             found = (
                 sink_for(logger, getattr(logger, "log_dir", None) or log_dir)
                 for logger in (trainer.loggers or (None,))
@@ -246,8 +250,17 @@ class SESSCallback(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs; plain floats only, so that weights-only loading accepts it."""
-        return {"last": dict(self._last), "failed": self._failed, "history": dict(self._history)}
+        """Return what a resumed run needs, of types that weights-only loading accepts.
+
+        Where the loader's order is known the same samples are found again; else their pictures are in it.
+        """
+        state: dict[str, Any] = {
+            "last": dict(self._last), "failed": self._failed, "history": dict(self._history),
+        }  # fmt: skip
+        if self._budget is not None and self._choice is None:
+            state["samples"] = self._budget.samples
+            state["kept"] = {i: (vars(kept.samples), kept.numbers) for i, kept in self._kept.items()}
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -255,6 +268,7 @@ class SESSCallback(Callback):
         self._last = {str(name): float(value) for name, value in dict(state_dict.get("last", {})).items()}
         self._failed = int(state_dict.get("failed", 0))
         self._history.update({str(k): str(v) for k, v in dict(state_dict.get("history", {})).items()})
+        self._saved = state_dict
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or self._failures >= 3:
@@ -268,13 +282,19 @@ class SESSCallback(Callback):
         # These keys only, from the first run on: a key first logged at the end of a run keeps that place, and
         # what is logged here later would overwrite it.
         for name, worst in WORST.items():
-            value = self._last.get(name, worst)
-            pl_module.log(
-                f"{self.prefix}/{name}", value, logger=False, on_step=False, on_epoch=True, batch_size=1
-            )
+            self._log(pl_module, name, self._last.get(name, worst), logger=False)
         self._error, self._panel, self._taken, self._shown, self._seconds = None, [], 0, None, 0.0
-        if self._metric is not None:
-            self._metric.reset()
+        with self._guarded(trainer):
+            if self._metric is None:
+                self._measure(pl_module)
+            else:
+                self._metric.reset()
+
+    def _measure(self, pl_module: LightningModule) -> None:
+        """Make the metric, also on a process that no batch will reach: it gathers from the others."""
+        method, compare = self.methods(pl_module)
+        self._own = type(method).__name__
+        self._metric = SESSMetric(method, compare=compare).to(pl_module.device)
 
     def _watch(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, counts: Any
@@ -282,53 +302,62 @@ class SESSCallback(Callback):
         if self._error is not None or not (trainer.sanity_checking or self._is_due(trainer)):
             return
         batches = float(counts[self.dataloader_idx] if isinstance(counts, list) else counts)
-        with self._guarded(trainer), _isolated(pl_module):
+        with self._guarded(trainer), keep_rng(), keep_metrics(pl_module):
             if self._metric is None:
-                self._prepare(trainer, pl_module, read_batch(batch, self.batch_adapter), batches)
+                self._measure(pl_module)
+            if self._budget is None:
+                self._prepare(trainer, pl_module, read_batch(batch, self.batch_adapter), batch_idx, batches)
             if trainer.sanity_checking:
                 return
-            samples = self._samples(batch, batch_idx, batches)
-            if samples is not None:
-                self._explain(trainer, pl_module, samples)
+            kept = self._samples(batch, batch_idx, batches)
+            if kept is not None:
+                self._explain(trainer, pl_module, kept)
 
-    def _prepare(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batches: float) -> None:
-        """Settle, on the first batch, what a run costs, and say so."""
-        size = size_of(batch.images)
+    def _prepare(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, batches: float
+    ) -> None:
+        """Settle, on the first batch, which samples are explained and what a run costs, and say so."""
+        assert self._metric is not None
+        size, world = size_of(batch.images), trainer.world_size
         method, compare = self.methods(pl_module)
-        self._own = type(method).__name__
-        tolerance = self.tolerance or LITERATURE_TOLERANCE * min(size) / LITERATURE_SIDE
-        self._budget = self.budget(pl_module, size, len(batch) * batches, trainer.world_size)
-        floors = [name for name, each in compare.items() if each.forwards == 0]
-        limits = dict.fromkeys(floors, self._budget.floors)
-        self._metric = SESSMetric(method, compare=compare, limits=limits, tolerance=tolerance).to(
-            pl_module.device
-        )
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        order = find_order(tree_leaves(loaders)[self.dataloader_idx], batches, trainer.global_rank, world)
+        if order is not None and order.passing(batch_idx) != len(batch):
+            order = None  # The adapter, or what collates, leaves samples out.
+        available = len(batch) * batches if order is None else float(order.length)
+        budget = self.budget(pl_module, size, available, world if order is None else 1)
+        self._metric.limits = {name: budget.floors for name, each in compare.items() if each.forwards == 0}
+        self._choice = None if order is None else order.choose(budget.samples)
+        self._budget = budget
+        if order is None and trainer.is_global_zero and not trainer.testing:
+            self._kept = _restored(self._saved, budget, batch)
         owners = (trainer.datamodule, loaders, pl_module)  # type: ignore[attr-defined]
         self._names = self.class_names or find_class_names(*owners)
         self._normalisation = self.normalisation or find_normalisation(*owners)
-        regions = f"Pointing Game within {tolerance:.3g} px"
+        shares, forwards = world, budget.forwards
+        if order is not None:
+            shares, forwards = 1, forwards + SHARED * (world - 1)
+        regions = f"Pointing Game within {self._reach(batch):.3g} px"
         if _regions(batch) is None:
             regions = "no boxes or masks, no Pointing Game"
-        world = trainer.world_size
-        forwards = method.count_forwards(pl_module, size)
-        beside = [f"{name} ({limits.get(name, self._budget.samples) * world})" for name in compare]
+        per_map = method.count_forwards(pl_module, size)
+        beside = [f"{name} ({self._metric.limits.get(name, budget.samples) * shares})" for name in compare]
         rank_zero_info(
-            f"SESSCallback: each run explains {self._budget.samples * world} samples of {size[0]}x{size[1]} "
-            f"px with {method}, {forwards} forwards a map, beside "
-            f"{', '.join(beside)}; {regions}; at most {self._budget.forwards:,} forwards a run; "
+            f"SESSCallback: each run explains {budget.samples * shares} samples of {size[0]}x{size[1]} "
+            f"px with {method}, {per_map} forwards a map, beside "
+            f"{', '.join(beside)}; {regions}; at most {forwards:,} forwards a run; "
             f"pictures: {', '.join(sink.name for sink in self._sinks) or 'none'}."
         )
         self._settings = {
             "name": self._own,
             "method": repr(method),
-            "forwards per map": forwards,
-            "samples": self._budget.samples * world,
+            "forwards per map": per_map,
+            "samples": budget.samples * shares,
             "beside (samples)": ", ".join(beside),
             "explained class": self.target,
             "image size": f"{size[0]} × {size[1]} px",
             "objects": regions,
-            "forwards per run, at most": self._budget.forwards,
+            "forwards per run, at most": forwards,
             "model": type(pl_module).__name__,
             "device": f"{pl_module.device}, {trainer.precision}, {world} process{'es' * (world > 1)}",
         }
@@ -339,75 +368,85 @@ class SESSCallback(Callback):
         return method, dict(self.compare) if self.compare is not None else _comparisons(method)
 
     def budget(
-        self, model: nn.Module, size: tuple[int, int], available: float = float("inf"), world_size: int = 1
+        self, model: nn.Module, size: tuple[int, int], available: float = float("inf"), shares: int = 1
     ) -> Budget:
         """Return what a run on images of one size will do.
 
         Args:
             model: The model to explain.
             size: (height, width) of the images as the model takes them.
-            available: Samples that this process's loader holds.
-            world_size: Number of processes.
+            available: Samples that there are, in one share.
+            shares: Processes that each choose samples of their own; 1 where they share one choice.
 
         Raises:
             ValueError: If ``max_forwards`` does not pay for a single sample.
         """
-        method, compare = self.methods(model)
-        further = 2 * (28 - 1)  # Forwards of the curves of one more map, their ends being known.
-        fixed = 1 + (self.target == "predicted")
-        models = [each for each in compare.values() if each.forwards > 0]
-        each = fixed + 1 + method.count_forwards(model, size) + further
-        each += sum(other.count_forwards(model, size) + further for other in models)
-        floors = further * (len(compare) - len(models))
-        here = self.max_forwards // world_size - SHARED
-        wanted = int(min(-(-self.num_samples // world_size), available))
-        samples = min(wanted, (here - FLOOR_SAMPLES * floors) // each)
-        if samples < 1:
-            raise ValueError(
-                f"max_forwards={self.max_forwards} does not pay for a single sample, which costs {each} "
-                f"forwards of {size[0]}x{size[1]} px; raise it, or use fewer scales."
-            )
-        on_floors = min(samples, (here - samples * each) // floors) if floors else 0
-        cost = SHARED + samples * each + on_floors * floors
-        return Budget(samples, on_floors, world_size * cost)
+        return afford(
+            *self.methods(model), model, size, num_samples=self.num_samples, available=available,
+            max_forwards=self.max_forwards, fixed=1 + (self.target == "predicted"), shares=shares,
+        )  # fmt: skip
 
-    def _samples(self, batch: Any, batch_idx: int, batches: float) -> Batch | None:
+    def _reach(self, batch: Batch) -> float:
+        """Return the Pointing Game's tolerance, px of the regions."""
+        size = size_of(batch.images)
+        resized = batch.size is None if batch.masks is None else size_of(batch.masks) == size
+        scale = min(size) / LITERATURE_SIDE if resized else 1
+        return self.tolerance or LITERATURE_TOLERANCE * scale
+
+    def _samples(self, batch: Any, batch_idx: int, batches: float) -> _Kept | None:
         """Return this batch's share of the samples: those of the first run, even if the loader shuffles."""
         if batch_idx not in self._kept:
             assert self._budget is not None
-            found = read_batch(batch, self.batch_adapter)
-            share = self._budget.samples
-            if batches != float("inf"):
-                share = share * (batch_idx + 1) // int(batches)
-            count = min(share - self._taken, len(found))
-            if count < 1:
+            if self._choice is not None and not self._choice.of_batch(batch_idx):
                 return None
-            kept = found.take(_spread(count, len(found), batch_idx)).to("cpu")
-            check_inputs("SESSCallback", kept.images, kept.labels)
-            check_boxes(kept)
-            self._kept[batch_idx] = kept
+            found = read_batch(batch, self.batch_adapter)
+            if self._choice is not None:
+                chosen, order = self._choice.of_batch(batch_idx), self._choice.numbers
+            else:
+                chosen, order = self._share(len(found), batch_idx, batches), numbering(self._budget.samples)
+            places = [place for place in chosen if place < len(found)]
+            if not places:
+                return None
+            samples = found.take(places).to("cpu")
+            check_inputs("SESSCallback", samples.images, samples.labels)
+            check_boxes(samples)
+            self._kept[batch_idx] = _Kept(samples, [order[chosen[place]] for place in places])
         kept = self._kept[batch_idx]
-        self._taken += len(kept)
+        self._taken += len(kept.samples)
         return kept
 
-    def _explain(self, trainer: Trainer, pl_module: LightningModule, samples: Batch) -> None:
+    def _share(self, size: int, batch_idx: int, batches: float) -> dict[int, int]:
+        """Return places in a batch, and which samples of this process they are, when no order is known."""
+        assert self._budget is not None
+        share = self._budget.samples
+        if batches != float("inf"):
+            share = share * (batch_idx + 1) // int(batches)
+        count = max(0, min(share - self._taken, size))
+        return {place: self._taken + k for k, place in enumerate(spread_in_batch(count, size, batch_idx))}
+
+    def _explain(self, trainer: Trainer, pl_module: LightningModule, kept: _Kept) -> None:
         assert self._metric is not None
-        here = samples.to(pl_module.device)
+        here = kept.samples.to(pl_module.device)
+        self._metric.tolerance = self._reach(here)
         precision = trainer.precision_plugin
-        with torch.inference_mode(False), precision.forward_context(), _muted(pl_module):
+        with torch.inference_mode(False), precision.forward_context(), muted(pl_module):
             images = precision.convert_input(here.images)
             labels, regions = here.labels, _regions(here)
             if self.target == "predicted":
                 labels, regions = _predicted(pl_module, images, labels, regions)
-            self._metric.update(pl_module, images, labels, regions, difficult=here.difficult, size=here.size)
+            self._metric.update(
+                pl_module, images, labels, regions,
+                difficult=here.difficult, size=here.size, numbers=kept.numbers,
+            )  # fmt: skip
         if trainer.is_global_zero:
-            self._remember(samples)
+            self._remember(kept.samples)
 
     def _remember(self, samples: Batch) -> None:
         """Keep what the panel shows of these samples; read back from the device when the run is over."""
         assert self._metric is not None
         assert self._budget is not None
-        total, first = self._budget.samples, self._taken - len(samples)
+        total = self._budget.samples if self._choice is None else len(self._choice.items)
+        first = self._taken - len(samples)
         shown = min(self.num_images, total)
         found = {name or self._own: each for name, each in self._metric.latest.items()}
         own = [found[name] for name in (self._own, "base") if name in found]
@@ -426,32 +465,44 @@ class SESSCallback(Callback):
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_due(trainer):
             return
-        if self._metric is None and self._error is None:
-            with self._guarded(trainer):
-                raise RuntimeError("no batch came by; every process needs one.")
         # A process that fails must not leave the others waiting in a collective.
         if not trainer.strategy.reduce_boolean_decision(self._error is None, all=True):
-            self._failures, self._failed = self._failures + 1, self._failed + 1
-            pl_module.log(
-                f"{self.prefix}/failed", float(self._failed), on_step=False, on_epoch=True, batch_size=1
-            )
-            if self._failures >= 3:
-                self._warn(trainer, "three runs failed in a row; SESSCallback is off until the next start.")
+            self._fail(trainer, pl_module)
+            return
+        assert self._metric is not None
+        values: dict[str, float] = {}
+        curves: dict[str, Tensor] = {}
+        # Guarded apart: both gather from all processes, whatever happens to the first on one of them.
+        with self._guarded(trainer), keep_rng():
+            values = self._metric.compute()
+        with self._guarded(trainer), keep_rng():
+            curves = self._metric.curves()
+        if not values and self._error is None:
+            with self._guarded(trainer):
+                raise RuntimeError(f"no sample came by in validation loader {self.dataloader_idx}.")
+            self._fail(trainer, pl_module)
             return
         self._failures = 0
-        assert self._metric is not None
-        curves: dict[str, Tensor] = {}
-        with self._guarded(trainer), _isolated(pl_module):
-            values, curves = self._metric.compute(), self._metric.curves()
+        if self._error is None:
             self._last = {name: value for name, value in values.items() if np.isfinite(value)}
-            for name, value in _chosen(self._last).items():
-                pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=1)
-            if self._failed:
-                pl_module.log(
-                    f"{self.prefix}/failed", float(self._failed), on_step=False, on_epoch=True, batch_size=1
-                )
+            with self._guarded(trainer):
+                for name, value in _chosen(self._last).items():
+                    self._log(pl_module, name, value)
         if self._error is None and self._last and self._sinks:
             self._show(trainer, curves)
+        self._failed += self._error is not None
+        self._log(pl_module, "failed", float(self._failed))
+
+    def _fail(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count a run that failed on some process; all processes come here, or none."""
+        self._failures, self._failed = self._failures + 1, self._failed + 1
+        self._log(pl_module, "failed", float(self._failed))
+        if self._failures >= 3:
+            self._warn(trainer, "three runs failed in a row; SESSCallback is off until the next start.")
+
+    def _log(self, pl_module: LightningModule, name: str, value: float, logger: bool | None = None) -> None:
+        name, value = f"{self.prefix}/{name}", float(value)
+        pl_module.log(name, value, logger=logger, on_step=False, on_epoch=True, batch_size=1)
 
     def _show(self, trainer: Trainer, curves: Mapping[str, Tensor]) -> None:
         self._shown = when = {"epoch": trainer.current_epoch, "step": _step(trainer)}
@@ -462,14 +513,19 @@ class SESSCallback(Callback):
             f"{name or self._own} (n={self._last.get(f'{name}/curves_n'.lstrip('/'), 0):.0f})": curve
             for name, curve in curves.items()
         }
-        for sink in self._sinks:
+        for sink in list(self._sinks):
             # Some loggers draw from the global generators; each may fail alone.
-            with self._guarded(trainer), keep_rng():
+            self._sink_failures[sink] += 1
+            with self._guarded(trainer, f"pictures are missing in {sink.name}"), keep_rng():
                 if panels:
                     sink.panels(f"{self.prefix}/panel", panels, when)
                 sink.curves(f"{self.prefix}/curves", named, when)
                 sink.scalars(f"{self.prefix}/scalars", self._last, when)
                 sink.settings({**self._settings, "seconds": round(self._seconds, 2)}, when)
+                self._sink_failures[sink] = 0
+            if self._sink_failures[sink] >= 3:
+                self._sinks.remove(sink)
+                self._warn(trainer, f"{sink.name} failed three times in a row and gets no more pictures.")
         self._panel = []
 
     def _close(self, trainer: Trainer) -> None:
@@ -497,11 +553,9 @@ class SESSCallback(Callback):
             insertion, deletion, hit = rest[at : at + 3]
             played = "" if hit == NO_TRIAL else ", hit" if hit else ", miss"
             lines.append(f"{name}: insertion {insertion:.3f}, deletion {deletion:.3f}{played}")
-        boxes = (
-            sample.batch.boxes[0].tolist()
-            if sample.batch.boxes is not None and sample.batch.size is None
-            else []
-        )
+        height, width = sample.batch.size or picture.shape[:2]
+        scale = torch.tensor([picture.shape[1] / width, picture.shape[0] / height]).repeat(2)
+        boxes = (sample.batch.boxes[0] * scale).tolist() if sample.batch.boxes is not None else []
         # As in the paper, the seams of SESS are smoothed for pictures, never for scores.
         shown = {
             name: min_max(smooth(saliency[None]))[0] if name == "SESS" else saliency
@@ -521,7 +575,7 @@ class SESSCallback(Callback):
         return names[int(index)] if names and 0 <= int(index) < len(names) else f"class {int(index)}"
 
     @contextmanager
-    def _guarded(self, trainer: Trainer) -> Iterator[None]:
+    def _guarded(self, trainer: Trainer, lost: str = "explanations are left out") -> Iterator[None]:
         """Turn any error into a warning; only its text is kept, for an exception holds on to tensors."""
         started = time.perf_counter()
         try:
@@ -530,7 +584,7 @@ class SESSCallback(Callback):
             self._error = f"{type(error).__name__}: {error}"
             if self.on_error == "raise":
                 raise
-            self._warn(trainer, f"{self._error} Training goes on; this run's explanations are left out.")
+            self._warn(trainer, f"{self._error} Training goes on; this run's {lost}. {_remedy(error)}")
         finally:
             self._seconds += time.perf_counter() - started
 
@@ -542,39 +596,35 @@ class SESSCallback(Callback):
             rank_zero_info(text)
 
 
-@contextmanager
-def _isolated(pl_module: LightningModule) -> Iterator[None]:
-    """Keep what a forward of the user's module may touch and ``explaining`` does not keep."""
-    with ExitStack() as stack:
-        stack.enter_context(keep_rng())
-        stack.enter_context(_keep_metrics(pl_module))
-        yield
+def _remedy(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "Smaller validation batches, fewer scales or a smaller num_samples need less memory."
+    if isinstance(error, OSError):
+        return "Check that the disk has room and the folder may be written to."
+    return 'SESSCallback(on_error="raise") shows where it happened.'
 
 
-@contextmanager
-def _keep_metrics(pl_module: nn.Module) -> Iterator[None]:
-    metrics = [module for module in pl_module.modules() if isinstance(module, Metric)]
-    kept = [(metric, metric._update_count, metric._computed, metric._copy_state_dict()) for metric in metrics]
-    try:
-        yield
-    finally:
-        for metric, count, computed, state in kept:
-            metric._update_count, metric._computed = count, computed
-            for name, value in state.items():
-                setattr(metric, name, value)
+def _refuse_shards(strategy: Any) -> None:
+    """Refuse strategies whose every forward is a collective: processes explain different numbers of samples.
+
+    Raises:
+        ValueError: Before training has begun.
+    """
+    sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+    if sharded or getattr(strategy, "zero_stage_3", False):
+        raise ValueError(
+            f"SESSCallback does not work with {type(strategy).__name__}: parameters are sharded, so that all "
+            "processes would have to explain equally many samples, or wait for each other for ever. Use "
+            "DDP, or leave the callback out and run it in a Trainer of its own: "
+            "Trainer(devices=1, callbacks=[SESSCallback()]).validate(model, ...)."
+        )
 
 
-@contextmanager
-def _muted(pl_module: LightningModule) -> Iterator[None]:
-    """Swallow ``self.log`` of a forward that logs: those figures are the user's, and of their batches."""
-    names = [name for name in ("log", "log_dict") if name not in vars(pl_module)]
-    for name in names:
-        vars(pl_module)[name] = lambda *_args, **_kwargs: None
-    try:
-        yield
-    finally:
-        for name in names:
-            vars(pl_module).pop(name, None)
+def _restored(state: Mapping[str, Any], budget: Budget, batch: Batch) -> dict[int, _Kept]:
+    """Return a checkpoint's samples, if they are those that this run would take."""
+    held = {i: _Kept(Batch(**fields), numbers) for i, (fields, numbers) in state.get("kept", {}).items()}
+    shapes = {kept.samples.images.shape[1:] for kept in held.values()}
+    return held if state.get("samples") == budget.samples and shapes == {batch.images.shape[1:]} else {}
 
 
 def _activation(pl_module: nn.Module) -> Literal["softmax", "sigmoid"]:
@@ -616,16 +666,6 @@ def _chosen(values: Mapping[str, float]) -> dict[str, float]:
         for name, v in values.items()
         if "_ci_" not in name or "/" not in name or name.startswith(told)
     }
-
-
-def _spread(count: int, size: int, batch_idx: int) -> list[int]:
-    """Return ``count`` places in a batch, evenly apart; where they begin differs from batch to batch.
-
-    Data sets are often ordered by class, or in cycles of classes: the first of every batch would be all one
-    class.
-    """
-    start = int(0.618034 * batch_idx * size)
-    return sorted((start + i * size // count) % size for i in range(count))
 
 
 def _step(trainer: Trainer) -> int:

@@ -162,6 +162,33 @@ def _no_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
+@contextmanager
+def keep_metrics(model: nn.Module) -> Iterator[None]:
+    """Give the model's torchmetrics their states back, which a forward of the user's may update."""
+    metrics = [module for module in model.modules() if isinstance(module, Metric)]
+    kept = [(metric, metric._update_count, metric._computed, metric._copy_state_dict()) for metric in metrics]
+    try:
+        yield
+    finally:
+        for metric, count, computed, state in kept:
+            metric._update_count, metric._computed = count, computed
+            for name, value in state.items():
+                setattr(metric, name, value)
+
+
+@contextmanager
+def muted(module: nn.Module) -> Iterator[None]:
+    """Swallow ``self.log`` of a forward that logs: those figures are the user's, and of their batches."""
+    names = [name for name in ("log", "log_dict") if name not in vars(module)]
+    for name in names:
+        vars(module)[name] = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(module).pop(name, None)
+
+
 def folded(model: nn.Module) -> nn.Module:
     """Return a copy in eval mode whose batch norms are folded into the convolutions before them.
 

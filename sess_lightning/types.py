@@ -112,7 +112,7 @@ class Batch:
         images: As the model takes them.
         labels: Class index of each image.
         boxes: Per image, the boxes of the label's objects: (x0, y0, x1, y1), half-open pixels of ``images``.
-        masks: Per image, the pixels of the label's objects.
+        masks: Per image, the pixels of the label's objects, as large as ``images`` or as they were before.
         ids: A name for each image.
         difficult: Whether the object is small and other objects are about, where the data set knows.
         size: (height, width) of the pictures before they were resized to ``images``, where it is known.
@@ -121,7 +121,7 @@ class Batch:
     images: Float[Tensor, "B C H W"]
     labels: Int[Tensor, " B"]
     boxes: list[Float[Tensor, "_ 4"]] | None = None
-    masks: Bool[Tensor, "B H W"] | None = None
+    masks: Bool[Tensor, "B h w"] | None = None
     ids: list[str] | None = None
     difficult: Bool[Tensor, " B"] | None = None
     size: tuple[int, int] | None = None

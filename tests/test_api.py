@@ -86,7 +86,7 @@ def test_grad_cam_takes_its_layer_by_name_or_as_a_module():
         (Insertion, ["model", "images", "maps", "targets", "baseline"]),
         (Deletion, ["model", "images", "maps", "targets", "baseline"]),
         (PointingGame, ["maps", "regions", "targets", "size"]),
-        (SESSMetric, ["model", "images", "targets", "regions", "difficult", "size"]),
+        (SESSMetric, ["model", "images", "targets", "regions", "difficult", "size", "numbers"]),
     ],
 )
 def test_metrics_are_torchmetrics_and_their_updates_take_what_they_took(metric, arguments):

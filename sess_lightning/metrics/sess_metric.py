@@ -98,8 +98,8 @@ class SESSMetric(PerSample):
     Args:
         method: The method to score.
         compare: Methods to score beside it, by name; None is ``{"base": method.base}`` where there is one.
-        limits: For how many samples a compared method's curves are drawn, by name: floors need fewer. Maps
-            are made, and the Pointing Game is played, on all.
+        limits: For how many samples a compared method's curves are drawn, by name: floors need fewer. Those
+            are the samples whose number is below it. Maps are made, and the Pointing Game is played, on all.
         steps: Number of steps of a curve.
         tolerance: Of the Pointing Game, px at the regions' resolution.
         batch_size: Images that go through the model at once; None by the memory there is.
@@ -175,6 +175,7 @@ class SESSMetric(PerSample):
         *,
         difficult: Bool[Tensor, " T"] | None = None,
         size: tuple[int, int] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         """Explain and score a batch.
 
@@ -187,6 +188,7 @@ class SESSMetric(PerSample):
                 Pointing Game, an empty one is no trial.
             difficult: Which images belong to the "difficult" subset; None leaves it out.
             size: (height, width) that boxes refer to, if not the images'.
+            numbers: Each image's number, for ``limits``; None counts them as they come.
         """
         shared = images if len(images) == 1 < len(targets) else None
         if shared is not None:
@@ -197,17 +199,19 @@ class SESSMetric(PerSample):
             images, targets = borrowed(images), borrowed(targets).long()
             blurred = blurred_baseline(images)
             ends, predicted = self._ends(model, images, blurred, targets)
-            done = sum(len(part) for part in self.targets)
+            if numbers is None:
+                done = sum(len(part) for part in self.targets)
+                numbers = range(done, done + len(images))
             self.latest = {}
             for i, (name, method) in enumerate(self.methods.items()):
-                room = self.limits.get(name, done + len(images)) - done
+                drawn = _drawn(numbers, self.limits.get(name), images.device)
                 started = self._now(images.device)
                 if shared is None:
                     maps = method(model, images, targets)
                 else:
                     maps = method.explain_classes(model, shared, targets).maps
                 seconds = self._now(images.device) - started
-                found = self._assess(model, maps, images, blurred, targets, ends, room, regions, size)
+                found = self._assess(model, maps, images, blurred, targets, ends, drawn, regions, size)
                 self.latest[name] = found._replace(seconds=seconds)
                 flat = found.maps.flatten(1).amax(1) <= found.maps.flatten(1).amin(1)
                 getattr(self, f"curves_{i}").append(torch.stack([found.insertion, found.deletion], 1))
@@ -237,8 +241,11 @@ class SESSMetric(PerSample):
         """Return the scores of image, blurred image and zeros, which all curves share, and the prediction."""
         activation = self.methods[OWN].activation
         logits = self._logits(model, images)
-        key = (id(model), images.shape[1:], images.dtype, images.device)
-        if self._zero is None or self._zero[0] != key:  # Zeros look the same in every batch: once per run.
+        # Zeros look the same in every batch, for as long as nothing writes to the model: once per run.
+        held = (*model.parameters(), *model.buffers())
+        versions = [(id(each), each._version) for each in held if not each.is_inference()]
+        key = (id(model), versions, images.shape[1:], images.dtype, images.device)
+        if self._zero is None or self._zero[0] != key:
             self._zero = key, classify(model, torch.zeros_like(images[:1])).float()
         zero = self._zero[1].expand(len(images), -1)
         ends = (
@@ -261,12 +268,11 @@ class SESSMetric(PerSample):
         blurred: Tensor,
         targets: Tensor,
         ends: Float[Tensor, "B 3"],
-        room: int,
+        drawn: slice | Tensor,
         regions: Tensor | Sequence[Tensor] | None,
         size: tuple[int, int] | None,
     ) -> Assessment:
         own, blur, zero = ends.unbind(1)
-        drawn = slice(0, max(0, room))
         curves = images.new_full((2, len(images), self.steps + 1), torch.nan, dtype=torch.float32)
         if len(images[drawn]):
             activation = self.methods[OWN].activation
@@ -285,6 +291,11 @@ class SESSMetric(PerSample):
             hit = pointing_hits(maps, regions, self.tolerance, size)
             hits = torch.where(has_region(regions, maps.device), hit.to(hits), hits)
         return Assessment(maps, curves[0], curves[1], hits, _masses(maps, regions, size))
+
+    @property
+    def update_called(self) -> bool:
+        """True: a process without samples is none of torchmetrics' mistakes to warn of."""
+        return True
 
     def compute(self) -> dict[str, float]:
         """Return every figure as a float; an empty dict before the first update.
@@ -413,3 +424,10 @@ def _means(
     names = [prefix + figure for figure in figures]
     statistics |= {name: Mean(column, image_of[drawn]) for name, column in zip(names, own, strict=True)}
     return {name: float(column.mean()) for name, column in zip(names, own, strict=True)}
+
+
+def _drawn(numbers: Sequence[int], limit: int | None, device: torch.device) -> slice | Tensor:
+    """Return an index of the images whose curves are drawn."""
+    if limit is None or all(number < limit for number in numbers):
+        return slice(None)
+    return torch.tensor([i for i, n in enumerate(numbers) if n < limit], dtype=torch.int64, device=device)

@@ -158,13 +158,21 @@ class FileSink(Sink):
         self._append(f"{key}.csv", ({**when, "name": name, "value": value} for name, value in values.items()))
 
     def _write(self, key: str, picture: Picture, when: Mapping[str, int]) -> None:
-        folder = self._folder / key
+        folder = self._inside(key)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / f"epoch={when['epoch']:03d}-step={when['step']:06d}.png")
 
+    def _inside(self, name: str) -> Path:
+        path = self._folder / name
+        if not path.resolve().is_relative_to(self._folder.resolve()):
+            raise ValueError(
+                f'"{name}" leads out of {self._folder}; use a prefix without ".." or leading "/".'
+            )
+        return path
+
     def _append(self, name: str, rows: Any) -> None:
         rows = list(rows)
-        path = self._folder / name
+        path = self._inside(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         with path.open("a", newline="") as file:

@@ -79,9 +79,9 @@ def run(metric, model, images, regions=None, parts=(slice(0, 6),), **kwargs):
     return metric.compute()
 
 
-def areas(model, images, maps):
-    insertion = curve_auc(insertion_curve(model, images, maps, TARGETS)).double()
-    deletion = curve_auc(deletion_curve(model, images, maps, TARGETS)).double()
+def areas(model, images, maps, targets=TARGETS):
+    insertion = curve_auc(insertion_curve(model, images, maps, targets)).double()
+    deletion = curve_auc(deletion_curve(model, images, maps, targets)).double()
     return insertion, deletion
 
 
@@ -169,6 +169,33 @@ def test_limits_say_for_how_many_samples_a_floors_curves_are_drawn(model, images
     assert "centre/insertion" not in values
     # Pointing costs no forward: it is played on all.
     assert {"random/pointing_game", "centre/pointing_game"} <= set(values)
+
+
+def test_limits_count_the_numbers_that_samples_have(model, images):
+    metric = SESSMetric(Channel(0), compare={"random": RandomMap()}, limits={"random": 2})
+    metric.update(model, images[:4], TARGETS[:4], numbers=[5, 0, 3, 2])
+    metric.update(model, images[4:], TARGETS[4:], numbers=[4, 1])
+    drawn = torch.cat([curves[:, 0, 0] for curves in metric.curves_1]).isfinite()
+    assert drawn.tolist() == [False, True, False, False, False, True]
+    own, floor = (
+        areas(model, images[[1, 5]], method(model, images[[1, 5]], TARGETS[[1, 5]]), TARGETS[[1, 5]])
+        for method in (Channel(0), RandomMap())
+    )
+    values = metric.compute()
+    assert values["random/deletion"] == pytest.approx(floor[1].mean().item(), abs=1e-6)
+    assert values["minus_random/deletion"] == pytest.approx((own[1] - floor[1]).mean().item(), abs=1e-6)
+
+
+def test_a_step_of_training_between_updates_is_noticed(model, images):
+    metric, optimizer = SESSMetric(Channel(0)), torch.optim.SGD(model.parameters(), 1.0)
+    metric.update(model, images, TARGETS)
+    model(images).logsumexp(1).sum().backward()
+    optimizer.step()
+    metric.update(model, images, TARGETS)
+    fresh = SESSMetric(Channel(0))
+    fresh.update(model, images, TARGETS)
+    assert torch.equal(metric.ends[1], fresh.ends[0])
+    assert not torch.equal(metric.ends[0][:, 2], fresh.ends[0][:, 2])
 
 
 def test_mean_curves_are_over_the_samples_that_have_one(model, images):
@@ -437,8 +464,7 @@ def test_intervals_are_reproducible_and_leave_the_global_generator_alone(model, 
 
 def test_before_the_first_update_there_is_nothing_to_tell():
     metric = SESSMetric(TWO_SCALES)
-    with pytest.warns(UserWarning, match="was called before the ``update``"):
-        assert metric.compute() == {}
+    assert metric.compute() == {}
 
 
 def test_forward_tells_of_the_batch_and_accumulates(model, images, boxes):
@@ -504,9 +530,7 @@ def test_uneven_processes_are_gathered_also_where_one_saw_no_sample(model, image
     processes[1].update(model, images[:4], TARGETS[:4], boxes[:4])
     processes[2].update(model, images[4:], TARGETS[4:], boxes[4:])
     metric, whole = gathered(processes), SESSMetric(TWO_SCALES)
-    with pytest.warns(UserWarning, match="was called before the ``update``"):
-        values = metric.compute()
-    assert values == pytest.approx(run(whole, model, images, boxes), abs=1e-6)
+    assert metric.compute() == pytest.approx(run(whole, model, images, boxes), abs=1e-6)
     for name, curves in whole.curves().items():
         torch.testing.assert_close(metric.curves()[name], curves, atol=1e-6, rtol=0)
     assert len(metric.targets) == 0  # Its own state is back.

@@ -154,6 +154,14 @@ def test_every_logger_gets_its_own_sink(tmp_path):
     assert sink_for(DummyLogger(), tmp_path) is None
 
 
+@pytest.mark.parametrize("key", ["../panel", "/tmp/panel", "sess/../../panel"])
+def test_no_key_leads_out_of_the_folder(tmp_path, key):
+    sink = FileSink(tmp_path / "here")
+    with pytest.raises(ValueError, match="leads out of"):
+        sink.scalars(key, {"n": 1.0}, {"epoch": 0, "step": 0})
+    assert not list(tmp_path.iterdir())
+
+
 def test_loggers_are_known_by_name_so_that_subclasses_count_and_nothing_is_imported(tmp_path):
     class TensorBoardLogger:
         pass

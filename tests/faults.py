@@ -1,0 +1,169 @@
+"""What can go wrong around a callback, each as the arguments of one training that meets it."""
+
+import errno
+import os
+import sys
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+from unittest import mock
+
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning_models import Classifier, boxed, pair, squares
+from PIL import Image
+
+from sess_lightning.reporting.sinks import FileSink
+from sess_lightning.types import Explanation, SaliencyMethod
+
+
+def rank():
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def on_last():
+    return not torch.distributed.is_initialized() or rank() == torch.distributed.get_world_size() - 1
+
+
+@dataclass(frozen=True)
+class Red(SaliencyMethod):
+    """The red channel as the map, without a forward; ``error`` is raised on the last process."""
+
+    error: type | None = None
+    flat: bool = False
+    forwards: ClassVar[int] = 0
+
+    def explain(self, model, images, targets):
+        if self.error is not None and on_last():
+            raise self.error("out of luck")
+        maps = images[:, 0].clamp(0, 1) * (not self.flat)
+        return Explanation(maps, torch.ones(len(images)))
+
+
+class Quiet(Classifier):
+    """Takes any batch in validation."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", 0.5, batch_size=1)
+
+
+class Blind(Quiet):
+    factor = torch.nan
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits if self.training else logits * self.factor
+
+
+class Dazzled(Blind):
+    factor = torch.inf
+
+
+def nameless(index, image, label, boxes):
+    return {"img": image, "name": "x"}
+
+
+def sometimes_boxed(index, image, label, boxes):
+    return boxed(index, image, label, boxes) if index >= 8 else pair(index, image, label, boxes)
+
+
+def fussy(batch):
+    if on_last():
+        raise KeyError("no such column")
+    return batch
+
+
+class WandbLogger(CSVLogger):
+    """Goes by the name by which W&B's logger is known; its run is over."""
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    @property
+    def experiment(self):
+        run = mock.Mock()
+        run.log.side_effect = RuntimeError("Run (abc) is finished. The call to `log` will be ignored.")
+        return run
+
+
+def full_disk():
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return mock.patch.object(Image.Image, "save", side_effect=error)
+
+
+@contextmanager
+def file_in_the_way(folder):
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "sess").write_text("in the way")
+    yield
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A training's arguments and what is to come of it.
+
+    ``told`` is part of the warnings; ``counts`` are logged after each epoch (``None``: not logged).
+    """
+
+    told: str | None
+    counts: dict
+    callback: dict = field(default_factory=dict)
+    module: type = Quiet
+    read: object = pair
+    logger: object = None
+    around: object = None
+
+    def run(self, fit, make, folder, **options):
+        """Fit for two epochs with ``make(**callback)`` as the callback, and return the Trainer."""
+        around = self.around(Path(folder)) if self.around is not None else nullcontext()
+        logger = self.logger(folder) if callable(self.logger) else self.logger
+        with around:
+            return fit(
+                folder, make(**self.callback), module=self.module, val=squares(read=self.read),
+                logger=logger, max_epochs=2, **options,
+            )  # fmt: skip
+
+
+FINE = {"n": 4, "failed": 0, "flat": 0, "nan": 0}
+LOST = {"n": None, "failed": 2}
+UNSEEN = {**FINE, "failed": 2}
+"""Figures are there, pictures are not."""
+
+FAULTS = {
+    "the method raises": Fault("RuntimeError: out of luck", LOST, {"method": Red(RuntimeError)}),
+    "out of memory": Fault(
+        "OutOfMemoryError: out of luck Training goes on; this run's explanations are left out. Smaller "
+        "validation batches", LOST, {"method": Red(torch.OutOfMemoryError)},
+    ),
+    "an error without words": Fault("StopIteration: out of luck", LOST, {"method": Red(StopIteration)}),
+    "logits are NaN": Fault(None, {**FINE, "nan": 4, "overall": None}, module=Blind),
+    "logits are infinite": Fault(None, {**FINE, "nan": 4, "overall": None}, module=Dazzled),
+    "maps are flat": Fault(None, {**FINE, "flat": 4}, {"method": Red(flat=True)}),
+    "batches cannot be read": Fault("TypeError: The batch is a dict with keys", LOST, read=nameless),
+    "the adapter fails on one process": Fault("KeyError: 'no such column'", LOST, {"batch_adapter": fussy}),
+    "boxes are missing in some batches": Fault(
+        None, {**FINE, "pointing_game_n": 2, "skipped": 2}, read=sometimes_boxed
+    ),
+    "the disk is full": Fault(
+        "OSError: [Errno 28] No space left on device Training goes on; this run's pictures are missing in",
+        UNSEEN, logger=False, around=lambda folder: full_disk(),
+    ),
+    "the folder cannot be written to": Fault(
+        "Check that the disk has room and the folder may be written to", UNSEEN, logger=False,
+        around=file_in_the_way,
+    ),
+    "W&B's run is finished": Fault(
+        "RuntimeError: Run (abc) is finished", UNSEEN, logger=WandbLogger
+    ),
+    "W&B is not installed": Fault(
+        "pictures are missing in W&B", UNSEEN, logger=WandbLogger,
+        around=lambda folder: mock.patch.dict(sys.modules, wandb=None),
+    ),
+    "the logger takes no pictures": Fault(None, FINE, logger=CSVLogger),
+    "curves cannot be drawn": Fault(
+        "RuntimeError: no font", UNSEEN, logger=False,
+        around=lambda folder: mock.patch.object(FileSink, "curves", side_effect=RuntimeError("no font")),
+    ),
+}  # fmt: skip

@@ -1,0 +1,150 @@
+"""Validates and trains in one, two and three processes over gloo; what came of it is printed as JSON.
+
+Run by ``test_processes.py``: a hang ends with its time limit.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from faults import FAULTS, Red
+from lightning.pytorch import Callback
+from lightning_models import Classifier, Squares, boxed, fit, validate
+from torch import multiprocessing
+from torch.utils.data import DataLoader, IterableDataset
+
+from sess_lightning import SESS, SESSCallback
+from sess_lightning.methods import GradCAM
+from sess_lightning.types import SESSWarning
+
+SAMPLED = {
+    "some": {"num_samples": 6},
+    "batches of three": {"num_samples": 6, "batch_size": 3},
+    "all, some padded": {"num_samples": 32},
+    "fewer than processes": {"num_samples": 1},
+    "as many as the budget pays for": {"max_forwards": 1000},
+    "the same loader everywhere": {"num_samples": 6, "use_distributed_sampler": False},
+}
+
+
+def named(index, image, label, boxes):
+    """Brings the place in the data set along."""
+    return image, {"label": label, "boxes": boxes.float(), "id": index}
+
+
+class Shards(IterableDataset):
+    """16 squares, dealt out to the processes."""
+
+    def __init__(self, *counts):
+        self.counts, self.data = counts, Squares(16, boxed)
+
+    def __iter__(self):
+        rank = torch.distributed.get_rank() if len(self.counts) > 1 else 0
+        first = sum(self.counts[:rank])
+        return (self.data[i] for i in range(first, first + self.counts[rank]))
+
+
+def callback(**kwargs):
+    return SESSCallback(SESS(GradCAM(), num_scales=2), **kwargs)
+
+
+def figures(its):
+    return {name: value.item() for name, value in its.callback_metrics.items()}
+
+
+def sampled(folder, options):
+    """Validate on 14 squares."""
+    options = dict(options)
+    data = DataLoader(Squares(14, named), options.pop("batch_size", 4))
+    settings = {key: options.pop(key) for key in ("num_samples", "max_forwards") if key in options}
+    mine = callback(**settings)
+    its = validate(folder, mine, val=data, **options)
+    ids = [int(i) for kept in mine._kept.values() for i in kept.samples.ids]
+    shown = [int(sample.batch.ids[0]) for sample in mine._panel]
+    return {"scalars": figures(its), "ids": ids, "shown": shown}
+
+
+def streamed(folder, counts):
+    its = validate(folder, callback(max_forwards=100_000), val=DataLoader(Shards(*counts), 4), logger=False)
+    path = Path(folder) / "sess" / "curves.csv"
+    return {"scalars": figures(its), "curves": path.read_text() if path.exists() else ""}
+
+
+def fingerprint(its):
+    state = its.lightning_module.state_dict().items()
+    return {name: hashlib.sha1(value.numpy().tobytes()).hexdigest() for name, value in state}
+
+
+class Rows(Callback):
+    """Keeps what is logged after every epoch."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.rows.append(figures(trainer))
+
+
+def faulty(folder, fault):
+    rows = Rows()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SESSWarning)
+        its = fault.run(
+            lambda folder, mine, **options: fit(folder, mine, rows, **options),
+            lambda **kwargs: SESSCallback(**{"method": Red(), "compare": {}, "num_samples": 4, **kwargs}),
+            folder,
+        )
+    told = [str(each.message) for each in caught if issubclass(each.category, SESSWarning)]
+    return {"weights": fingerprint(its), "epochs": its.current_epoch, "rows": rows.rows, "told": told}
+
+
+def cases(folder, world):
+    """Yield names and results."""
+    for name, options in SAMPLED.items():
+        yield f"sampled: {name}", sampled(f"{folder}/{name}", options)
+    for name, counts in {1: {"whole": (16,)}, 2: {"uneven": (12, 4), "empty": (16, 0)}}.get(
+        world, {}
+    ).items():
+        yield f"streamed: {name}", streamed(f"{folder}/{name}", counts)
+    if world < 3:
+        yield "without", {"weights": fingerprint(fit(folder, module=Classifier, max_epochs=2))}
+        for name, fault in FAULTS.items():
+            yield f"fault: {name}", faulty(f"{folder}/{name}", fault)
+
+
+def process(rank, world, port, folder):
+    warnings.simplefilter("ignore")
+    if world > 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_RANK": rank}
+        os.environ.update({name: str(value) for name, value in address.items()})
+        import lightning_models
+
+        plain = lightning_models.trainer
+        lightning_models.trainer = lambda *args, **kwargs: plain(
+            *args, **{"devices": world, "strategy": "ddp", **kwargs}
+        )
+    found = dict(cases(f"{folder}/{world}", world))
+    Path(f"{folder}/{world}-{rank}.json").write_text(json.dumps(found))
+
+
+def main(folder):
+    found = {}
+    for world in (1, 2, 3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        multiprocessing.start_processes(process, (world, port, folder), world, start_method="fork")
+        found[world] = [
+            json.loads(Path(f"{folder}/{world}-{rank}.json").read_text()) for rank in range(world)
+        ]
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

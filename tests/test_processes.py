@@ -1,0 +1,95 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from faults import FAULTS
+from processes import SAMPLED
+
+from sess_lightning.callback import WORST
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """By number of processes, what each of them found."""
+    script = Path(__file__).with_name("processes.py")
+    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("processes"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
+    return {int(world): found for world, found in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def counts(scalars):
+    return {name: value for name, value in scalars.items() if re.search(r"/(n|nan|flat|.*_n|skipped)$", name)}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("case", SAMPLED)
+def test_one_process_and_several_explain_the_same_samples_and_log_the_same_figures(processes, world, case):
+    (one,), several = ([each[f"sampled: {case}"] for each in processes[number]] for number in (1, world))
+    assert sorted(i for each in several for i in each["ids"]) == sorted(one["ids"])
+    for each in several:
+        assert counts(each["scalars"]) == counts(one["scalars"])
+        means = {
+            name: value for name, value in one["scalars"].items() if "_ci_" not in name and "sess" in name
+        }
+        assert {name: each["scalars"][name] for name in means} == pytest.approx(means, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "ids"),
+    [
+        ("some", [0, 3, 4, 8, 9, 11]),
+        ("batches of three", [0, 3, 4, 8, 9, 11]),
+        ("all, some padded", list(range(14))),
+        ("fewer than processes", [0]),
+    ],
+)
+def test_the_samples_are_spread_over_the_data_set(processes, case, ids):
+    assert sorted(processes[1][0][f"sampled: {case}"]["ids"]) == ids
+
+
+def test_uneven_streams_log_what_one_process_logs(processes):
+    one, (two, _) = processes[1][0]["streamed: whole"], (each["streamed: uneven"] for each in processes[2])
+    assert two["scalars"]["sess/n"] == 16
+    ours = {name: v for name, v in one["scalars"].items() if "_ci_" not in name and name != "val_loss"}
+    assert {name: two["scalars"][name] for name in ours} == pytest.approx(ours, abs=1e-5)
+    points = [
+        [float(cell) for line in each["curves"].splitlines()[1:] for cell in line.split(",")[-2:]]
+        for each in (one, two)
+    ]
+    assert points[1] == pytest.approx(points[0], abs=1e-5)
+    assert len(points[0]) == 4 * 29 * 2
+
+
+def test_a_process_without_batches_keeps_no_other_waiting(processes):
+    for each in processes[2]:
+        scalars = each["streamed: empty"]["scalars"]
+        assert (scalars["sess/n"], scalars["sess/failed"]) == (16, 0)
+        assert all(scalars[f"sess/{name}"] != worst for name, worst in WORST.items())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("case", FAULTS)
+def test_no_fault_ends_a_training_or_changes_it(processes, world, case):
+    fault = FAULTS[case]
+    found = [each[f"fault: {case}"] for each in processes[world]]
+    for each, without in zip(found, processes[world], strict=True):
+        assert each["weights"] == without["without"]["weights"]
+        assert each["epochs"] == 2
+    told = [text for each in found for text in each["told"]]
+    if fault.told is None:
+        assert told == []
+    else:
+        assert told
+        assert all(fault.told in text for text in told), told
+    # What failed on process 0 alone, as pictures do, is counted there, and that one logs.
+    rows = found[0]["rows"]
+    assert len(rows) == 2
+    for epoch, row in enumerate(rows):
+        for name, count in fault.counts.items():
+            if name == "failed":
+                assert row["sess/failed"] == (epoch + 1 if count else 0)
+            else:
+                assert row.get(f"sess/{name}") in ((WORST.get(name), None) if count is None else (count,))
