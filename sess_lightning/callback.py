@@ -174,10 +174,11 @@ class SESSCallback(Callback):
             if stage == "fit" and trainer.global_step == 0:
                 self._history.clear()  # Another training; a checkpoint brings its own.
             if shown and self.report:
-                folder = report_folder(trainer.logger, log_dir) / self.prefix
-                fits = stage == "fit"
+                folder = report_folder(trainer.loggers, log_dir) / self.prefix
                 self._sinks.append(
-                    ReportSink(folder if fits else folder / stage, self._history if fits else None)
+                    ReportSink(folder, self._history)
+                    if stage == "fit"
+                    else ReportSink(folder / getattr(stage, "value", stage))
                 )
 
     @override
@@ -316,7 +317,7 @@ class SESSCallback(Callback):
         )
         self._settings = {
             "name": self._own,
-            "method": repr(method),
+            "method": str(method),
             "forwards per map": forwards,
             "samples": self._budget.samples * world,
             "beside (samples)": ", ".join(beside),
