@@ -184,10 +184,11 @@ class SESSCallback(Callback):
             if stage == "fit" and trainer.global_step == 0:
                 self._history.clear()  # Another training; a checkpoint brings its own.
             if shown and self.report:
-                folder = report_folder(trainer.logger, log_dir) / self.prefix
-                fits = stage == "fit"
+                folder = report_folder(trainer.loggers, log_dir) / self.prefix
                 self._sinks.append(
-                    ReportSink(folder if fits else folder / stage, self._history if fits else None)
+                    ReportSink(folder, self._history)
+                    if stage == "fit"
+                    else ReportSink(folder / getattr(stage, "value", stage))
                 )
 
     @override
@@ -350,7 +351,7 @@ class SESSCallback(Callback):
         )
         self._settings = {
             "name": self._own,
-            "method": repr(method),
+            "method": str(method),
             "forwards per map": per_map,
             "samples": budget.samples * shares,
             "beside (samples)": ", ".join(beside),

@@ -249,10 +249,11 @@ def _title(when: Mapping[str, int]) -> str:
     return f"Mean curves after epoch {when['epoch']}, step {when['step']}"
 
 
-def report_folder(logger: Any, default: str | Path) -> Path:
-    """Return where a logger keeps this run's files; for those that tell of none, where checkpoints go."""
-    if getattr(logger, "log_dir", None):
-        return Path(logger.log_dir)
+def report_folder(loggers: Sequence[Any], default: str | Path) -> Path:
+    """Return where the first logger keeps this run's files; for those that tell of none, its checkpoints."""
+    logger = next((each for each in loggers if not _pretends(each)), None)
+    if own := getattr(logger, "log_dir", None):
+        return Path(own)
     name, version = getattr(logger, "name", None), getattr(logger, "version", None)
     folder = Path(getattr(logger, "save_dir", None) or default)
     return folder / str(name) / str(version) if name and version is not None else folder
@@ -264,11 +265,19 @@ def sink_for(logger: Any, folder: str | Path) -> Sink | None:
     Loggers are told apart by their classes' names, so that none of their packages is imported; the stand-in
     logger of ``fast_dev_run`` gets nothing.
     """
-    names = {cls.__name__ for cls in type(logger).__mro__}
-    if "DummyLogger" in names:
+    names = _names(logger)
+    if _pretends(logger):
         return None
     if "WandbLogger" in names:
         return WandbSink(logger)
     if "TensorBoardLogger" in names:
         return TensorBoardSink(logger)
     return FileSink(folder)
+
+
+def _names(logger: Any) -> set[str]:
+    return {cls.__name__ for cls in type(logger).__mro__}
+
+
+def _pretends(logger: Any) -> bool:
+    return "DummyLogger" in _names(logger)
