@@ -201,6 +201,15 @@ def test_count_forwards_is_what_the_model_sees(base, ratio, tiny, images, target
     assert sum(sizes) == 2 * expected
 
 
+def test_no_window_has_a_backward_through_what_comes_before_the_target_layer(tiny, images, targets):
+    passed, recorded = [], []
+    tiny.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+    tiny.features[4].register_forward_hook(lambda *call: recorded.append(call[2].requires_grad))
+    SESS(GradCAM("features.5"), num_scales=3, batch_size=8)(tiny, images, targets)
+    assert sum(passed) == 2 * 9  # One forward a window.
+    assert recorded == [False] * 3
+
+
 def test_windows_of_all_images_share_full_batches(tiny, images, targets):
     sizes = []
     tiny.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
