@@ -111,12 +111,15 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
     differing = varied(runs)
     if x is not None and x not in runs[0].options:
         raise ValueError(f"compare: x must be one of {sorted(runs[0].options)}, got {x!r}.")
-    numbers = (name for name in differing if all(_is_number(run.options.get(name)) for run in runs))
-    axis = x or next(numbers, None)
+    numbers = [name for name in differing if all(_is_number(run.options.get(name)) for run in runs)]
+    axis = next(iter(numbers), None) if x is None else x
+    if axis not in numbers:  # Names: everything that differs stands below the axis.
+        differing, axis = ({axis: 0} | differing) if axis else differing, None
     rest = [name for name in differing if name != axis]
+    labels = zip(*(_short([run.options.get(name) for run in runs]) for name in rest), strict=True)
     found = []
-    for run in runs:
-        told = ", ".join(str(run.options.get(name)) for name in rest)
+    for run, label in zip(runs, labels if rest else [()] * len(runs), strict=True):
+        told = ", ".join(label)
         for row in run.rows:
             own = row["method"] not in run.others
             if row["figure"] not in (*FIGURES, SECONDS) or " - " in row["method"]:
@@ -131,6 +134,13 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
             ends = (float(row[end]) if row[end] else None for end in ("value", "ci_low", "ci_high", "paper"))
             found.append(Point(place, series, own, row["figure"], *ends))  # type: ignore[arg-type]
     return (axis or ("method" if len(runs) == 1 else ", ".join(rest))), found
+
+
+def _short(values: Sequence[Any]) -> list[str]:
+    """Return values as text, without their arguments where their names alone tell them apart."""
+    whole = [str(value) for value in values]
+    names = [text.partition("(")[0] for text in whole]
+    return names if len(set(names)) == len(set(whole)) else whole
 
 
 def _is_number(value: Any) -> bool:
