@@ -131,6 +131,7 @@ def report(trainer: Trainer, table: EpochTable) -> None:
     """Print the epochs side by side, draw them, and say where everything lies."""
     folder = Path(trainer.log_dir)
     where = [f"Pictures      {folder / 'sess'}"] if (folder / "sess").is_dir() else []
+    where += [f"Report        {page}" for page in folder.glob("*/report.html")]
     where += [f"Numbers       {folder / 'metrics.csv'}", f"Plot          {plot_progress(folder)}"]
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

@@ -1,4 +1,4 @@
-"""The command line: ``sess-lightning evaluate | explain | fit | validate | test``."""
+"""The command line: ``sess-lightning evaluate | compare | explain | cost | fit | validate | test``."""
 
 from __future__ import annotations
 
@@ -16,24 +16,30 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from PIL import Image
+from torch import nn
 from typing_extensions import override
 
 from sess_lightning.benchmarks import Benchmark, Sample, read_picture
 from sess_lightning.callback import SESSCallback
+from sess_lightning.comparison import compare
+from sess_lightning.cost import Costs, measure_cost
 from sess_lightning.engine import smooth
-from sess_lightning.evaluation import Experiment, Results, evaluate, evaluate_with
+from sess_lightning.evaluation import Experiment, evaluate, evaluate_with
 from sess_lightning.introspection import classify
 from sess_lightning.lending import explaining, folded
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
 from sess_lightning.reporting.panels import Panel, displayed, overlay, sheet
+from sess_lightning.results import Results
 from sess_lightning.types import SaliencyMethod
 from sess_lightning.weights import Network, load_network
 
 USAGE = """usage: sess-lightning COMMAND ...
 
   evaluate   score a method on a data set: the paper's tables, on its data or yours
+  compare    draw finished evaluations side by side: ablations
   explain    explain one picture
+  cost       measure what explaining costs on a model, and what each knob would change
   fit, validate, test   Lightning's own commands, with the callback beside (--sess.*)
 
 sess-lightning COMMAND --help tells more.
@@ -52,8 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ExplainedCLI(args=None if arguments is None else given)
     elif command == "evaluate":
         run_evaluate(evaluate_parser().parse_args(given[1:]))
+    elif command == "compare":
+        asked = compare_parser().parse_args(given[1:])
+        sys.stdout.write("".join(f"{path}\n" for path in compare(asked.runs, asked.out, asked.x)))
     elif command == "explain":
         run_explain(explain_parser().parse_args(given[1:]))
+    elif command == "cost":
+        run_cost(cost_parser().parse_args(given[1:]))
     else:
         sys.stdout.write(USAGE)
         sys.exit(0 if command in ("-h", "--help") else 2)
@@ -83,7 +94,10 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_subclass_arguments(Benchmark, "benchmark", required=True)
     parser.add_class_arguments(Experiment, "experiment", skip={"mean", "std"})
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="records and results")
-    parser.add_argument("--paper", type=dict[str, float], default={}, help="figures to put beside, percent")
+    parser.add_argument(
+        "--paper", type=dict[str, float], default={}, help="figures to put beside, percent; s"
+    )
+    parser.add_argument("--parquet", type=bool | None, default=None, help="also Parquet; null: with pyarrow")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ...")
     parser.add_argument("--devices", type=int, default=1, help="processes that share the pictures")
     parser.add_argument("--skip_broken", type=bool, default=False, help="leave out unreadable samples")
@@ -107,7 +121,7 @@ def run_evaluate(config: Namespace) -> Results:
         model.to(trainer.strategy.root_device)
         results = evaluate(*given, skip_broken=config.skip_broken, progress=True)
     if trainer.is_global_zero:
-        written = results.write(config.out, config.paper)
+        written = results.write(config.out, config.paper, config.parquet)
         sys.stdout.write(results.table(config.paper) + "\n")
         sys.stdout.write("".join(f"{path}\n" for path in written))
     return results
@@ -130,6 +144,17 @@ def _trainer(accelerator: str, devices: int) -> Trainer:
 
 def _network(config: Namespace) -> Network:
     return load_network(**config.model.as_dict())
+
+
+def compare_parser() -> ArgumentParser:
+    """Return the parser of ``compare``."""
+    parser = ArgumentParser(
+        prog="sess-lightning compare", description="Draw finished evaluations side by side."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of results, or their configs")
+    parser.add_argument("--x", type=str | None, default=None, help="option to draw over, e.g. num_scales")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="for compare.csv and .png")
+    return parser
 
 
 def explain_parser() -> ArgumentParser:
@@ -184,6 +209,60 @@ def _target(asked: Any, names: Sequence[str], predicted: int) -> int:
             f"--target: {asked!r} is none of the model's {len(names)} class names; give its index."
         )
     return list(names).index(asked)
+
+
+def cost_parser() -> ArgumentParser:
+    """Return the parser of ``cost``."""
+    parser = ArgumentParser(
+        prog="sess-lightning cost",
+        description="Measure what explaining costs on a model, against its bare forward.",
+    )
+    parser.add_argument("--config", action="config", help="YAML with any of these")
+    parser.add_function_arguments(load_network, "model")
+    parser.set_defaults({"model.name": "resnet50", "model.weights": None})
+    parser.add_argument(
+        "--module", type=nn.Module | None, default=None, help="your own class, instead of --model.*"
+    )
+    parser.add_argument(
+        "--method", type=SaliencyMethod | None, default=None, help="what explains; null is SESS(GradCAM())"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs="+", default=[224], help="side of the images, or height and width, px"
+    )
+    parser.add_argument("--channels", type=int, default=3, help="of the images")
+    parser.add_argument("--batch", type=int, default=1, help="images explained at once")
+    parser.add_argument("--num_samples", type=int, default=32, help="of the callback")
+    parser.add_argument("--max_forwards", type=int, default=5000, help="of the callback")
+    parser.add_argument("--fold", type=bool, default=False, help="fold batch norms away, for both sides")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--rounds", type=int, default=5, help="how often everything is run")
+    parser.add_argument("--out", type=Path | None, default=None, help="a CSV to write")
+    return parser
+
+
+def run_cost(config: Namespace) -> Costs:
+    """Measure on noise, print the table, and write it where asked."""
+    if len(config.size) > 2:
+        raise SystemExit(f"--size: one side, or height and width, got {config.size}.")
+    made = cost_parser().instantiate(config)
+    model = made.module if made.module is not None else _network(config).model
+    model = folded(model) if config.fold else model
+    model = model.to(config.device).to(memory_format=torch.channels_last)
+    size = (config.size[0], config.size[-1])
+    noise = torch.rand(config.batch, config.channels, *size, generator=torch.Generator().manual_seed(0))
+    costs = measure_cost(
+        model,
+        noise.to(config.device),
+        made.method,
+        num_samples=config.num_samples,
+        max_forwards=config.max_forwards,
+        rounds=config.rounds,
+    )
+    sys.stdout.write(costs.table() + "\n")
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        costs.to_csv(config.out)
+    return costs
 
 
 if __name__ == "__main__":

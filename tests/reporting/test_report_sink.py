@@ -1,0 +1,132 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning_models import Recorder, fit, validate
+from runs import shade
+
+from sess_lightning import SESS, SESSCallback
+from sess_lightning.methods import GradCAM
+from sess_lightning.reporting.panels import Panel
+from sess_lightning.reporting.records import read
+from sess_lightning.reporting.sinks import ReportSink, report_folder
+from sess_lightning.types import SESSWarning
+
+WHEN = {"epoch": 2, "step": 17}
+LATER = {"epoch": 3, "step": 25}
+
+
+def quick(**kwargs):
+    options = {"num_samples": 4, "num_images": 2, "compare": {"base": GradCAM()}, "on_error": "raise"}
+    return SESSCallback(SESS(GradCAM(), num_scales=2), **{**options, **kwargs})
+
+
+def epochs(folder):
+    return [record.epoch for record in read(folder / "records")]
+
+
+def test_the_sink_keeps_all_it_is_given_and_writes_the_page(tmp_path):
+    sink = ReportSink(tmp_path)
+    sink.panels("sess/panel", [Panel(shade(9), {"SESS": shade(5)}, title="one")], WHEN)
+    sink.curves("sess/curves", {"SESS": torch.tensor([[0.0, 1.0], [1.0, 0.5]])}, WHEN)
+    sink.scalars("sess/scalars", {"overall": 0.25}, WHEN)
+    sink.table("sess/per_class", [{"class": "cat", "hits": 1}], WHEN)
+    sink.table("sess/worst", [{"sample": "one"}], WHEN)
+    sink.settings({"name": "SESS"}, WHEN)
+    sink.close({"val/acc": 0.5}, WHEN)
+    (record,) = read(tmp_path / "records")
+    assert (record.epoch, record.step) == (2, 17)
+    assert (record.scalars, record.metrics) == ({"overall": 0.25}, {"val/acc": 0.5})
+    assert record.curves == {"SESS": [[0.0, 1.0], [1.0, 0.5]]}
+    assert record.tables == {"per_class": [{"class": "cat", "hits": 1}], "worst": [{"sample": "one"}]}
+    assert [sample.title for sample in record.panel] == ["one"]
+    assert "1 validation run, last after epoch 2, step 17" in (tmp_path / "report.html").read_text("utf-8")
+    assert sink.name == str(tmp_path / "report.html")
+
+
+def test_what_a_failed_run_left_is_not_mixed_into_the_next(tmp_path):
+    sink = ReportSink(tmp_path)
+    sink.scalars("sess/scalars", {"overall": 0.25}, WHEN)
+    sink.table("sess/worst", [{"sample": "one"}], WHEN)
+    sink.table("sess/per_class", [{"class": "cat"}], LATER)
+    sink.close({}, LATER)
+    (record,) = read(tmp_path / "records")
+    assert (record.epoch, record.scalars) == (3, {})
+    assert record.tables == {"per_class": [{"class": "cat"}]}
+
+
+def test_the_report_lies_beside_the_loggers_files(tmp_path):
+    csv, tensorboard = CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")
+    wandb = WandbLogger(project="cats", id="a1", save_dir=tmp_path, offline=True)
+    assert report_folder([csv, tensorboard], "elsewhere") == tmp_path / "csv" / "version_0"
+    assert report_folder([Recorder(), tensorboard], "elsewhere") == tmp_path / "tb" / "version_0"
+    assert report_folder([wandb], "elsewhere") == tmp_path / "cats" / "a1"
+    assert report_folder([], tmp_path) == tmp_path
+
+
+def test_a_training_leaves_a_page_with_its_figures_the_users_own_and_the_settings(tmp_path):
+    its = fit(tmp_path, quick(), logger=CSVLogger(tmp_path), max_epochs=2)
+    folder = tmp_path / "lightning_logs" / "version_0" / "sess"
+    first, last = read(folder / "records")
+    assert [(each.epoch, each.step) for each in (first, last)] == [(0, 3), (1, 7)]
+    assert last.scalars["overall"] == pytest.approx(float(its.callback_metrics["sess/overall"]), abs=1e-5)
+    assert last.metrics == {
+        name: pytest.approx(float(value), rel=1e-4)
+        for name, value in its.callback_metrics.items()
+        if not name.startswith("sess/")
+    }
+    assert [[*sample.pictures] for sample in last.panel] == [["image", "base", "SESS"]] * 2
+    assert [*last.curves] == ["SESS (n=4)", "base (n=4)"]
+    assert last.settings["method"] == str(SESS(GradCAM(), num_scales=2))
+    assert last.settings["samples"] == 4
+    assert 0 < last.settings["seconds"] < 600
+    assert "2 validation runs" in (folder / "report.html").read_text("utf-8")
+
+
+def test_no_report_is_written_if_none_is_wanted(tmp_path):
+    fit(tmp_path, quick(report=False), logger=False)
+    assert not (tmp_path / "sess" / "report.html").exists()
+    assert not (tmp_path / "sess" / "records").exists()
+
+
+def test_a_logger_that_only_pretends_leaves_no_trace(tmp_path):
+    fit(tmp_path, quick(), logger=[Recorder(), CSVLogger(tmp_path, name="csv")])
+    assert epochs(tmp_path / "csv" / "version_0" / "sess") == [0]
+
+
+def test_a_training_resumed_in_a_new_folder_goes_on_with_the_page(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    fit(tmp_path, quick(), checkpoint, logger=CSVLogger(tmp_path, name="csv"), max_epochs=2)
+    again = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    fit(tmp_path, quick(), again, logger=CSVLogger(tmp_path, name="csv"), max_epochs=3,
+        ckpt_path=checkpoint.last_model_path)  # fmt: skip
+    first, second = (tmp_path / "csv" / f"version_{i}" / "sess" for i in (0, 1))
+    assert (epochs(first), epochs(second)) == ([0, 1], [0, 1, 2])
+    names = {name for each in read(second / "records") for s in each.panel for name in s.pictures.values()}
+    assert names == {path.name for path in (second / "records").glob("*.jpg")}
+
+
+def test_another_training_in_the_same_folder_starts_a_new_page(tmp_path):
+    fit(tmp_path, quick(), logger=False, max_epochs=2)
+    fit(tmp_path, quick(), logger=False, max_epochs=1)
+    assert epochs(tmp_path / "sess") == [0]
+
+
+def test_validate_has_a_page_of_its_own(tmp_path):
+    callback = quick()
+    fit(tmp_path, callback, logger=False, max_epochs=2)
+    validate(tmp_path, callback, logger=False)
+    assert epochs(tmp_path / "sess") == [0, 1]
+    assert epochs(tmp_path / "sess" / "validate") == [0]
+
+
+def test_a_page_that_cannot_be_written_costs_a_warning_not_the_run(tmp_path):
+    csv = CSVLogger(tmp_path, name="csv", version=0)
+    folder = tmp_path / "csv" / "version_0" / "sess"
+    folder.mkdir(parents=True)
+    (folder / "records").write_text("in the way")
+    with pytest.warns(SESSWarning, match=r"FileExistsError|NotADirectoryError"):
+        its = fit(tmp_path, quick(on_error="warn"), logger=csv, max_epochs=1)
+    assert "sess/overall" in its.callback_metrics
+    assert [path.suffix for path in (folder / "panel").iterdir()] == [".png"]
+    assert not (folder / "report.html").exists()
