@@ -43,7 +43,7 @@ def layers(model: nn.Module, method: SESS, images: Tensor, target: int) -> list[
     plan = method.plan(model, size_of(images))
     targets = torch.full((len(plan),), target)
     with explaining(model):
-        parts = chunked(windows(images, plan, method.antialias), method.batch_size)
+        parts = chunked(windows(images, plan, method.antialias), 8)
         extracted = [method.base.extract(model, part, targets[: len(part)]) for part in parts]
     maps, logs = (torch.cat(each) for each in zip(*extracted, strict=True))
     weights = channel_weights(logs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from typing_extensions import override
 
 from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
 from sess_lightning.engine import smooth
-from sess_lightning.introspection import check_inputs, classify
+from sess_lightning.introspection import check_inputs, classify, predict
 from sess_lightning.lending import borrowed, explaining, keep_rng
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
@@ -26,7 +27,7 @@ from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.metrics.sess_metric import NO_TRIAL
 from sess_lightning.ops import min_max, size_of
 from sess_lightning.reporting.panels import Panel, displayed, overlay
-from sess_lightning.reporting.sinks import Sink, sink_for
+from sess_lightning.reporting.sinks import ReportSink, Sink, report_folder, sink_for
 from sess_lightning.types import Batch, SaliencyMethod, SESSWarning
 
 WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.0}
@@ -94,6 +95,7 @@ class SESSCallback(Callback):
         normalisation: (mean, std) to undo for display; None looks on datamodule, data set, transforms and
             weights.
         dataloader_idx: Which validation loader to watch.
+        report: Keep a page, ``report.html`` beside the logger's files, that replays the training offline.
 
     Raises:
         ValueError: If an argument makes no sense.
@@ -116,6 +118,7 @@ class SESSCallback(Callback):
         class_names: list[str] | None = None,
         normalisation: tuple[list[float], list[float]] | None = None,
         dataloader_idx: int = 0,
+        report: bool = True,
     ) -> None:
         super().__init__()
         if method is not None and not isinstance(method, SaliencyMethod):
@@ -140,7 +143,7 @@ class SESSCallback(Callback):
         self.num_samples, self.num_images, self.every_n_epochs = num_samples, num_images, every_n_epochs
         self.prefix, self.target, self.batch_adapter, self.on_error = prefix, target, batch_adapter, on_error
         self.max_forwards, self.tolerance, self.dataloader_idx = max_forwards, tolerance, dataloader_idx
-        self.class_names, self.normalisation = class_names, normalisation
+        self.class_names, self.normalisation, self.report = class_names, normalisation, report
         self._metric: SESSMetric | None = None
         self._budget: Budget | None = None
         self._own = ""
@@ -151,6 +154,10 @@ class SESSCallback(Callback):
         self._last: dict[str, float] = {}
         self._error: str | None = None
         self._failures, self._failed = 0, 0
+        self._settings: dict[str, Any] = {}
+        self._shown: dict[str, int] | None = None
+        self._history: dict[str, str] = {}
+        self._seconds = 0.0
 
     @property
     def state_key(self) -> str:
@@ -170,6 +177,14 @@ class SESSCallback(Callback):
             )
             shown = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
             self._sinks = [sink for sink in found if sink is not None] if shown else []
+            if stage == "fit" and trainer.global_step == 0:
+                self._history.clear()  # Another training; a checkpoint brings its own.
+            if shown and self.report:
+                folder = report_folder(trainer.logger, log_dir) / self.prefix
+                fits = stage == "fit"
+                self._sinks.append(
+                    ReportSink(folder if fits else folder / stage, self._history if fits else None)
+                )
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,15 +235,26 @@ class SESSCallback(Callback):
         self._finish(trainer, pl_module)
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand over the user's own figures, all of which are known by now."""
+        self._close(trainer)
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hand over the user's own figures."""
+        self._close(trainer)
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs; plain floats only, so that weights-only loading accepts it."""
-        return {"last": dict(self._last), "failed": self._failed}
+        return {"last": dict(self._last), "failed": self._failed, "history": dict(self._history)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint holds."""
         self._last = {str(name): float(value) for name, value in dict(state_dict.get("last", {})).items()}
         self._failed = int(state_dict.get("failed", 0))
+        self._history.update({str(k): str(v) for k, v in dict(state_dict.get("history", {})).items()})
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or self._failures >= 3:
@@ -246,7 +272,7 @@ class SESSCallback(Callback):
             pl_module.log(
                 f"{self.prefix}/{name}", value, logger=False, on_step=False, on_epoch=True, batch_size=1
             )
-        self._error, self._panel, self._taken = None, [], 0
+        self._error, self._panel, self._taken, self._shown, self._seconds = None, [], 0, None, 0.0
         if self._metric is not None:
             self._metric.reset()
 
@@ -285,13 +311,27 @@ class SESSCallback(Callback):
         if _regions(batch) is None:
             regions = "no boxes or masks, no Pointing Game"
         world = trainer.world_size
+        forwards = method.count_forwards(pl_module, size)
         beside = [f"{name} ({limits.get(name, self._budget.samples) * world})" for name in compare]
         rank_zero_info(
             f"SESSCallback: each run explains {self._budget.samples * world} samples of {size[0]}x{size[1]} "
-            f"px with {method}, {method.count_forwards(pl_module, size)} forwards a map, beside "
+            f"px with {method}, {forwards} forwards a map, beside "
             f"{', '.join(beside)}; {regions}; at most {self._budget.forwards:,} forwards a run; "
             f"pictures: {', '.join(sink.name for sink in self._sinks) or 'none'}."
         )
+        self._settings = {
+            "name": self._own,
+            "method": repr(method),
+            "forwards per map": forwards,
+            "samples": self._budget.samples * world,
+            "beside (samples)": ", ".join(beside),
+            "explained class": self.target,
+            "image size": f"{size[0]} × {size[1]} px",
+            "objects": regions,
+            "forwards per run, at most": self._budget.forwards,
+            "model": type(pl_module).__name__,
+            "device": f"{pl_module.device}, {trainer.precision}, {world} process{'es' * (world > 1)}",
+        }
 
     def methods(self, model: nn.Module) -> tuple[SaliencyMethod, dict[str, SaliencyMethod]]:
         """Return the method that a run scores on this model, and by name those it scores beside it."""
@@ -402,9 +442,9 @@ class SESSCallback(Callback):
         assert self._metric is not None
         curves: dict[str, Tensor] = {}
         with self._guarded(trainer), _isolated(pl_module):
-            values, curves = _chosen(self._metric.compute()), self._metric.curves()
+            values, curves = self._metric.compute(), self._metric.curves()
             self._last = {name: value for name, value in values.items() if np.isfinite(value)}
-            for name, value in self._last.items():
+            for name, value in _chosen(self._last).items():
                 pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=1)
             if self._failed:
                 pl_module.log(
@@ -414,7 +454,7 @@ class SESSCallback(Callback):
             self._show(trainer, curves)
 
     def _show(self, trainer: Trainer, curves: Mapping[str, Tensor]) -> None:
-        when = {"epoch": trainer.current_epoch, "step": _step(trainer)}
+        self._shown = when = {"epoch": trainer.current_epoch, "step": _step(trainer)}
         panels: list[Panel] = []
         with self._guarded(trainer), keep_rng():
             panels = [self._draw(i, sample) for i, sample in enumerate(self._panel)]
@@ -429,7 +469,21 @@ class SESSCallback(Callback):
                     sink.panels(f"{self.prefix}/panel", panels, when)
                 sink.curves(f"{self.prefix}/curves", named, when)
                 sink.scalars(f"{self.prefix}/scalars", self._last, when)
+                sink.settings({**self._settings, "seconds": round(self._seconds, 2)}, when)
         self._panel = []
+
+    def _close(self, trainer: Trainer) -> None:
+        if self._shown is None:
+            return
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if not name.startswith(f"{self.prefix}/")
+        }
+        for sink in self._sinks:
+            with self._guarded(trainer), keep_rng():
+                sink.close(metrics, self._shown)
+        self._shown = None
 
     def _draw(self, number: int, sample: _Sample) -> Panel:
         picture = displayed(sample.batch.images, self._normalisation)[0]
@@ -469,6 +523,7 @@ class SESSCallback(Callback):
     @contextmanager
     def _guarded(self, trainer: Trainer) -> Iterator[None]:
         """Turn any error into a warning; only its text is kept, for an exception holds on to tensors."""
+        started = time.perf_counter()
         try:
             yield
         except Exception as error:
@@ -476,6 +531,8 @@ class SESSCallback(Callback):
             if self.on_error == "raise":
                 raise
             self._warn(trainer, f"{self._error} Training goes on; this run's explanations are left out.")
+        finally:
+            self._seconds += time.perf_counter() - started
 
     def _warn(self, trainer: Trainer, text: str) -> None:
         text = f"SESSCallback (process {trainer.global_rank}, epoch {trainer.current_epoch}): {text}"
@@ -542,7 +599,7 @@ def _predicted(pl_module: nn.Module, images: Tensor, labels: Tensor, regions: An
     """Return the predicted classes; the regions are the label's, so that another prediction is no trial."""
     with explaining(pl_module), torch.no_grad():
         logits = classify(pl_module, borrowed(images))
-    predicted = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+    predicted = predict(logits)
     right = predicted == labels
     if isinstance(regions, Tensor):
         regions = regions & right[:, None, None]

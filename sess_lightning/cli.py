@@ -1,4 +1,4 @@
-"""The command line: ``sess-lightning evaluate | explain | cost | fit | validate | test``."""
+"""The command line: ``sess-lightning evaluate | compare | explain | cost | fit | validate | test``."""
 
 from __future__ import annotations
 
@@ -21,20 +21,23 @@ from typing_extensions import override
 
 from sess_lightning.benchmarks import Benchmark, Sample, read_picture
 from sess_lightning.callback import SESSCallback
+from sess_lightning.comparison import compare
 from sess_lightning.cost import Costs, measure_cost
 from sess_lightning.engine import smooth
-from sess_lightning.evaluation import Experiment, Results, evaluate, evaluate_with
+from sess_lightning.evaluation import Experiment, evaluate, evaluate_with
 from sess_lightning.introspection import classify
 from sess_lightning.lending import explaining, folded
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
 from sess_lightning.reporting.panels import Panel, displayed, overlay, sheet
+from sess_lightning.results import Results
 from sess_lightning.types import SaliencyMethod
 from sess_lightning.weights import Network, load_network
 
 USAGE = """usage: sess-lightning COMMAND ...
 
   evaluate   score a method on a data set: the paper's tables, on its data or yours
+  compare    draw finished evaluations side by side: ablations
   explain    explain one picture
   cost       measure what explaining costs on a model, and what each knob would change
   fit, validate, test   Lightning's own commands, with the callback beside (--sess.*)
@@ -55,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ExplainedCLI(args=None if arguments is None else given)
     elif command == "evaluate":
         run_evaluate(evaluate_parser().parse_args(given[1:]))
+    elif command == "compare":
+        asked = compare_parser().parse_args(given[1:])
+        sys.stdout.write("".join(f"{path}\n" for path in compare(asked.runs, asked.out, asked.x)))
     elif command == "explain":
         run_explain(explain_parser().parse_args(given[1:]))
     elif command == "cost":
@@ -88,7 +94,10 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_subclass_arguments(Benchmark, "benchmark", required=True)
     parser.add_class_arguments(Experiment, "experiment", skip={"mean", "std"})
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="records and results")
-    parser.add_argument("--paper", type=dict[str, float], default={}, help="figures to put beside, percent")
+    parser.add_argument(
+        "--paper", type=dict[str, float], default={}, help="figures to put beside, percent; s"
+    )
+    parser.add_argument("--parquet", type=bool | None, default=None, help="also Parquet; null: with pyarrow")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ...")
     parser.add_argument("--devices", type=int, default=1, help="processes that share the pictures")
     parser.add_argument("--skip_broken", type=bool, default=False, help="leave out unreadable samples")
@@ -112,7 +121,7 @@ def run_evaluate(config: Namespace) -> Results:
         model.to(trainer.strategy.root_device)
         results = evaluate(*given, skip_broken=config.skip_broken, progress=True)
     if trainer.is_global_zero:
-        written = results.write(config.out, config.paper)
+        written = results.write(config.out, config.paper, config.parquet)
         sys.stdout.write(results.table(config.paper) + "\n")
         sys.stdout.write("".join(f"{path}\n" for path in written))
     return results
@@ -135,6 +144,17 @@ def _trainer(accelerator: str, devices: int) -> Trainer:
 
 def _network(config: Namespace) -> Network:
     return load_network(**config.model.as_dict())
+
+
+def compare_parser() -> ArgumentParser:
+    """Return the parser of ``compare``."""
+    parser = ArgumentParser(
+        prog="sess-lightning compare", description="Draw finished evaluations side by side."
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of results, or their configs")
+    parser.add_argument("--x", type=str | None, default=None, help="option to draw over, e.g. num_scales")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="for compare.csv and .png")
+    return parser
 
 
 def explain_parser() -> ArgumentParser:

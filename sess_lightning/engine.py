@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
+from sess_lightning.batching import stacked
 from sess_lightning.ops import blur, full_precision, resize, resize_matrix
 
-Fusion: TypeAlias = Literal["mean", "max"]
+Fusion: TypeAlias = Literal["mean", "max", "average"]
 
 
 class Plan(NamedTuple):
@@ -97,6 +100,29 @@ def plan_windows(size: tuple[int, int], window: int, stride: int, sides: tuple[i
     return Plan(size, window, scales, tuple(_boxes(*scale, window, stride) for scale in scales))
 
 
+@lru_cache(maxsize=256)
+def shrunk(plan: Plan, window: int) -> Plan:
+    """Return the plan of the same windows, each drawn ``window`` px large; borders rounded to whole px."""
+    factor = window / plan.window
+
+    def length(side: int) -> int:
+        return max(window, round(side * factor))
+
+    def start(place: int, side: int) -> int:
+        return min(round(place * factor), length(side) - window)
+
+    starts = [
+        [(start(x0, width), start(y0, height)) for x0, y0, _, _ in boxes]
+        for (height, width), boxes in zip(plan.scales, plan.boxes, strict=True)
+    ]
+    return Plan(
+        plan.size,
+        window,
+        tuple((length(height), length(width)) for height, width in plan.scales),
+        tuple(tuple((x, y, x + window, y + window) for x, y in each) for each in starts),
+    )
+
+
 def windows(
     images: Float[Tensor, "B C H W"], plan: Plan, antialias: bool = True
 ) -> Iterator[Float[Tensor, "C w w"]]:
@@ -109,24 +135,10 @@ def windows(
 
 
 def chunked(items: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
-    """Stack what comes into full batches of ``chunk``; the last one may be smaller.
-
-    Images lie with their channels last, the layout convolutions are fastest in.
-    """
-    held: list[Tensor] = []
+    """Stack what comes into full batches of ``chunk``; the last one may be smaller."""
+    items = iter(items)
     for item in items:
-        held.append(item)
-        if len(held) == chunk:
-            yield _stacked(held)
-            held = []
-    if held:
-        yield _stacked(held)
-
-
-def _stacked(items: list[Tensor]) -> Tensor:
-    first = items[0]
-    layout = torch.channels_last if first.ndim == 3 else torch.contiguous_format
-    return torch.stack(items, out=first.new_empty((len(items), *first.shape)).to(memory_format=layout))
+        yield stacked([item, *islice(items, chunk - 1)])
 
 
 class Strips(NamedTuple):
@@ -152,6 +164,9 @@ def _positions(plan: Plan, axis: int) -> tuple[list[tuple[int, int]], list[int]]
     return distinct, [number[position] for position in where]
 
 
+# Few are kept: those of a full-size grid are the size of a batch of images.
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def canvas_strips(plan: Plan, grid: tuple[int, int], device: torch.device) -> tuple[Strips, Strips]:
     """Return what lays a map of ``grid`` on its scale's canvas and resizes that to the image: rows, columns.
 
@@ -166,10 +181,12 @@ def canvas_strips(plan: Plan, grid: tuple[int, int], device: torch.device) -> tu
         matrices = [(canvas[s][:, start : start + plan.window] @ draw).T for s, start in distinct]
         return Strips(torch.stack(matrices), torch.tensor(index, device=device))
 
-    with full_precision(device):
+    with torch.no_grad(), full_precision(device):
         return strips(0), strips(1)
 
 
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def crop_strips(plan: Plan, antialias: bool, device: torch.device) -> tuple[Strips, Strips]:
     """Return what cuts windows straight out of the unscaled image: rows, columns."""
 
@@ -249,7 +266,8 @@ def fuse(
         strips: From ``canvas_strips``.
         which: The window each map belongs to.
         theta: Threshold, as a fraction of the top weight.
-        fusion: ``"mean"`` (the paper) or ``"max"``.
+        fusion: ``"mean"`` (the paper), ``"max"``, or ``"average"``: the sum over all windows divided by their
+            number, also where they do not lie and whatever ``theta`` (Figure 9's comparison).
         chunk: How many canvases exist at a time.
     """
     rows, columns = strips
@@ -265,13 +283,12 @@ def fuse(
                 @ weighted
                 @ columns.matrices[columns.strip_of[window]]
             )
-        voting = drawn > theta
-        voted = torch.where(voting, drawn, 0)
+        voting = drawn if fusion == "average" else F.threshold(drawn, theta, 0, inplace=True)
         if fusion == "max":
-            total = torch.maximum(total, voted.amax(0))
+            total = torch.maximum(total, voting.amax(0))
         else:
-            total += voted.sum(0)
-            count += voting.sum(0)
+            total += voting.sum(0)
+            count += len(part) if fusion == "average" else voting.ne_(0).sum(0)
     return total if fusion == "max" else total / count.clamp(min=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -41,8 +42,33 @@ def min_max_upsampled(maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Fl
 
     Bilinear weights sum to 1, so a shift and a gain may be applied before upsampling as well as after.
     """
-    drawn = upsample(maps, size)
-    return _stretch(maps, drawn.amin((1, 2), keepdim=True), drawn.amax((1, 2), keepdim=True))
+    if maps.shape[-2:] == size:
+        return min_max(maps)
+    # Between two lines of the coarse grid the surface is bilinear, so its extremes are samples next to lines.
+    corners = _next_to_lines(_next_to_lines(maps.mT, size[0]).mT, size[1])
+    return _stretch(maps, corners.amin((1, 2), keepdim=True), corners.amax((1, 2), keepdim=True))
+
+
+def _next_to_lines(maps: Float[Tensor, "B h w"], target: int) -> Float[Tensor, "B h n"]:
+    """Upsample rows to ``target`` samples, and return only those next to the source's samples."""
+    lower, upper, share = _neighbours(maps.shape[-1], target, maps.device)
+    # A lerp, as it leaves a flat map exactly flat.
+    return maps[..., lower].lerp(maps[..., upper], share.to(maps.dtype))
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _neighbours(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    # In units of 1 / (2 * target) of a source sample, as in `resize_matrix`.
+    unit, last = 2 * target, source - 1
+    places = [min(max(0, (2 * j + 1) * source - target), last * unit) for j in range(target)]
+    cells = [place // unit for place in places]
+    chosen = [j for j in range(target) if {cells[max(j - 1, 0)], cells[min(j + 1, target - 1)]} != {cells[j]}]
+    chosen = sorted({0, *chosen, target - 1})
+    lower = torch.tensor([cells[j] for j in chosen], device=device)
+    upper = torch.tensor([min(cells[j] + 1, last) for j in chosen], device=device)
+    share = torch.tensor([places[j] % unit / unit for j in chosen], device=device, dtype=torch.float32)
+    return lower, upper, share
 
 
 def _stretch(maps: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -71,7 +71,10 @@ class SaliencyMethod(ABC):
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Extraction:
-        """Return maps that may stay on a coarser grid, and log-scores: what SESS asks of each batch."""
+        """Return maps that may stay on a coarser grid, and log-scores: what SESS asks of each batch.
+
+        Unlike ``explain`` this need not copy ``images``: they are the callee's, and no inference tensors.
+        """
         maps, scores = self.explain(model, images, targets)
         return Extraction(maps, scores.log())
 

@@ -29,8 +29,8 @@ class FiveClasses(VOC07):
         )
 
 
-def run(root, out, **options):
-    return evaluation.evaluate(build("tiny"), FiveClasses(root), experiment(), out, **options)
+def run(root, out, made=None, **options):
+    return evaluation.evaluate(build("tiny"), FiveClasses(root), made or experiment(), out, **options)
 
 
 def start(root, out, rank=0, world=1):

@@ -6,7 +6,7 @@ from itertools import cycle
 import numpy as np
 import torch
 from formula import fill, uniform
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
@@ -96,6 +96,13 @@ def boxed(index, image, label, boxes):
 
 def squares(count=16, read=pair, batch_size=4, shuffle=False, **kwargs):
     return DataLoader(Squares(count, read, **kwargs), batch_size, shuffle=shuffle)
+
+
+class SquaresData(LightningDataModule):
+    """16 squares with their boxes, for Lightning's command line."""
+
+    def val_dataloader(self):
+        return squares(read=boxed)
 
 
 class Classifier(LightningModule):

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,6 +7,7 @@ import torch
 import torchvision
 from formula import build
 from layouts import photograph, write_coco, write_imagenet, write_own, write_voc
+from lightning_models import fit, validate
 from PIL import Image
 from torch import nn
 
@@ -87,13 +90,59 @@ paper: {overall: 57.3}
 def test_evaluate_writes_and_prints_the_figures(tmp_path, capsys, tiny_network):
     root, config = write_own(tmp_path / "own"), write_config(tmp_path / "tiny.yaml")
     given = ["evaluate", "--config", config, "--data", str(root), "--out", str(tmp_path / "out")]
-    cli.main([*given, "--accelerator", "cpu"])
+    cli.main([*given, "--accelerator", "cpu", "--parquet", "false"])
     printed = capsys.readouterr().out
     assert "SESS(GradCAM()" in printed
     assert "n 3, images 3, broken 0, missing 0" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "records-0-of-1.jsonl", "results.csv", "results.txt", "classes.csv", "curves.png",
+        "records-0-of-1.jsonl", "results.csv", "results.txt", "classes.csv", "samples.csv", "curves.png",
     }  # fmt: skip
+
+
+def test_two_processes_evaluate_to_the_figures_of_one(tmp_path, capsys):
+    network = torchvision.models.shufflenet_v2_x0_5(num_classes=5)
+    torch.save(network.state_dict(), tmp_path / "shufflenet.pth")
+    root, config = write_own(tmp_path / "own"), write_config(tmp_path / "tiny.yaml")
+    given = ["evaluate", "--config", config, "--data", str(root), "--accelerator", "cpu"]
+    given += ["--model.name", "shufflenet_v2_x0_5", "--model.weights", str(tmp_path / "shufflenet.pth")]
+    cli.main([*given, "--out", str(tmp_path / "one")])
+    command = [sys.executable, "-m", "sess_lightning.cli", *given, "--out", str(tmp_path / "two")]
+    done = subprocess.run([*command, "--devices", "2"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("n 3, images 3, broken 0, missing 0") == 1
+    shares = sorted((tmp_path / "two").glob("records-*-of-2.jsonl"))
+    assert [path.read_text().count("\n") for path in shares] == [3, 2]  # A line of settings each.
+
+    def figures(folder):
+        rows = (folder / "results.csv").read_text().splitlines()
+        return [row for row in rows if "seconds_per_image" not in row]
+
+    assert figures(tmp_path / "two") == figures(tmp_path / "one")
+
+
+def test_validate_explains_the_model_of_a_checkpoint(tmp_path, monkeypatch):
+    made = []
+
+    class Kept(cli.ExplainedCLI):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(cli, "ExplainedCLI", Kept)
+    fitted = fit(tmp_path / "fit")
+    fitted.save_checkpoint(tmp_path / "fitted.ckpt")
+    cli.main([
+        "validate", "--model", "lightning_models.Classifier", "--data", "lightning_models.SquaresData",
+        "--ckpt_path", str(tmp_path / "fitted.ckpt"), "--trainer.default_root_dir", str(tmp_path / "out"),
+        "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.logger", "false",
+        "--trainer.enable_progress_bar", "false", "--sess.num_samples", "4",
+    ])  # fmt: skip
+    found = made[0].trainer.callback_metrics
+    expected = validate(tmp_path / "again", module=fitted.lightning_module).callback_metrics
+    assert found["val_loss"] == expected["val_loss"]
+    assert found["sess/n"] == 4
+    assert {"sess/overall", "sess/base/overall", "sess/pointing_game"} <= set(found)
+    assert list((tmp_path / "out").rglob("*panel*"))
 
 
 def test_explain_writes_a_picture_of_image_base_and_sess(tmp_path, capsys, tiny_network):

@@ -21,6 +21,7 @@ from sess_lightning.engine import (
     prefilter,
     scale_sides,
     scaled_size,
+    shrunk,
     sides_of,
     smooth,
     window_boxes,
@@ -204,7 +205,8 @@ def case():
     return plan, which, maps, torch.rand(len(which), generator=generator)
 
 
-@pytest.mark.parametrize(("theta", "fusion"), [(0.0, "mean"), (0.3, "mean"), (0.0, "max"), (0.3, "max")])
+@pytest.mark.parametrize("theta", [0.0, 0.3])
+@pytest.mark.parametrize("fusion", ["mean", "max", "average"])
 def test_fuse_is_equation_2(case, theta, fusion):
     plan, which, maps, weights = case
     strips = canvas_strips(plan, (4, 4), CPU)
@@ -268,3 +270,15 @@ def test_smooth_is_an_11_px_gaussian_of_sigma_5():
     smoothed = smooth(spike)[0]
     torch.testing.assert_close(smoothed[10:21, 10:21], expected)
     assert smoothed[:10].sum() == smoothed[:, 21:].sum() == 0
+
+
+def test_shrunk_keeps_every_window_where_it_was():
+    plan = plan_windows((375, 500), 224, 224, (375, 500))
+    small = shrunk(plan, 112)
+    assert (small.size, small.window, small.scales) == ((375, 500), 112, ((188, 250), (250, 333)))
+    for before, after in zip(plan.boxes, small.boxes, strict=True):
+        for (x0, y0, _, _), (x, y, x1, y1) in zip(before, after, strict=True):
+            assert (abs(x - x0 / 2), abs(y - y0 / 2)) <= (1, 1)
+            assert (x1 - x, y1 - y) == (112, 112)
+    assert all(x1 <= 333 and y1 <= 250 for _, _, x1, y1 in small.boxes[1])
+    assert shrunk(plan, 224) == plan

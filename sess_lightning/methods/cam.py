@@ -104,7 +104,8 @@ class _FromFeatures(SaliencyMethod):
             RuntimeError: If no gradient flows back to the target layer.
         """
         check_inputs(type(self).__name__, images, targets)
-        maps, logs = self.extract(model, images, targets)
+        with explaining(model):
+            maps, logs = self.extract(model, borrowed(images), borrowed(targets))
         return Explanation(upsample(maps, size_of(images)).clamp(0, 1), logs.exp())
 
     def extract(
@@ -112,7 +113,6 @@ class _FromFeatures(SaliencyMethod):
     ) -> Extraction:
         """Return maps on the layer's grid, and log-scores, from one forward."""
         with explaining(model):
-            images, targets = borrowed(images), borrowed(targets)
             evidence = layer_evidence(model, self.target_layer, images, targets)
             return self._extraction(*evidence, targets, size_of(images))
 
@@ -123,7 +123,7 @@ class _FromFeatures(SaliencyMethod):
         if type(self).extract is not _FromFeatures.extract:  # A subclass has its own way.
             return super().extract_classes(model, images, targets)
         with explaining(model):
-            images, each = borrowed(images), [target.repeat(len(images)) for target in targets]
+            each = [target.repeat(len(images)) for target in targets]
             evidence = class_evidence(model, self.target_layer, images, each)
             return [
                 self._extraction(*found, target, size_of(images))
@@ -302,7 +302,6 @@ class SmoothGradCAMPlusPlus(GradCAMPlusPlus):
     ) -> Extraction:
         """Return maps on the layer's grid, and log-scores."""
         with explaining(model):
-            images, targets = borrowed(images), borrowed(targets)
             features, _, logits = layer_evidence(model, self.target_layer, images, targets)
             powers = [torch.zeros_like(features) for _ in range(3)]
             for noisy in self._noisy(images):

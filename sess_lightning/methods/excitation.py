@@ -198,7 +198,8 @@ class ExcitationBackprop(SaliencyMethod):
     ) -> Explanation:
         """Explain ``targets`` on ``images``; raises what ``GradCAM`` raises."""
         check_inputs(type(self).__name__, images, targets)
-        maps, logs = self.extract(model, images, targets)
+        with explaining(model):
+            maps, logs = self.extract(model, borrowed(images), borrowed(targets))
         return Explanation(upsample(maps, size_of(images)).clamp(0, 1), logs.exp())
 
     def extract(
@@ -206,7 +207,6 @@ class ExcitationBackprop(SaliencyMethod):
     ) -> Extraction:
         """Return maps on the layer's grid, and log-scores, from one forward."""
         with explaining(model):
-            images, targets = borrowed(images), borrowed(targets)
             winning, logits = self.winning(model, images, targets)
             with torch.no_grad(), full_precision(images.device):
                 maps = min_max_upsampled(winning.sum(1).relu(), size_of(images))

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointError
 from sess_lightning.introspection import check_inputs, classify, gradient, log_scores, score, target_logits
 from sess_lightning.lending import borrowed, explaining
 from sess_lightning.ops import min_max, upper_percentile
-from sess_lightning.types import Activation, Explanation, SaliencyMethod
+from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
 
 class PixelMethod(SaliencyMethod):
@@ -47,9 +47,17 @@ class PixelMethod(SaliencyMethod):
         """
         check_inputs(type(self).__name__, images, targets)
         with explaining(model):
-            maps, logs = self.raw(model, borrowed(images), borrowed(targets))
-        with torch.no_grad():
-            return Explanation(self.finish(maps), logs.exp())
+            maps, logs = self.extract(model, borrowed(images), borrowed(targets))
+        return Explanation(maps, logs.exp())
+
+    def extract(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Extraction:
+        """Return finished maps, and log-scores."""
+        with explaining(model):
+            maps, logs = self.raw(model, images, targets)
+            with torch.no_grad():
+                return Extraction(self.finish(maps), logs)
 
 
 def pixel_gradients(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -11,12 +12,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from sess_lightning.batching import batch_limit, blank_batch, by_image, in_batches
 from sess_lightning.introspection import check_inputs, classify, gradient, log_scores, score, target_logits
 from sess_lightning.lending import borrowed, explaining
 from sess_lightning.methods.cam import layer_evidence
 from sess_lightning.methods.gradient import generator
-from sess_lightning.ops import blur, full_precision, min_max, resize_matrix, size_of, upsample
-from sess_lightning.types import Activation, Explanation, SaliencyMethod
+from sess_lightning.ops import (
+    blur,
+    full_precision,
+    min_max,
+    min_max_upsampled,
+    resize_matrix,
+    size_of,
+    upsample,
+)
+from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class GroupCAM(SaliencyMethod):
         target_layer: As for ``GradCAM``.
         kernel_size: Side of the Gaussian kernel that makes the uninformative image, px.
         sigma: Its standard deviation, px.
-        batch_size: How many masked images go through the model at once.
+        batch_size: How many masked images go through the model at once; None by the memory there is.
         activation: How the model's logits become probabilities.
     """
 
@@ -40,7 +50,7 @@ class GroupCAM(SaliencyMethod):
     target_layer: str | nn.Module | None = None
     kernel_size: int = 51
     sigma: float = 50.0
-    batch_size: int = 32
+    batch_size: int | None = None
     activation: Activation = "softmax"
 
     @property
@@ -53,37 +63,46 @@ class GroupCAM(SaliencyMethod):
     ) -> Explanation:
         """Explain ``targets`` on ``images``; raises what ``GradCAM`` raises."""
         check_inputs(type(self).__name__, images, targets)
+        with explaining(model):
+            maps, logs = self.extract(model, borrowed(images), borrowed(targets))
+        return Explanation(min_max(upsample(maps, size_of(images))), logs.exp())
+
+    def extract(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Extraction:
+        """Return maps on the layer's grid, and log-scores."""
         size = size_of(images)
         with explaining(model):
-            images, targets = borrowed(images), borrowed(targets)
-            features, gradients, logits = layer_evidence(model, self.target_layer, images, targets)
+            # Before the forward, which may write to them.
+            images, given = images.contiguous(memory_format=torch.channels_last), borrowed(images)
+            features, gradients, logits = layer_evidence(model, self.target_layer, given, targets)
             with torch.no_grad():
                 weighted = gradients.mean((2, 3), keepdim=True) * features
                 groups = torch.stack([part.sum(1) for part in weighted.chunk(self.groups, 1)], 1).relu()
-                masks = min_max(upsample(groups.flatten(0, 1), size)).unflatten(0, groups.shape[:2])
+                masks = min_max_upsampled(groups.flatten(0, 1), size).unflatten(0, groups.shape[:2])
                 gains = self._gains(model, images, masks, targets)
-                maps = min_max(upsample((groups * gains[:, :, None, None]).sum(1), size))
-            return Explanation(maps, log_scores(logits, targets, self.activation).exp())
+                maps = min_max_upsampled((groups * gains[:, :, None, None]).sum(1), size)
+                return Extraction(maps, log_scores(logits, targets, self.activation))
 
     def _gains(
-        self, model: nn.Module, images: Tensor, masks: Float[Tensor, "B G H W"], targets: Tensor
+        self, model: nn.Module, images: Tensor, masks: Float[Tensor, "B G h w"], targets: Tensor
     ) -> Float[Tensor, "B G"]:
-        groups = masks.shape[1]
-        blurred = blur(images, self.kernel_size, self.sigma).to(images.dtype)
+        groups, size = masks.shape[1], size_of(images)
+        blurred = blur(images, self.kernel_size, self.sigma).to(images)
+        blurred = blurred.contiguous(memory_format=torch.channels_last)
+        revealed = images - blurred
+        target_of = targets.repeat_interleave(groups)
+
+        def after(_: Sequence[int], which: slice) -> Tensor:
+            masked = blank_batch(which.stop - which.start, images)
+            for image, some, place in by_image(which, groups):
+                mask = upsample(masks[image, some], size)[:, None].to(images.dtype)
+                torch.addcmul(blurred[image], revealed[image], mask, out=masked[place])
+            return score(model, masked, target_of[which], self.activation).exp()
+
+        found = in_batches(after, range(len(target_of)), batch_limit(self.batch_size, images))
         before = score(model, blurred, targets, self.activation).exp()
-        image_of = torch.arange(images.shape[0], device=images.device).repeat_interleave(groups)
-        after = [
-            score(
-                model,
-                torch.lerp(blurred[which], images[which], mask[:, None].to(images.dtype)),
-                targets[which],
-                self.activation,
-            ).exp()
-            for which, mask in zip(
-                image_of.split(self.batch_size), masks.flatten(0, 1).split(self.batch_size), strict=True
-            )
-        ]
-        gains: Tensor = torch.cat(after).unflatten(0, (-1, groups)) - before[:, None]
+        gains: Tensor = torch.cat(list(found)).unflatten(0, (-1, groups)) - before[:, None]
         return gains.relu()
 
 
@@ -279,8 +298,9 @@ class ExtremalPerturbation(SaliencyMethod):
     its mirror image. The map is the mean of the masks over all areas, blurred, as in TorchRay's pointing
     game.
 
-    Costs ``steps`` forwards and backwards for each area, and a forward for the score: far the dearest method
-    here.
+    The areas are aimed at, not forced: for 0.05, 0.1 and 0.2, 800 steps ended at 0.06, 0.11 and 0.23
+    (MobileNetV2, 112 px). Costs ``steps`` forwards and backwards for each area, and a forward for the score:
+    far the dearest method here.
 
     Attributes:
         areas: Shares of the image that masks may keep; TorchRay's choice for PASCAL VOC.

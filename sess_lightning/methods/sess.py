@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sess_lightning.batching import batch_limit, in_batches, stacked
 from sess_lightning.engine import (
     Fusion,
     Plan,
     canvas_strips,
     channel_weights,
-    chunked,
     crop,
     crop_strips,
     fuse,
     kept_count,
     plan_windows,
     prefilter,
+    shrunk,
     sides_of,
     smooth,
     windows,
@@ -29,7 +32,9 @@ from sess_lightning.engine import (
 from sess_lightning.introspection import check_inputs, classify, input_window, log_scores
 from sess_lightning.lending import borrowed, explaining
 from sess_lightning.ops import min_max, size_of
-from sess_lightning.types import Activation, Explanation, SaliencyMethod
+from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
+
+Scoring: TypeAlias = Literal["full", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,14 @@ class SESS(SaliencyMethod):
         antialias: Antialias when a scale is smaller than the image (what torchvision does today); False is
             the published behaviour.
         theta: What a weighted value must exceed to take part in the mean, as a fraction of the top weight.
-        fusion: ``"mean"`` (equation 2) or ``"max"``.
+        fusion: ``"mean"`` (equation 2), ``"max"``, or ``"average"`` over all windows, zeros included.
         channel_weights: Weight each map by its window's score (equation 1).
         smoothing: Blur the seams of the fused map: for pictures, not for scores.
-        batch_size: Windows that go through the model at once.
+        batch_size: Windows that go through the model at once; None by the memory there is.
+        scoring: ``"bf16"`` ranks windows by a forward in bfloat16; those kept are then explained and weighted
+            in full precision. Cheaper at a high ``prefilter_ratio`` only.
+        scoring_size: Side, px, at which windows are ranked; those kept are explained and weighted at full
+            size. For networks that take any size; None is the window.
     """
 
     base: SaliencyMethod
@@ -74,7 +83,9 @@ class SESS(SaliencyMethod):
     fusion: Fusion = "mean"
     channel_weights: bool = True
     smoothing: bool = False
-    batch_size: int = 32
+    batch_size: int | None = None
+    scoring: Scoring = "full"
+    scoring_size: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, SaliencyMethod):
@@ -83,13 +94,15 @@ class SESS(SaliencyMethod):
             object.__setattr__(self, "scales", tuple(self.scales))
         sides_of(self.scales, 224, self.num_scales)
         kept_count(1, self.prefilter_ratio)
-        if self.fusion not in ("mean", "max"):
-            raise ValueError(f'SESS: fusion must be "mean" or "max", got {self.fusion!r}.')
+        if self.fusion not in get_args(Fusion):
+            raise ValueError(f"SESS: fusion must be one of {get_args(Fusion)}, got {self.fusion!r}.")
         if not 0 <= self.theta < 1:
             raise ValueError(
                 f"SESS: theta must be in [0, 1), a fraction of the top weight, got {self.theta}."
             )
-        for name in ("window", "stride", "batch_size"):
+        if self.scoring not in ("full", "bf16"):
+            raise ValueError(f'SESS: scoring must be "full" or "bf16", got {self.scoring!r}.')
+        for name in ("window", "stride", "batch_size", "scoring_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"SESS: {name} must be at least 1, got {value}.")
@@ -107,14 +120,29 @@ class SESS(SaliencyMethod):
         """
         window = self.window if self.window is not None else input_window(model) or min(size)
         stride = self.stride if self.stride is not None else window
+        self._check_scoring_size(model, window)
         return plan_windows(tuple(size), window, stride, sides_of(self.scales, window, self.num_scales))
 
+    def _check_scoring_size(self, model: nn.Module, window: int) -> None:
+        if self.scoring_size is None:
+            return
+        built_for = input_window(model)
+        if built_for is not None:
+            raise ValueError(
+                f"SESS: scoring_size={self.scoring_size}, but the model says it was built for {built_for} px "
+                'and may take no other size; leave it out, scoring="bf16" works for any model.'
+            )
+        if self.scoring_size > window:
+            raise ValueError(
+                f"SESS: scoring_size {self.scoring_size} exceeds the window, {window} px; use a smaller one."
+            )
+
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
-        """Return how many forwards of windows one map of an image of ``size`` costs."""
-        count = len(self.plan(model, size))
-        if self.base.single_forward:
+        """Return how many forwards of windows one map of an image of ``size`` costs, cheap or not."""
+        plan = self.plan(model, size)
+        count, window = len(plan), plan.window
+        if self.base.single_forward and not self._scores_cheaply:
             return count
-        window = self.plan(model, size).window
         kept = kept_count(count, self.prefilter_ratio)
         return count + kept * self.base.count_forwards(model, (window, window))
 
@@ -124,10 +152,11 @@ class SESS(SaliencyMethod):
         """Explain ``targets`` on ``images`` of any one size.
 
         The scores are those of the window that is the whole image where there is one, else of the best
-        window.
+        window; if that one is not kept, as cheap scoring found it.
 
         Raises:
-            ValueError: If an argument has the wrong shape, or the windows do not fit.
+            ValueError: If an argument has the wrong shape, the windows do not fit, or ``scoring_size`` does
+                not suit the model.
         """
         check_inputs("SESS", images, targets)
         return self._finished(model, images, targets)
@@ -156,55 +185,101 @@ class SESS(SaliencyMethod):
 
         There is one target per image, or several for a single image.
         """
-        parts = chunked(windows(images, plan, self.antialias), self.batch_size)
-        stream: Iterator[Tensor]
-        if self.base.single_forward:
-            coarse, logs = self._extracted(model, parts, targets, len(images), len(plan))
-            kept = prefilter(logs, self.prefilter_ratio)
-            stream = chain.from_iterable(maps[which] for maps, which in zip(coarse, kept, strict=True))
-            grid = size_of(coarse)
+        size = batch_limit(self.batch_size, images)
+        if self.base.single_forward and not self._scores_cheaply:
+            cut = windows(images, plan, self.antialias)
+            maps, logs = self._extracted(model, cut, targets, len(images), len(plan), size)
+            kept = self._kept(logs)
+            stream: Iterator[Tensor] = chain.from_iterable(
+                own[which] for own, which in zip(maps, kept, strict=True)
+            )
         else:
-            logits = torch.cat([classify(model, part) for part in parts]).unflatten(0, (-1, len(plan)))
-            each = zip(logits.expand(len(targets), -1, -1), targets, strict=True)
-            logs = torch.stack(
-                [log_scores(own, target.repeat(len(plan)), self.activation) for own, target in each]
-            )
-            kept = prefilter(logs, self.prefilter_ratio)
-            stream = self._kept_maps(model, images.expand(len(targets), -1, -1, -1), targets, plan, kept)
-            grid = (plan.window, plan.window)
-        weights = channel_weights(logs) if self.channel_weights else torch.ones_like(logs)
-        strips = canvas_strips(plan, grid, images.device)
+            logs = self.score_windows(model, images, targets, plan)
+            kept = self._kept(logs)
+            expanded = images.expand(len(targets), -1, -1, -1)
+            found = self._kept_extractions(model, expanded, targets, plan, kept, size)
+            if self._scores_cheaply:  # Held, few as they are: they are weighted by their own best score.
+                found = iter(held := [*found])
+                own_logs = torch.cat([each.log_scores for each in held])
+                logs = logs.scatter(1, kept, own_logs.view_as(kept))
+            stream = chain.from_iterable(each.maps for each in found)
+        weights = channel_weights(logs.gather(1, kept))
+        if not self.channel_weights:
+            weights = torch.ones_like(weights)
+        first = next(stream)
+        stream = chain([first], stream)
+        strips = canvas_strips(plan, size_of(first), images.device)
         fused = [
-            fuse(
-                islice(stream, len(which)), weight[which], strips, which, theta=self.theta, fusion=self.fusion
-            )
+            fuse(islice(stream, len(which)), weight, strips, which, theta=self.theta, fusion=self.fusion)
             for weight, which in zip(weights, kept, strict=True)
         ]
         return torch.stack(fused), logs
 
+    @property
+    def _scores_cheaply(self) -> bool:
+        return self.scoring != "full" or self.scoring_size is not None
+
+    def _kept(self, log_scores: Float[Tensor, "T P"]) -> Int[Tensor, "T K"]:
+        # In the plan's order: where all are kept, the windows need not be cut one by one.
+        return prefilter(log_scores, self.prefilter_ratio).sort(dim=-1).values
+
     def _extracted(
-        self, model: nn.Module, parts: Iterator[Tensor], targets: Tensor, images: int, windows: int
+        self, model: nn.Module, cut: Iterator[Tensor], targets: Tensor, images: int, windows: int, size: int
     ) -> tuple[Float[Tensor, "T P h w"], Float[Tensor, "T P"]]:
         """Return all windows' maps and log-scores: of each image for its target, or of one for each."""
         if images == len(targets):
-            of_window = targets.repeat_interleave(windows).split(self.batch_size)
-            extracted = [self.base.extract(model, *each) for each in zip(parts, of_window, strict=True)]
-            maps, logs = (torch.cat(each) for each in zip(*extracted, strict=True))
+            of_window = targets.repeat_interleave(windows)
+            found = in_batches(
+                lambda part, which: self.base.extract(model, stacked(part), of_window[which]), cut, size
+            )
+            maps, logs = (torch.cat(each) for each in zip(*found, strict=True))
             return maps.unflatten(0, (-1, windows)), logs.unflatten(0, (-1, windows))
-        shared = [self.base.extract_classes(model, part, targets) for part in parts]
+        shared = [
+            *in_batches(lambda part, _: self.base.extract_classes(model, stacked(part), targets), cut, size)
+        ]
         maps = torch.cat([torch.stack([each.maps for each in part]) for part in shared], 1)
         return maps, torch.cat([torch.stack([each.log_scores for each in part]) for part in shared], 1)
 
-    def _kept_maps(
-        self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan, kept: Int[Tensor, "B K"]
-    ) -> Iterator[Float[Tensor, "w w"]]:
-        """Yield the base's maps of the kept windows, image by image, from full batches."""
+    @torch.no_grad()
+    def score_windows(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"], plan: Plan
+    ) -> Float[Tensor, "T P"]:
+        """Return the log-scores that windows are ranked by, from forwards of their own; as for ``fused``."""
+        size = batch_limit(self.batch_size, images)
+        cut = windows(images, shrunk(plan, self.scoring_size or plan.window), self.antialias)
+        device = images.device.type if images.device.type != "meta" else "cpu"
+        with torch.autocast(device, torch.bfloat16) if self.scoring == "bf16" else nullcontext():
+            logits = torch.cat([*in_batches(lambda part, _: classify(model, stacked(part)), cut, size)])
+        logits = logits.unflatten(0, (-1, len(plan))).expand(len(targets), -1, -1)
+        of_window = targets[:, None].expand(-1, len(plan))
+        logs = log_scores(logits.flatten(0, 1), of_window.flatten(), self.activation)
+        return logs.view(-1, len(plan))
+
+    def _kept_extractions(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        plan: Plan,
+        kept: Int[Tensor, "B K"],
+        size: int,
+    ) -> Iterator[Extraction]:
+        """Yield what the base says about the kept windows, image by image, in full batches."""
+        of_window = targets.repeat_interleave(kept.shape[1])
+        return in_batches(
+            lambda part, which: self.base.extract(model, stacked(part), of_window[which]),
+            self._kept_windows(images, plan, kept, size),
+            size,
+        )
+
+    def _kept_windows(
+        self, images: Tensor, plan: Plan, kept: Int[Tensor, "B K"], size: int
+    ) -> Iterator[Float[Tensor, "C w w"]]:
+        if kept.shape[1] == len(plan):
+            return windows(images, plan, self.antialias)
         rows, columns = crop_strips(plan, self.antialias, images.device)
-        cut = chain.from_iterable(
+        return chain.from_iterable(
             crop(image, rows, columns, which)
             for image, some in zip(images, kept, strict=True)
-            for which in some.split(self.batch_size)
+            for which in some.split(size)
         )
-        of_window = targets.repeat_interleave(kept.shape[1]).split(self.batch_size)
-        for part, target in zip(chunked(cut, self.batch_size), of_window, strict=True):
-            yield from self.base(model, part, target)

@@ -26,7 +26,7 @@ class _Faithfulness(PerSample):
         steps: int = 28,
         ties: Ties = "first",
         activation: Activation = "softmax",
-        batch_size: int = 32,
+        batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -66,7 +66,7 @@ class Insertion(_Faithfulness):
         steps: Number of steps of a curve.
         ties: Order of pixels of equal saliency.
         activation: How logits become probabilities.
-        batch_size: Images that go through the model at once.
+        batch_size: Images that go through the model at once; None by the memory there is.
         kwargs: For ``torchmetrics.Metric``.
     """
 
@@ -82,7 +82,7 @@ class Deletion(_Faithfulness):
         steps: Number of steps of a curve.
         ties: Order of pixels of equal saliency.
         activation: How logits become probabilities.
-        batch_size: Images that go through the model at once.
+        batch_size: Images that go through the model at once; None by the memory there is.
         kwargs: For ``torchmetrics.Metric``.
     """
 

@@ -1,15 +1,15 @@
-"""How good a map is: insertion, deletion and the Pointing Game, as functions."""
+"""How good a map is: insertion, deletion, the Pointing Game, relevance mass and rank correlation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
-from sess_lightning.engine import chunked
+from sess_lightning.batching import batch_limit, blank_batch, by_image, in_batches
 from sess_lightning.introspection import check_inputs, score
 from sess_lightning.lending import borrowed, explaining
 from sess_lightning.ops import blur, size_of, upsample
@@ -38,7 +38,7 @@ def insertion_curve(
     baseline: Float[Tensor, "B C H W"] | None = None,
     ties: Ties = "first",
     activation: Activation = "softmax",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     ends: Ends = (None, None),
 ) -> Float[Tensor, "B {steps}+1"]:
     """Return the target's probability as pixels are shown, most salient first.
@@ -52,7 +52,7 @@ def insertion_curve(
         baseline: What is seen before; None is ``blurred_baseline``.
         ties: Pixels of equal saliency are shown in raster order (``"first"``) or in a seeded random one.
         activation: How logits become probabilities.
-        batch_size: Images that go through the model at once.
+        batch_size: Images that go through the model at once; None by the memory there is.
         ends: Scores of the baseline and of the image where they are known; each saves one forward per image.
 
     Raises:
@@ -74,7 +74,7 @@ def deletion_curve(
     baseline: Float[Tensor, "B C H W"] | None = None,
     ties: Ties = "first",
     activation: Activation = "softmax",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     ends: Ends = (None, None),
 ) -> Float[Tensor, "B {steps}+1"]:
     """Return the target's probability as pixels are taken away, most salient first.
@@ -95,38 +95,38 @@ def _transition(
     steps: int,
     ties: Ties,
     activation: Activation,
-    batch_size: int,
+    batch_size: int | None,
     ends: Ends,
 ) -> Tensor:
     check_inputs("Insertion and deletion", start, targets)
     _check_maps(maps, start.shape[0], size_of(start))
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    asked = [
-        t
-        for t in range(steps + 1)
-        if not ((t == 0 and ends[0] is not None) or (t == steps and ends[1] is not None))
-    ]
+    asked = range(0 if ends[0] is None else 1, steps + 1 if ends[1] is None else steps)
     with explaining(model), torch.no_grad():
-        start, end, targets = borrowed(start), borrowed(end), borrowed(targets)
+        start, end = (each.detach().clone(memory_format=torch.channels_last) for each in (start, end))
         step_of = pixel_steps(borrowed(maps), steps, ties)
-        of_image = targets.repeat_interleave(len(asked)).split(batch_size)
-        scores = torch.cat(
-            [
-                score(model, part, target, activation).exp()
-                for part, target in zip(
-                    chunked(_mixtures(start, end, step_of, asked), batch_size), of_image, strict=True
-                )
-            ]
-        ).unflatten(0, (-1, len(asked)))
+        target_of = borrowed(targets).repeat_interleave(len(asked))
+
+        def scored(_: Sequence[int], which: slice) -> Tensor:
+            seen = blank_batch(which.stop - which.start, start)
+            for image, some, place in by_image(which, len(asked)):
+                changed = _changed(step_of[image], asked[some], len(seen[0]))
+                torch.where(changed, end[image], start[image], out=seen[place])
+            return score(model, seen, target_of[which], activation).exp()
+
+        batches = in_batches(scored, range(len(target_of)), batch_limit(batch_size, start))
+        scores = torch.cat(list(batches)).unflatten(0, (-1, len(asked)))
     known = [end[:, None].to(scores) if end is not None else None for end in ends]
     return torch.cat([part for part in (known[0], scores, known[1]) if part is not None], 1)
 
 
-def _mixtures(start: Tensor, end: Tensor, step_of: Tensor, asked: Sequence[int]) -> Iterator[Tensor]:
-    for before, after, steps in zip(start, end, step_of, strict=True):
-        for t in asked:
-            yield torch.where(steps < t, after, before)
+def _changed(step_of: Int[Tensor, "H W"], steps: range, channels: int) -> Bool[Tensor, "T C H W"]:
+    """Return which values have changed by each of ``steps``."""
+    by = torch.arange(steps.start, steps.stop, device=step_of.device)
+    changed = step_of < by[:, None, None]
+    # Laid out like the images: three times as fast as to have it broadcast over the channels.
+    return changed[:, None].expand(-1, channels, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 def pixel_steps(maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first") -> Int[Tensor, "B H W"]:
@@ -193,6 +193,56 @@ def pointing_hits(
     else:
         near = _near_box(regions, u, v, tolerance)
     return near & (flat.amax(1) > flat.amin(1))
+
+
+def relevance_mass(
+    maps: Float[Tensor, "B h w"],
+    regions: Bool[Tensor, "B H W"] | Sequence[Float[Tensor, "_ 4"]],
+    size: tuple[int, int] | None = None,
+) -> Float[Tensor, " B"]:
+    """Return the share of each map's sum that lies inside its region: relevance mass accuracy.
+
+    A map without preference scores the region's share of the picture. A flat map of zeros scores 0, an empty
+    region NaN; NaN in a map counts as 0.
+
+    Args:
+        maps: Saliency, not negative; resized bilinearly to the regions' resolution.
+        regions: Per image a mask, or boxes (x0, y0, x1, y1), half-open pixels.
+        size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
+
+    Source: Arras, Osman, Samek, "CLEVR-XAI", Information Fusion 2022.
+    """
+    target = (size_of(regions) if isinstance(regions, Tensor) else size) or size_of(maps)
+    maps = upsample(maps.nan_to_num(0), target)
+    masks = regions if isinstance(regions, Tensor) else box_masks(regions, target, maps.device)
+    inside, all_of_it = (maps * masks).sum((1, 2)), maps.sum((1, 2))
+    share = inside / torch.where(all_of_it > 0, all_of_it, 1)
+    return share.masked_fill(~has_region(regions, maps.device), torch.nan)
+
+
+def box_masks(
+    boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int], device: torch.device
+) -> Bool[Tensor, "B H W"]:
+    """Return which pixels have their centre in one of their image's boxes (x0, y0, x1, y1)."""
+    x0, y0, x1, y1 = pad_boxes(boxes, device).unsqueeze(-1).unbind(-2)
+    y, x = (torch.arange(n, device=device) + 0.5 for n in size)
+    rows, columns = (y0 <= y) & (y < y1), (x0 <= x) & (x < x1)
+    return rows.float().mT @ columns.float() > 0
+
+
+def rank_correlation(first: Float[Tensor, "B N"], second: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
+    """Return Spearman's rank correlation of each pair of rows, ties sharing their mean rank.
+
+    NaN where a row is constant. Memory is B x N x N: meant for small maps.
+    """
+
+    def ranks(values: Tensor) -> Tensor:
+        less = values[:, None, :] < values[:, :, None]
+        more = values[:, None, :] > values[:, :, None]
+        return (less.sum(2) - more.sum(2)).double()
+
+    a, b = ranks(first), ranks(second)  # Twice the rank, less its mean.
+    return ((a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()).to(first.dtype)
 
 
 def _near_mask(masks: Tensor, u: Tensor, v: Tensor, tolerance: float) -> Tensor:

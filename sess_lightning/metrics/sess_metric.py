@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
-from sess_lightning.introspection import check_inputs, classify, log_scores, score
+from sess_lightning.batching import batch_limit, in_batches, stacked
+from sess_lightning.introspection import check_inputs, classify, log_scores, predict
 from sess_lightning.lending import borrowed, explaining
 from sess_lightning.metrics.functional import (
     blurred_baseline,
-    class_mean,
     curve_auc,
     deletion_curve,
     has_region,
     insertion_curve,
     pointing_hits,
+    relevance_mass,
 )
 from sess_lightning.metrics.samples import PerSample
-from sess_lightning.metrics.statistics import bootstrap_counts, interval
+from sess_lightning.metrics.statistics import ClassMean, Mean, Statistic, interval, resample
 from sess_lightning.types import SaliencyMethod
 
 OWN = ""
@@ -30,6 +33,7 @@ NO_TRIAL = -1
 LEAST_TO_GAIN = 0.05
 """Mean drop in probability from image to baseline below which there is no scale to divide a curve by."""
 CURVE_FIGURES = ("insertion", "deletion", "overall")
+POINTING_FIGURES = ("pointing_game", "pointing_game_difficult")
 
 
 class Assessment(NamedTuple):
@@ -40,12 +44,42 @@ class Assessment(NamedTuple):
         insertion: Curves; NaN where the budget left an image out.
         deletion: Curves; NaN where the budget left an image out.
         hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
+        seconds: How long the maps took; NaN without a clock.
+        mass: Share of the map inside the region; NaN without one.
     """
 
     maps: Float[Tensor, "B H W"]
     insertion: Float[Tensor, "B T"]
     deletion: Float[Tensor, "B T"]
     hits: Int[Tensor, " B"]
+    mass: Float[Tensor, " B"]
+    seconds: float = float("nan")
+
+
+class Samples(NamedTuple):
+    """What is known of each sample and the method's own map of it, of all processes, on the host.
+
+    Attributes:
+        targets: The class explained.
+        predicted: The class predicted.
+        scores: The model's probability of the target.
+        insertion: Area under the curve; NaN where none was drawn.
+        deletion: Area under the curve; NaN where none was drawn.
+        hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
+        mass: Share of the map inside the region; NaN without one.
+        share: The region's share of the picture; NaN without one.
+        small: Each map averaged over a G x G grid.
+    """
+
+    targets: Int[Tensor, " N"]
+    predicted: Int[Tensor, " N"]
+    scores: Float[Tensor, " N"]
+    insertion: Float[Tensor, " N"]
+    deletion: Float[Tensor, " N"]
+    hits: Int[Tensor, " N"]
+    mass: Float[Tensor, " N"]
+    share: Float[Tensor, " N"]
+    small: Float[Tensor, "N G G"]
 
 
 class SESSMetric(PerSample):
@@ -54,10 +88,12 @@ class SESSMetric(PerSample):
     Every update explains the batch with ``method`` and with all of ``compare``, draws the insertion and
     deletion curves of all maps from shared end points, and plays the Pointing Game where regions are given.
     ``compute`` gives plain floats: ``insertion``, ``deletion``, ``overall`` (their difference),
-    ``pointing_game``, ``pointing_game_difficult``, each mean with its 95 % bootstrap interval
-    (``..._ci_low``, ``..._ci_high``), the curves' areas divided by how much there was to gain
+    ``pointing_game``, ``pointing_game_difficult``, ``relevance_mass`` (share of the map inside the region, to
+    be read against ``region_share``, what a map without preference has), each mean with its 95 % bootstrap
+    interval (``..._ci_low``, ``..._ci_high``), the curves' areas divided by how much there was to gain
     (``..._normalised``), counts, the same under ``<name>/`` for each compared method, and under
-    ``minus_<name>/`` the paired difference to it (this method less that one).
+    ``minus_<name>/`` the paired difference to it (this method less that one). The bootstrap draws images,
+    each with all its trials: the classes explained on one image are no independent samples.
 
     Args:
         method: The method to score.
@@ -66,7 +102,10 @@ class SESSMetric(PerSample):
             are made, and the Pointing Game is played, on all.
         steps: Number of steps of a curve.
         tolerance: Of the Pointing Game, px at the regions' resolution.
-        batch_size: Images that go through the model at once.
+        batch_size: Images that go through the model at once; None by the memory there is.
+        clock: Tells the seconds by which maps are timed, once the device has done its work; None does not
+            wait for the device.
+        grid: Side of the small copies of its own maps that ``samples`` gives; 0 keeps none.
         kwargs: For ``torchmetrics.Metric``.
 
     Attributes:
@@ -80,6 +119,9 @@ class SESSMetric(PerSample):
     predicted: list[Tensor]
     ends: list[Tensor]
     difficult: list[Tensor]
+    begins: list[Tensor]
+    share: list[Tensor]
+    small: list[Tensor]
 
     def __init__(
         self,
@@ -89,7 +131,9 @@ class SESSMetric(PerSample):
         limits: Mapping[str, int] | None = None,
         steps: int = 28,
         tolerance: float = 15.0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        clock: Callable[[torch.device], float] | None = None,
+        grid: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -105,15 +149,22 @@ class SESSMetric(PerSample):
         self.methods = {OWN: method, **compare}
         self.limits = dict(limits or {})
         self.steps, self.tolerance, self.batch_size = steps, tolerance, batch_size
+        self.clock = clock
         self.latest: dict[str, Assessment] = {}
         self._zero: tuple[Any, Tensor] | None = None
+        self.grid = grid
         self.add_rows("ends", 3)
-        for state in ("targets", "predicted", "difficult"):
+        self.add_rows("share")
+        if grid:
+            self.add_rows("small", grid, grid)
+        # 1 where a row begins a new image. Numbers would collide once processes are gathered, marks cannot.
+        for state in ("targets", "predicted", "difficult", "begins"):
             self.add_rows(state, dtype=torch.int64)
         for i in range(len(self.methods)):
             self.add_rows(f"curves_{i}", 2, steps + 1)
             self.add_rows(f"hits_{i}", dtype=torch.int64)
             self.add_rows(f"flat_{i}", dtype=torch.int64)
+            self.add_rows(f"mass_{i}")
 
     def update(
         self,
@@ -150,39 +201,57 @@ class SESSMetric(PerSample):
             self.latest = {}
             for i, (name, method) in enumerate(self.methods.items()):
                 room = self.limits.get(name, done + len(images)) - done
+                started = self._now(images.device)
                 if shared is None:
                     maps = method(model, images, targets)
                 else:
                     maps = method.explain_classes(model, shared, targets).maps
+                seconds = self._now(images.device) - started
                 found = self._assess(model, maps, images, blurred, targets, ends, room, regions, size)
-                self.latest[name] = found
+                self.latest[name] = found._replace(seconds=seconds)
                 flat = found.maps.flatten(1).amax(1) <= found.maps.flatten(1).amin(1)
                 getattr(self, f"curves_{i}").append(torch.stack([found.insertion, found.deletion], 1))
                 getattr(self, f"hits_{i}").append(found.hits)
                 getattr(self, f"flat_{i}").append(flat.long())
+                getattr(self, f"mass_{i}").append(found.mass)
             unknown = torch.full_like(targets, NO_TRIAL)
             self.difficult.append(unknown if difficult is None else difficult.to(unknown))
+            begins = torch.ones_like(targets)
+            if shared is not None:
+                begins[1:] = 0
+            self.begins.append(begins)
+            own = self.latest[OWN].maps
+            self.share.append(_masses(torch.ones_like(own), regions, size))
+            if self.grid:
+                self.small.append(adaptive_avg_pool2d(own[:, None], self.grid)[:, 0])
             self.targets.append(targets)
             self.predicted.append(predicted)
             self.ends.append(ends)
+
+    def _now(self, device: torch.device) -> float:
+        return self.clock(device) if self.clock is not None else torch.nan
 
     def _ends(
         self, model: nn.Module, images: Tensor, blurred: Tensor, targets: Tensor
     ) -> tuple[Float[Tensor, "B 3"], Int[Tensor, " B"]]:
         """Return the scores of image, blurred image and zeros, which all curves share, and the prediction."""
         activation = self.methods[OWN].activation
-        logits = classify(model, images).float()
+        logits = self._logits(model, images)
         key = (id(model), images.shape[1:], images.dtype, images.device)
         if self._zero is None or self._zero[0] != key:  # Zeros look the same in every batch: once per run.
             self._zero = key, classify(model, torch.zeros_like(images[:1])).float()
         zero = self._zero[1].expand(len(images), -1)
         ends = (
             log_scores(logits, targets, activation),
-            score(model, blurred, targets, activation),
+            log_scores(self._logits(model, blurred), targets, activation),
             log_scores(zero, targets, activation),
         )
-        predicted = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
-        return torch.stack(ends, 1).exp(), predicted
+        return torch.stack(ends, 1).exp(), predict(logits)
+
+    def _logits(self, model: nn.Module, images: Tensor) -> Float[Tensor, "B N"]:
+        size = batch_limit(self.batch_size, images)
+        found = in_batches(lambda part, _: classify(model, stacked(part)), images, size)
+        return torch.cat([*found]).float()
 
     def _assess(
         self,
@@ -215,7 +284,7 @@ class SESSMetric(PerSample):
         if regions is not None:
             hit = pointing_hits(maps, regions, self.tolerance, size)
             hits = torch.where(has_region(regions, maps.device), hit.to(hits), hits)
-        return Assessment(maps, curves[0], curves[1], hits)
+        return Assessment(maps, curves[0], curves[1], hits, _masses(maps, regions, size))
 
     def compute(self) -> dict[str, float]:
         """Return every figure as a float; an empty dict before the first update.
@@ -226,25 +295,51 @@ class SESSMetric(PerSample):
         if not len(self.targets):
             return {}
         targets, ends, predicted = (self._held(name) for name in ("targets", "ends", "predicted"))
+        image_of = self._held("begins").cumsum(0) - 1
         finite = ends.isfinite().all(1)
-        counts = bootstrap_counts(len(targets))
         values: dict[str, float] = {
             "n": float(len(targets)),
             "nan": float((~finite).sum()),
             "misclassified": float((predicted != targets).sum()),
         }
+        statistics: dict[str, Statistic] = {}
         areas: list[Tensor] = []
         for i, name in enumerate(self.methods):
             prefix = f"{name}/" if name else ""
             area = curve_auc(self._held(f"curves_{i}").double())
             area = torch.cat([area, area[:, :1] - area[:, 1:]], 1)
             areas.append(area)
-            values |= self._curve_values(prefix, area, ends.double(), counts)
+            values |= _means(prefix, area, image_of, statistics)
+            values |= self._curve_values(prefix, area, ends.double())
             values[f"{prefix}flat"] = float(self._held(f"flat_{i}").sum())
-            values |= self._pointing_values(i, prefix, counts)
+            values |= self._pointing_values(i, prefix, image_of, statistics)
+            mass, own_mass = (self._held(f"mass_{j}")[:, None].double() for j in (i, 0))
+            values |= _means(prefix, mass, image_of, statistics, ("relevance_mass",))
             if name:
-                values |= _means(f"minus_{prefix}", CURVE_FIGURES, areas[0] - area, counts)
+                values |= _means(f"minus_{prefix}", areas[0] - area, image_of, statistics)
+                difference = own_mass - mass
+                values |= _means(f"minus_{prefix}", difference, image_of, statistics, ("relevance_mass",))
+        resampled = resample(statistics, int(image_of[-1]) + 1, len(targets))
+        for name, key in product(self.methods, POINTING_FIGURES):
+            if name and f"{name}/{key}" in resampled:
+                values[f"minus_{name}/{key}"] = values[key] - values[f"{name}/{key}"]
+                resampled[f"minus_{name}/{key}"] = resampled[key] - resampled[f"{name}/{key}"]
+        for name, figures in resampled.items():
+            values |= interval(name, figures)
+        share = self._held("share")
+        if share.isfinite().any():
+            values["region_share"] = float(share.nanmean())
         return values
+
+    def samples(self) -> Samples:
+        """Return what is known of each sample; as with ``compute``, every process must call it."""
+        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
+            area = curve_auc(self._held("curves_0"))
+            small = self._held("small") if self.grid else torch.empty(len(area), 0, 0)
+            return Samples(
+                self._held("targets"), self._held("predicted"), self._held("ends")[:, 0], area[:, 0],
+                area[:, 1], self._held("hits_0"), self._held("mass_0"), self._held("share"), small,
+            )  # fmt: skip
 
     def curves(self) -> dict[str, Float[Tensor, "2 T"]]:
         """Return each method's mean insertion and deletion curve over the samples that have one.
@@ -257,10 +352,9 @@ class SESSMetric(PerSample):
     def _held(self, state: str) -> Tensor:
         return self.rows(state).cpu()
 
-    def _curve_values(self, prefix: str, area: Tensor, ends: Tensor, counts: Tensor) -> dict[str, float]:
-        values = _means(prefix, CURVE_FIGURES, area, counts)
+    def _curve_values(self, prefix: str, area: Tensor, ends: Tensor) -> dict[str, float]:
         drawn = area[:, 2].isfinite()
-        values[f"{prefix}curves_n"] = float(drawn.sum())
+        values = {f"{prefix}curves_n": float(drawn.sum())}
         own, blur, zero = ends[drawn].mean(0) if drawn.any() else torch.full((3,), torch.nan)
         for key, mean, to_gain in (
             ("insertion_normalised", area[drawn, 0].mean(), own - blur),
@@ -270,34 +364,25 @@ class SESSMetric(PerSample):
                 values[prefix + key] = float(mean / to_gain)
         return values
 
-    def _pointing_values(self, i: int, prefix: str, counts: Tensor) -> dict[str, float]:
+    def _pointing_values(
+        self, i: int, prefix: str, image_of: Tensor, statistics: dict[str, Statistic]
+    ) -> dict[str, float]:
+        """Return the Pointing Game's figures, and put what is to be resampled into ``statistics``."""
         hits = self._held(f"hits_{i}")
         trial = hits != NO_TRIAL
         if not trial.any():
             return {}
         values: dict[str, float] = {} if prefix else {"skipped": float((~trial).sum())}
-        difficult = self._held("difficult")
-        for key, chosen in (("pointing_game", trial), ("pointing_game_difficult", trial & (difficult == 1))):
+        difficult, targets = self._held("difficult"), self._held("targets")
+        for key, chosen in zip(POINTING_FIGURES, (trial, trial & (difficult == 1)), strict=True):
             if not chosen.any():
                 continue
-            mean, resampled = self._accuracy(hits, chosen, counts)
-            values[prefix + key] = float(mean)
-            values |= interval(prefix + key, resampled)
-            if prefix:
-                own, own_resampled = self._accuracy(self._held("hits_0"), chosen, counts)
-                values[f"minus_{prefix}{key}"] = float(own - mean)
-                values |= interval(f"minus_{prefix}{key}", own_resampled - resampled)
-            else:
+            accuracy = ClassMean(hits[chosen].double(), image_of[chosen], targets[chosen])
+            statistics[prefix + key] = accuracy
+            values[prefix + key] = float(accuracy(torch.ones(1, int(image_of[-1]) + 1, dtype=torch.float64)))
+            if not prefix:
                 values[f"{key}_n"] = float(chosen.sum())
         return values
-
-    def _accuracy(self, hits: Tensor, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the class mean over the chosen trials, and that of every resample."""
-        # Classes in the order of their appearance: only those seen take part in the mean.
-        _, of_class = self._held("targets")[chosen].unique(return_inverse=True)
-        one_hot = torch.nn.functional.one_hot(of_class).double()
-        hit, some = one_hot * hits[chosen, None], counts[:, chosen]
-        return class_mean(hit.sum(0), one_hot.sum(0)), class_mean(some @ hit, some @ one_hot)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -305,13 +390,26 @@ class SESSMetric(PerSample):
         self.latest, self._zero = {}, None
 
 
-def _means(prefix: str, names: Sequence[str], columns: Tensor, counts: Tensor) -> dict[str, float]:
+def _masses(
+    maps: Tensor, regions: Tensor | Sequence[Tensor] | None, size: tuple[int, int] | None
+) -> Float[Tensor, " B"]:
+    if regions is None:
+        return torch.full_like(maps[:, 0, 0], torch.nan)
+    return relevance_mass(maps, regions, size)
+
+
+def _means(
+    prefix: str,
+    columns: Tensor,
+    image_of: Tensor,
+    statistics: dict[str, Statistic],
+    figures: Sequence[str] = CURVE_FIGURES,
+) -> dict[str, float]:
+    """Return the columns' means, and put what is to be resampled into ``statistics``."""
     drawn = columns.isfinite().all(1)
     if not drawn.any():
         return {}
-    values: dict[str, float] = {}
-    some = counts[:, drawn]
-    for name, column in zip(names, columns[drawn].T, strict=True):
-        values[prefix + name] = float(column.mean())
-        values |= interval(prefix + name, some @ column / some.sum(1))
-    return values
+    own = columns[drawn].T
+    names = [prefix + figure for figure in figures]
+    statistics |= {name: Mean(column, image_of[drawn]) for name, column in zip(names, own, strict=True)}
+    return {name: float(column.mean()) for name, column in zip(names, own, strict=True)}

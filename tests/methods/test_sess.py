@@ -1,5 +1,6 @@
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from formula import TARGET_LAYERS, build, equation_2, picture
 
-from sess_lightning.engine import prefilter, windows
+from sess_lightning.engine import canvas_strips, channel_weights, fuse, prefilter, shrunk, windows
 from sess_lightning.lending import explaining
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
 from sess_lightning.ops import blur
@@ -118,7 +119,8 @@ def test_sess_is_a_base_like_any_other(base, tiny, images, targets):
 
 @base_cases
 @pytest.mark.parametrize(
-    ("theta", "fusion", "weighs"), [(0.0, "mean", True), (0.3, "max", False), (0.2, "mean", False)]
+    ("theta", "fusion", "weighs"),
+    [(0.0, "mean", True), (0.3, "max", False), (0.2, "mean", False), (0.0, "average", True)],
 )
 def test_sess_is_equation_2_of_the_bases_maps_of_its_windows(base, theta, fusion, weighs, tiny):
     image, target = picture(150, 120, 3)[None], torch.tensor([2])
@@ -215,6 +217,55 @@ def test_windows_of_all_images_share_full_batches(tiny, images, targets):
     assert sizes == [4, 4, 4, 4, 2]
 
 
+@base_cases
+@pytest.mark.parametrize(
+    ("cheap", "ratio"), [({"scoring_size": 224}, 0.5), ({"scoring_size": 112, "scoring": "bf16"}, 0.0)]
+)
+def test_cheap_scoring_that_keeps_the_same_windows_gives_the_same_map(
+    base, cheap, ratio, tiny, images, targets
+):
+    plain = SESS(base, num_scales=3, prefilter_ratio=ratio, batch_size=4)
+    got = replace(plain, **cheap).explain(tiny, images, targets)
+    torch.testing.assert_close(got, plain.explain(tiny, images, targets), atol=1e-4, rtol=1e-4)
+
+
+def test_cheap_scores_choose_the_windows_and_full_ones_weigh_them(tiny, images, targets):
+    plain = SESS(GradCAM("features.5"), num_scales=3)
+    plan = plain.plan(tiny, (224, 224))
+    image, target = images[:1], targets[:1]
+    with torch.no_grad():
+        small = torch.stack(list(windows(image, shrunk(plan, 112))))
+        ranked = prefilter(tiny(small).log_softmax(1)[:, target[0]], 0.8)
+        full = tiny(torch.stack(list(windows(image, plan)))).log_softmax(1)[:, target[0]]
+    assert sorted(ranked.tolist()) != sorted(prefilter(full, 0.8).tolist())
+    with explaining(tiny):
+        maps = GradCAM("features.5").extract(tiny, torch.stack(list(windows(image, plan))), target.expand(9))
+    strips = canvas_strips(plan, (7, 7), image.device)
+    fused = fuse(maps.maps[ranked], channel_weights(full[ranked]), strips, ranked)
+    got = replace(plain, prefilter_ratio=0.8, scoring_size=112)(tiny, image, target)
+    torch.testing.assert_close(got[0], fused / fused.amax(), atol=1e-5, rtol=0)
+
+
+def test_cheap_scoring_costs_the_forwards_it_counts(tiny, images, targets):
+    seen = []
+    tiny.register_forward_pre_hook(lambda _, inputs: seen.extend([inputs[0].shape[-1]] * len(inputs[0])))
+    method = SESS(GradCAM("features.5"), num_scales=3, prefilter_ratio=0.8, scoring_size=112)
+    method(tiny, images, targets)
+    assert (seen.count(112), seen.count(224)) == (2 * 9, 2 * 2)
+    assert method.count_forwards(tiny, (224, 224)) == 9 + 2
+
+
+def test_a_model_of_one_size_scores_at_no_other(tiny, images, targets):
+    tiny.pretrained_cfg = {"fixed_input_size": True, "input_size": (3, 224, 224)}
+    with pytest.raises(ValueError, match="scoring_size=112, but the model says it was built for 224 px"):
+        SESS(GradCAM("features.5"), scoring_size=112)(tiny, images, targets)
+
+
+def test_a_scoring_size_above_the_window_is_refused(tiny, images, targets):
+    with pytest.raises(ValueError, match="scoring_size 225 exceeds the window, 224 px"):
+        SESS(GradCAM("features.5"), scoring_size=225)(tiny, images, targets)
+
+
 def test_the_window_is_the_size_the_model_was_built_for_else_the_shorter_side(tiny):
     method = SESS(GradCAM("features.5"), num_scales=2)
     assert method.plan(tiny, (96, 128)).scales == ((96, 128), (123, 164))
@@ -258,13 +309,19 @@ def test_methods_print_compare_hash_and_pickle():
         ({"scales": ()}, ValueError, "SESS: scales is empty; give at least one"),
         ({"prefilter_ratio": 1.0}, ValueError, r"SESS: prefilter_ratio must be in \[0, 1\), got 1.0"),
         ({"prefilter_ratio": -0.1}, ValueError, r"SESS: prefilter_ratio must be in \[0, 1\), got -0.1"),
-        ({"fusion": "sum"}, ValueError, 'SESS: fusion must be "mean" or "max", got \'sum\''),
+        (
+            {"fusion": "sum"},
+            ValueError,
+            r"fusion must be one of \('mean', 'max', 'average'\), got 'sum'",
+        ),
         (
             {"theta": 1.0},
             ValueError,
             r"SESS: theta must be in \[0, 1\), a fraction of the top weight, got 1.0",
         ),
         ({"batch_size": 0}, ValueError, "SESS: batch_size must be at least 1, got 0"),
+        ({"scoring_size": 0}, ValueError, "SESS: scoring_size must be at least 1, got 0"),
+        ({"scoring": "fp16"}, ValueError, 'SESS: scoring must be "full" or "bf16", got \'fp16\''),
         ({"stride": 0}, ValueError, "SESS: stride must be at least 1, got 0"),
         ({"window": 0}, ValueError, "SESS: window must be at least 1, got 0"),
     ],

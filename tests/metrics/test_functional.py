@@ -7,12 +7,14 @@ import pytest
 import torch
 from formula import build, picture
 from lightning_models import Counter, filled_net
+from scipy.stats import spearmanr
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
 from sess_lightning.introspection import score
 from sess_lightning.metrics.functional import (
     blurred_baseline,
+    box_masks,
     class_mean,
     curve_auc,
     deletion_curve,
@@ -21,6 +23,8 @@ from sess_lightning.metrics.functional import (
     pad_boxes,
     pixel_steps,
     pointing_hits,
+    rank_correlation,
+    relevance_mass,
     tied_share,
 )
 
@@ -385,3 +389,45 @@ def test_class_means_are_over_classes_seen_or_over_all_as_torchray_has_it():
 
 def test_class_mean_of_no_trial_at_all_is_nan():
     assert class_mean(torch.zeros(3).long(), torch.zeros(3).long()).isnan().item()
+
+
+def test_relevance_mass_is_the_share_of_the_sum_inside_the_region():
+    maps = torch.tensor([[[1.0, 2], [3, 4]]]).expand(2, -1, -1)
+    boxes = [torch.tensor([[0.0, 1, 2, 2]]), torch.tensor([[1.0, 0, 2, 1], [1, 0, 2, 2]])]
+    assert relevance_mass(maps, boxes).tolist() == pytest.approx([0.7, 0.6])
+    assert relevance_mass(maps, box_masks(boxes, (2, 2), maps.device)).tolist() == pytest.approx([0.7, 0.6])
+
+
+def test_a_map_without_preference_has_the_regions_share_and_one_of_zeros_has_nothing_inside():
+    boxes = [torch.tensor([[0.0, 0, 4, 2]])] * 3
+    maps = torch.stack([torch.ones(4, 8), torch.zeros(4, 8), torch.full((4, 8), torch.nan)])
+    assert relevance_mass(maps, boxes).tolist() == [0.25, 0, 0]
+
+
+def test_relevance_mass_of_an_empty_region_is_nan():
+    empty = [torch.zeros(0, 4), torch.tensor([[1.0, 1, 1, 3]])]
+    assert relevance_mass(torch.ones(2, 4, 4), empty).isnan().all()
+
+
+def test_relevance_mass_is_taken_at_the_regions_own_resolution():
+    halves = torch.tensor([[[1.0, 0]]])
+    assert relevance_mass(halves, [torch.tensor([[0.0, 0, 50, 10]])], size=(10, 100)).item() > 0.8
+    assert relevance_mass(halves, [torch.tensor([[0.0, 0, 1, 1]])]).item() == 1
+
+
+def test_a_pixel_belongs_to_a_box_that_holds_its_centre():
+    masks = box_masks([torch.tensor([[0.4, 0.6, 1.6, 2.0]])], (3, 3), torch.device("cpu"))
+    assert masks.long().tolist() == [[[0, 0, 0], [1, 1, 0], [0, 0, 0]]]
+
+
+def test_rank_correlation_is_spearmans_with_ties():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randint(6, (2, 5, 40), generator=generator).float()
+    expected = [spearmanr(a, b).statistic for a, b in zip(first.numpy(), second.numpy(), strict=True)]
+    assert rank_correlation(first, second).tolist() == pytest.approx(expected, abs=1e-6)
+    assert rank_correlation(first, first).tolist() == pytest.approx([1.0] * 5)
+    assert rank_correlation(first, -first).tolist() == pytest.approx([-1.0] * 5)
+
+
+def test_a_constant_map_correlates_with_nothing():
+    assert rank_correlation(torch.zeros(1, 4), torch.rand(1, 4)).isnan().all()

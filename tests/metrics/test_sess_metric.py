@@ -19,8 +19,8 @@ from sess_lightning.metrics.functional import (
     deletion_curve,
     insertion_curve,
     pointing_hits,
+    relevance_mass,
 )
-from sess_lightning.metrics.statistics import bootstrap_counts, interval
 from sess_lightning.ops import min_max
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
@@ -90,7 +90,7 @@ TWO_SCALES = SESS(GradCAM(), num_scales=2)
 
 def test_every_figure_comes_with_its_interval_its_floor_and_its_counts(model, images, boxes):
     values = run(SESSMetric(TWO_SCALES, tolerance=3.0), model, images, boxes)
-    played = FIGURES | {"pointing_game"}
+    played = FIGURES | {"pointing_game", "relevance_mass"}
     own = with_intervals(played) | {
         "n",
         "nan",
@@ -99,6 +99,7 @@ def test_every_figure_comes_with_its_interval_its_floor_and_its_counts(model, im
         "pointing_game_n",
         "flat",
         "curves_n",
+        "region_share",
     }
     base = {f"base/{name}" for name in with_intervals(played) | {"flat", "curves_n"}}
     minus = {f"minus_base/{name}" for name in with_intervals(played)}
@@ -111,7 +112,9 @@ def test_every_figure_comes_with_its_interval_its_floor_and_its_counts(model, im
 
 def test_without_regions_no_pointing_game_is_played(model, images):
     values = run(SESSMetric(TWO_SCALES), model, images)
-    assert not [name for name in values if "pointing" in name or "skipped" in name]
+    assert not [
+        name for name in values if any(word in name for word in ("pointing", "skipped", "mass", "region"))
+    ]
     assert values["n"] == 6
 
 
@@ -146,7 +149,7 @@ def test_the_difference_to_another_method_is_the_mean_of_paired_differences(mode
 def test_a_method_that_equals_the_one_it_is_compared_with_differs_by_nothing(model, images, boxes):
     values = run(SESSMetric(Channel(0), compare={"same": Channel(0)}), model, images, boxes)
     same = {name: value for name, value in values.items() if name.startswith("minus_same/")}
-    assert len(same) == 12
+    assert len(same) == 15
     assert set(same.values()) == {0.0}
 
 
@@ -355,19 +358,6 @@ def test_methods_add_their_own_forwards_and_nothing_else(model, images):
     assert counter.images == 1 + 6 * (56 + windows + 54 + 1)
 
 
-def test_bootstrap_resamples_draw_as_many_samples_as_there_are_and_always_the_same():
-    counts = bootstrap_counts(7)
-    assert counts.shape == (2000, 7)
-    assert set(counts.sum(1).tolist()) == {7.0}
-    assert torch.equal(counts, bootstrap_counts(7))
-
-
-def test_an_interval_is_the_middle_95_percent_of_what_is_finite():
-    resampled = torch.cat([torch.arange(1001.0), torch.tensor([torch.nan])])
-    assert interval("x", resampled) == {"x_ci_low": 25.0, "x_ci_high": 975.0}
-    assert interval("x", torch.tensor([torch.nan])) == {}
-
-
 def test_intervals_hold_their_mean_and_halve_with_four_times_the_samples():
     images = bright_images(0.02, 0.04, 0.06, 0.2)
     widths = []
@@ -380,6 +370,52 @@ def test_intervals_hold_their_mean_and_halve_with_four_times_the_samples():
             assert values[f"{name}_ci_low"] < values[name] < values[f"{name}_ci_high"]
         widths.append(values["insertion_ci_high"] - values["insertion_ci_low"])
     assert widths[0] / widths[1] == pytest.approx(2, rel=0.1)
+
+
+def several(boxes, part=slice(0, 6), method=TWO_SCALES, **kwargs):
+    """Explain three classes on each of some images."""
+    metric, classes = SESSMetric(method, **kwargs), torch.tensor([0, 1, 2])
+    for i in range(6)[part]:
+        metric.update(filled_net(), picture(32, 32, i)[None], classes, [boxes[i]] * 3)
+    return metric
+
+
+def test_trials_of_one_image_are_drawn_together(boxes):
+    single = several(boxes, method=Channel(0), compare={"green": Channel(1)})
+    several_times, apart = single.clone(), single.clone()
+    first = {name: each[::3] for name, each in single.take_rows().items()}  # A class of each image.
+    for metric in (several_times, apart):
+        metric.reset()
+    four_times = {name: each.repeat_interleave(4, 0) for name, each in first.items()}
+    single.load_rows(first)
+    several_times.load_rows({**four_times, "begins": torch.tensor([1, 0, 0, 0] * 6)})
+    apart.load_rows({**four_times, "begins": torch.ones(24, dtype=torch.int64)})
+    once, together, naive = (metric.compute() for metric in (single, several_times, apart))
+    for name in ("insertion", "overall", "pointing_game", "green/deletion", "minus_green/overall"):
+        ends = [f"{name}_ci_low", f"{name}_ci_high"]
+        assert [together[end] for end in ends] == pytest.approx([once[end] for end in ends], abs=1e-12)
+    width = {key: each["insertion_ci_high"] - each["insertion_ci_low"] for key, each in
+             (("together", together), ("naive", naive))}  # fmt: skip
+    assert width["together"] > 1.7 * width["naive"] > 0
+
+
+def test_images_of_several_processes_and_merged_ones_do_not_collide(boxes):
+    whole, first, last = several(boxes).compute(), slice(0, 4), slice(4, 6)
+    assert gathered([several(boxes, first), several(boxes, last)]).compute() == whole
+    merged = several(boxes, last)
+    merged.merge_state(several(boxes, first))
+    assert merged.compute() == whole
+
+
+def test_rows_travel_from_one_metric_to_another(model, images, boxes):
+    one, other = SESSMetric(TWO_SCALES), SESSMetric(TWO_SCALES)
+    values = run(one, model, images, boxes)
+    rows = one.take_rows()
+    assert len(one.targets) == 0
+    other.load_rows({name: each.tolist() for name, each in rows.items()})
+    assert other.compute() == values
+    with pytest.raises(ValueError, match=r"SESSMetric: rows must be those of \['begins', .*got \['hits'\]"):
+        other.load_rows({"hits": rows["targets"]})
 
 
 def test_a_mean_of_one_sample_is_its_own_interval():
@@ -484,6 +520,31 @@ def test_the_latest_maps_and_curves_are_at_hand(model, images, boxes):
     torch.testing.assert_close(metric.latest["base"].maps, maps, atol=1e-6, rtol=0)
     assert metric.latest["base"].insertion.shape == (2, 29)
     assert metric.latest["base"].hits.tolist() == pointing_hits(maps, boxes[4:]).long().tolist()
+
+
+def test_relevance_mass_is_that_of_the_functions_over_images_with_a_region(model, images, boxes):
+    boxes[5] = torch.zeros(0, 4)
+    values = run(SESSMetric(TWO_SCALES), model, images, boxes, (slice(0, 4), slice(4, 6)))
+    masses = [relevance_mass(method(model, images, TARGETS), boxes) for method in (TWO_SCALES, GradCAM())]
+    assert values["relevance_mass"] == pytest.approx(masses[0].nanmean().item(), abs=1e-6)
+    assert values["base/relevance_mass"] == pytest.approx(masses[1].nanmean().item(), abs=1e-6)
+    difference = (masses[0] - masses[1]).nanmean().item()
+    assert values["minus_base/relevance_mass"] == pytest.approx(difference, abs=1e-6)
+    assert values["region_share"] == pytest.approx(6 * 8 / 32**2, abs=1e-6)
+
+
+def test_samples_tell_of_each_what_the_figures_tell_of_all(model, images, boxes):
+    metric = SESSMetric(TWO_SCALES, grid=4)
+    values = run(metric, model, images, boxes, (slice(0, 4), slice(4, 6)))
+    samples = metric.samples()
+    assert samples.targets.tolist() == TARGETS.tolist()
+    assert samples.insertion.mean().item() == pytest.approx(values["insertion"], abs=1e-6)
+    assert samples.deletion.mean().item() == pytest.approx(values["deletion"], abs=1e-6)
+    assert samples.mass.mean().item() == pytest.approx(values["relevance_mass"], abs=1e-6)
+    assert samples.share.tolist() == pytest.approx([48 / 1024] * 6)
+    maps = TWO_SCALES(model, images, TARGETS)
+    torch.testing.assert_close(samples.small, maps.unflatten(1, (4, 8)).unflatten(3, (4, 8)).mean((2, 4)))
+    assert metric.small[0].shape == (4, 4, 4)
 
 
 def test_the_model_is_given_back_as_it_was(images):

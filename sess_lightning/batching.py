@@ -1,0 +1,103 @@
+"""Batching: how many images pass through a model at once, and what happens where that is too many."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sess_lightning.types import SESSWarning
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+OFF_GPU = 8
+"""Batch where memory is not asked for. Larger ones are slower on a CPU: what they write leaves its caches."""
+MOST = 128
+BYTES_PER_BYTE = 64
+"""What a forward without gradients holds at its peak, in times its images: VGG-16 about 45, ResNet-50 25."""
+
+
+def batch_limit(given: int | None, images: Float[Tensor, "B C H W"]) -> int:
+    """Return how many images like these may pass at once: ``given``, or by half the memory that is free."""
+    if given is not None:
+        return given
+    if images.device.type != "cuda":
+        return OFF_GPU
+    device = images.device
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    each = BYTES_PER_BYTE * images[0].numel() * images.element_size()
+    return max(1, min(MOST, free // 2 // each))
+
+
+def in_batches(
+    run: Callable[[list[Item], slice], Result], items: Iterable[Item], size: int
+) -> Iterator[Result]:
+    """Yield what ``run`` makes of full batches of ``items``; the last one may be smaller.
+
+    Where memory runs out, the batch is halved, with one warning, and the work goes on from there.
+
+    Args:
+        run: Takes a batch of items, and which of all items they are.
+        items: Drawn one batch ahead, no further.
+        size: Items in a batch, at first.
+
+    Raises:
+        RuntimeError: What ``run`` raised, if it is out of memory with a single item.
+    """
+    items, place, warned = iter(items), 0, False
+    while held := list(islice(items, size)):
+        while held:
+            part = held[:size]
+            try:
+                result = run(part, slice(place, place + len(part)))
+            except RuntimeError as error:
+                if len(part) == 1 or not _is_out_of_memory(error):
+                    raise
+                size, said = len(part) // 2, str(error).partition("\n")[0]
+            else:
+                yield result
+                held, place = held[len(part) :], place + len(part)
+                continue
+            if not warned:
+                warned = True
+                warnings.warn(
+                    f"Out of memory with {len(part)} images at once ({said}); going on with {size}. Name a "
+                    "smaller batch_size to be spared the attempt.",
+                    SESSWarning,
+                    stacklevel=2,
+                )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in told for words in ("not enough memory", "can't allocate memory")
+    )
+
+
+def stacked(items: Sequence[Tensor]) -> Tensor:
+    """Stack items; images lie with their channels last, the layout convolutions are fastest in."""
+    if items[0].ndim != 3:
+        return torch.stack(tuple(items))
+    return torch.stack(tuple(items), out=blank_batch(len(items), items[0][None]))
+
+
+def blank_batch(count: int, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "{count} C H W"]:
+    """Return room for ``count`` images like these."""
+    size = (count, *images.shape[1:])
+    return torch.empty(size, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
+
+
+def by_image(which: slice, each: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield, for a stretch of items of which every image has ``each``: image, its items, their places."""
+    for image in range(which.start // each, -(-which.stop // each)):
+        start, stop = max(which.start, image * each), min(which.stop, (image + 1) * each)
+        own = slice(start - image * each, stop - image * each)
+        yield image, own, slice(start - which.start, stop - which.start)

@@ -1,0 +1,122 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sess_lightning.reporting.panels import Panel
+from sess_lightning.reporting.records import (
+    PICTURE_BYTES,
+    RUNS,
+    RunRecord,
+    append,
+    carry,
+    jpeg,
+    keep_picture,
+    keep_sample,
+    picture,
+    read,
+)
+
+NOISE = np.random.default_rng(0).integers(0, 256, (512, 640, 3), dtype=np.uint8)
+
+
+def record(epoch, run="a", **values):
+    return RunRecord(run=run, epoch=epoch, step=10 * (epoch + 1), **values)
+
+
+def told(folder):
+    return [(each.run, each.epoch) for each in read(folder)]
+
+
+def test_a_run_is_read_back_as_it_was_written(tmp_path):
+    panel = Panel(
+        NOISE, {"base": NOISE // 2}, caption="label: cat", boxes=[(64.0, 0.0, 320.0, 512.0)], label="cat"
+    )
+    written = record(
+        3, scalars={"overall": 0.25}, metrics={"val/acc": 1.0}, curves={"SESS": [[0.0, 1.0], [1.0, 0.0]]},
+        panel=[keep_sample(tmp_path, panel)], tables={"per_class": [{"class": "cat", "n": 2}]},
+        settings={"method": "SESS"},
+    )  # fmt: skip
+    append(tmp_path, written)
+    assert read(tmp_path) == [written]
+    sample = written.panel[0]
+    assert (sample.boxes, sample.size) == ([[0.1, 0.0, 0.5, 1.0]], [512, 640])
+    assert [*sample.pictures] == ["image", "base"]
+
+
+def test_what_is_not_finite_is_left_out_or_none(tmp_path):
+    rows = [{"class": np.str_("cat"), "score": np.float32("nan"), "hits": np.int64(3)}]
+    append(tmp_path, record(0, metrics={"loss": float("nan"), "acc": 1.0}, tables={"worst": rows}))
+    (found,) = read(tmp_path)
+    assert found.metrics == {"acc": 1.0}
+    assert found.tables == {"worst": [{"class": "cat", "score": None, "hits": 3}]}
+
+
+def test_a_line_cut_off_by_a_kill_costs_that_run_only(tmp_path):
+    append(tmp_path, record(0))
+    append(tmp_path, record(1))
+    path = tmp_path / RUNS
+    path.write_bytes(path.read_bytes()[:-9])
+    assert told(tmp_path) == [("a", 0)]
+    append(tmp_path, record(2))
+    assert told(tmp_path) == [("a", 0), ("a", 2)]
+
+
+def test_a_training_resumed_from_an_earlier_checkpoint_leaves_what_came_after_it(tmp_path):
+    for epoch in (0, 1, 2, 3, 1):
+        append(tmp_path, record(epoch, scalars={"overall": 0.5}))
+    assert told(tmp_path) == [("a", 0), ("a", 1)]
+
+
+def test_another_training_in_the_same_folder_is_not_mixed_in(tmp_path):
+    for epoch, run in ((0, "a"), (5, "a"), (7, "b")):
+        append(tmp_path, record(epoch, run))
+    assert told(tmp_path) == [("b", 7)]
+
+
+def test_a_folder_without_records_holds_no_runs(tmp_path):
+    assert read(tmp_path) == []
+
+
+def test_records_go_along_when_a_training_resumes_elsewhere(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    sample = keep_sample(old, Panel(NOISE, {}))
+    for epoch in (0, 1):
+        append(old, record(epoch, panel=[sample]))
+    carry(old, new, "another")
+    assert not new.exists()
+    carry(old, new, "a")
+    assert read(new) == read(old)
+    assert picture(new, sample.pictures["image"]) == picture(old, sample.pictures["image"]) != b""
+
+
+def test_the_same_picture_is_kept_once(tmp_path):
+    names = {keep_picture(tmp_path, NOISE), keep_picture(tmp_path, NOISE), keep_picture(tmp_path, NOISE // 2)}
+    assert sorted(names) == sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 2
+
+
+def test_nothing_outside_the_folder_is_read_whatever_a_record_says(tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    (tmp_path / "records").mkdir()
+    assert picture(tmp_path / "records", "../secret.jpg") == b""
+    assert picture(tmp_path / "records", str(tmp_path / "secret.jpg")) == b""
+
+
+@pytest.mark.parametrize("shape", [(512, 640), (1, 3000), (3000, 1), (20, 20), (256, 256)])
+def test_pictures_are_bounded_even_where_they_are_noise(shape):
+    noise = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    data = jpeg(noise)
+    width, height = Image.open(io.BytesIO(data)).size
+    assert len(data) <= PICTURE_BYTES
+    assert max(width, height) <= 256
+    assert width >= 1 <= height
+
+
+def test_a_small_smooth_picture_keeps_its_size_and_colours():
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)
+    smooth = np.stack([np.broadcast_to(ramp, (64, 64))] * 2 + [np.broadcast_to(ramp[:, None], (64, 64))], 2)
+    found = np.asarray(Image.open(io.BytesIO(jpeg(smooth))))
+    assert found.shape == (64, 64, 3)
+    assert np.abs(found.astype(int) - smooth).mean() < 2

@@ -1,0 +1,109 @@
+from collections import deque
+
+import pytest
+import torch
+from torch import nn
+
+from sess_lightning.batching import OFF_GPU, batch_limit, by_image, in_batches, stacked
+from sess_lightning.methods import SESS, GradCAM, GroupCAM, GuidedBackprop
+from sess_lightning.metrics.functional import deletion_curve
+from sess_lightning.types import SESSWarning
+
+
+class Small(nn.Module):
+    """A device with room for ``most`` images."""
+
+    def __init__(self, model, most, error=None):
+        super().__init__()
+        self.model, self.most = model, most
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        self.sizes = deque()  # A list would be given back as it was.
+
+    def forward(self, images):
+        self.sizes.append(len(images))
+        if len(images) > self.most:
+            raise self.error
+        return self.model(images)
+
+
+RUNS = {
+    "one_forward": SESS(GradCAM("model.features.5"), num_scales=2, batch_size=8),
+    "two_passes": SESS(GuidedBackprop(), num_scales=2, prefilter_ratio=0.5, batch_size=8),
+    "groups": GroupCAM(8, "model.features.5", batch_size=8),
+    "curves": lambda model, images, targets: deletion_curve(
+        model, images, images[:, 0], targets, steps=7, batch_size=8
+    ),
+}
+runs = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+
+
+@runs
+def test_out_of_memory_halves_the_batch_with_one_warning_and_the_same_result(run, tiny, images, targets):
+    small = Small(tiny, 3)
+    plain = run(Small(tiny, 100), images, targets)
+    with pytest.warns(SESSWarning, match=r"Out of memory with [68] images at once") as caught:
+        got = run(small, images, targets)
+    torch.testing.assert_close(got, plain, atol=1e-5, rtol=0)
+    assert len(caught) <= (2 if isinstance(run, SESS) else 1)  # One a pass.
+    assert small.sizes[-1] <= 3
+
+
+def test_what_a_single_image_runs_out_of_is_raised_as_it_came(tiny, images, targets):
+    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+    with pytest.warns(SESSWarning), pytest.raises(RuntimeError) as caught:
+        deletion_curve(Small(tiny, 0, error), images, images[:, 0], targets, batch_size=4)
+    assert caught.value is error
+
+
+def test_another_error_is_no_reason_to_halve(tiny, images, targets):
+    broken = Small(tiny, 0, RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        deletion_curve(broken, images, images[:, 0], targets, batch_size=4)
+    assert list(broken.sizes) == [4]
+
+
+def test_after_halving_the_rest_of_the_batch_comes_first_and_nothing_twice():
+    def run(part, which):
+        if len(part) > 3:
+            raise torch.OutOfMemoryError
+        return part, (which.start, which.stop)
+
+    with pytest.warns(SESSWarning):
+        found = list(in_batches(run, range(13), 8))
+    assert [item for part, _ in found for item in part] == list(range(13))
+    assert [where for _, where in found] == [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 12), (12, 13)]
+
+
+def test_by_image_splits_a_stretch_where_the_image_changes():
+    assert list(by_image(slice(4, 11), 5)) == [
+        (0, slice(4, 5), slice(0, 1)),
+        (1, slice(0, 5), slice(1, 6)),
+        (2, slice(0, 1), slice(6, 7)),
+    ]
+
+
+def test_images_are_stacked_with_their_channels_last_and_maps_as_they_are():
+    images = torch.rand(5, 3, 4, 6)
+    assert stacked(list(images)).is_contiguous(memory_format=torch.channels_last)
+    assert stacked(list(images)).equal(images)
+    assert stacked(list(images[:, 0])).equal(images[:, 0])
+
+
+def test_a_batch_is_what_was_asked_for_else_a_constant_without_a_gpu():
+    images = torch.rand(2, 3, 8, 8)
+    assert (batch_limit(5, images), batch_limit(None, images)) == (5, OFF_GPU)
+
+
+def test_on_a_gpu_half_of_the_free_memory_is_counted_on(monkeypatch):
+    class Image:
+        """What ``batch_limit`` reads of a tensor on a GPU."""
+
+        device = torch.device("cuda", 0)
+        __getitem__ = lambda self, _: torch.rand(3, 224, 224)  # noqa: E731
+        element_size = lambda self: 4  # noqa: E731
+
+    each = 64 * 3 * 224 * 224 * 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (19 * each, 40 * each))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * each)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * each)
+    assert batch_limit.__wrapped__(None, Image()) == 10

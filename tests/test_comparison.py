@@ -1,0 +1,71 @@
+import csv
+
+import pytest
+from evaluated import experiment, run
+from layouts import write_voc
+from PIL import Image
+
+from sess_lightning import cli
+from sess_lightning.comparison import compare, points, read_run, varied
+from sess_lightning.methods import SESS, GradCAM
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Evaluations with one and with two scales, the second with the paper's figure beside."""
+    root = tmp_path_factory.mktemp("runs")
+    voc, made = write_voc(root / "voc"), []
+    for scales, paper in ((2, {"overall": 57.3}), (1, {})):
+        method = SESS(GradCAM(), num_scales=scales, window=64, antialias=False)
+        results = run(voc, root / f"n{scales}", made=experiment(method=method))
+        results.write(root / f"n{scales}", paper)
+        made.append(root / f"n{scales}")
+    return made
+
+
+def test_the_number_that_differs_is_the_axis_and_every_method_a_line(folders):
+    runs = [read_run(folder) for folder in folders]
+    assert varied(runs) == {"num_scales": 2}
+    axis, found = points(runs)
+    assert axis == "num_scales"
+    own = {point.x: point for point in found if point.figure == "overall" and point.own}
+    assert set(own) == {1, 2}
+    assert own[2].low < own[2].value < own[2].high
+    assert (own[1].paper, own[2].paper) == (None, pytest.approx(0.573))
+    assert {point.series for point in found} == {"SESS", "base", "random"}
+
+
+def test_one_run_is_drawn_over_its_methods(folders):
+    axis, found = points([read_run(folders[0])])
+    assert axis == "method"
+    assert [point.x for point in found if point.figure == "overall"] == ["SESS", "base", "random"]
+
+
+def test_settings_without_number_stand_side_by_side(folders):
+    runs = [read_run(folder) for folder in folders]
+    named = [each._replace(options={**each.options, "num_scales": name})
+             for each, name in zip(runs, "ab", strict=True)]  # fmt: skip
+    axis, found = points(named)
+    assert axis == "num_scales"
+    assert {point.x for point in found} == {"a", "b"}
+
+
+def test_compare_writes_one_table_and_one_picture(folders, tmp_path, capsys):
+    config = tmp_path / "n1.yaml"
+    config.write_text(f"out: {folders[1]}\n")
+    cli.main(["compare", str(folders[0]), str(config), "--out", str(tmp_path / "both")])
+    assert "compare.png" in capsys.readouterr().out
+    with (tmp_path / "both" / "compare.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    known = {(str(folders[0]), "2"), (str(folders[1]), "1")}
+    assert {(row["folder"], row["num_scales"]) for row in rows} == known
+    assert {"value", "ci_low", "paper", "difference"} < set(rows[0])
+    with Image.open(tmp_path / "both" / "compare.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_what_cannot_be_compared_is_named(folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no results\.csv"):
+        read_run(tmp_path)
+    with pytest.raises(ValueError, match=r"x must be one of .*'num_scales'.*, got 'scale'"):
+        compare(folders, tmp_path, x="scale")
