@@ -268,7 +268,7 @@ def _knobs(
     told, curves = parts[str(method)], parts[CURVES]
     floors = sum(each.forwards == 0 for each in compare.values())
     further = floors * (curves.forwards - 2) * curves.seconds / curves.forwards
-    window, kept = _prices(model, size, method, told)
+    window, kept = _prices(model, size, method, parts)
 
     def knob(name: str, asked: SESSCallback) -> Knob:
         other = asked.methods(model)[0]
@@ -301,20 +301,26 @@ def _knobs(
 def _counts(model: nn.Module, size: tuple[int, int], method: SESS) -> tuple[int, int]:
     """Return how many windows are scored and, where that takes more than the scoring forward, explained."""
     count = len(method.plan(model, size))
-    return count, 0 if method.base.single_forward else kept_count(count, method.prefilter_ratio)
+    once = method.count_forwards(model, size) == count
+    return count, 0 if once else kept_count(count, method.prefilter_ratio)
 
 
 def _prices(
-    model: nn.Module, size: tuple[int, int], method: SaliencyMethod, told: Part
+    model: nn.Module, size: tuple[int, int], method: SaliencyMethod, parts: Mapping[str, Part]
 ) -> tuple[float, float]:
     """Return the seconds of scoring a window, and of explaining one that is kept."""
     if not isinstance(method, SESS):
         return 0.0, 0.0
+    told = parts[str(method)]
     count, kept = _counts(model, size, method)
     if not kept:
         return told.seconds / count, 0.0
-    window = told.floor / told.forwards
-    return window, max(0.0, told.seconds - count * window) / kept
+    if method.base.single_forward:  # Cheap scores: what was kept cost what the base costs on a window.
+        window = method.plan(model, size).window
+        explained = parts[f"{method.base}, alone"].seconds * window**2 / (size[0] * size[1])
+        return max(0.0, told.seconds - kept * explained) / count, explained
+    scored = told.floor / told.forwards
+    return scored, max(0.0, told.seconds - count * scored) / kept
 
 
 @dataclass(frozen=True)

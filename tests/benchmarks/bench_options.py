@@ -1,0 +1,52 @@
+"""Cheap scores at r = 0.9 and 0.99: SESS + Grad-CAM against the bare forward of all its windows.
+
+What the options cost in quality is measured by examples/windows.py, on real pictures.
+"""
+
+import torch
+from measuring import ZERO, Bench, network, noise
+
+from sess_lightning import SESS
+from sess_lightning.cost import bare_copy, bare_forward, forwards_of
+from sess_lightning.methods import GradCAM
+
+OPTIONS = {
+    "none": {},
+    "bf16": {"scoring": "bf16"},
+    "160 px": {"scoring_size": 160},
+    "112 px": {"scoring_size": 112},
+    "bf16, 112 px": {"scoring": "bf16", "scoring_size": 112},
+}
+
+
+def main():
+    bench = Bench(
+        __file__,
+        __doc__,
+        networks={"nargs": "+", "default": ["resnet18", "resnet50"]},
+        scales={"type": int, "default": 12},
+    )
+    image, n = noise(), 3 if bench.quick else bench.args.scales
+    for name in ["resnet18"] if bench.quick else bench.args.networks:
+        model = network(name)
+        whole = SESS(GradCAM(), num_scales=n)
+        seen = forwards_of(model, lambda model=model, whole=whole: whole(model, image, ZERO))
+        bare = bare_forward(bare_copy(model), seen.batches)
+        for ratio in (0.9, 0.99):
+            methods = {
+                told: SESS(GradCAM(), num_scales=n, prefilter_ratio=ratio, **options)
+                for told, options in OPTIONS.items()
+            }
+            maps = {told: method(model, image, ZERO) for told, method in methods.items()}
+            runs = {told: lambda m=m, model=model: m(model, image, ZERO) for told, m in methods.items()}
+            seconds = bench.time({"bare": bare, **runs})
+            case = f"{name}, n {n}, r {ratio}"
+            for told in methods:
+                most = None if told == "none" else 0.6
+                bench.ratio(case, f"{told}: SESS / bare", seconds[told], seconds["bare"], most=most)
+                alike = torch.corrcoef(torch.stack([maps[told].flatten(), maps["none"].flatten()]))[0, 1]
+                bench.note(case, f"{told}: correlation with none's map", float(alike))
+
+
+if __name__ == "__main__":
+    main()
