@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
+from sess_lightning.alarm import constant_guess, describe, find_accuracy, findings
 from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
 from sess_lightning.engine import smooth
 from sess_lightning.introspection import check_inputs, classify
@@ -23,16 +24,20 @@ from sess_lightning.lending import borrowed, explaining, keep_rng
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import curve_auc
-from sess_lightning.metrics.sess_metric import NO_TRIAL
-from sess_lightning.ops import min_max, size_of
-from sess_lightning.reporting.panels import Panel, displayed, overlay
+from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
+from sess_lightning.ops import min_max, size_of, upsample
+from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
 from sess_lightning.reporting.sinks import Sink, sink_for
+from sess_lightning.runs import Run, drift, record, remembered
+from sess_lightning.tables import class_rows, sample_row, standing_out
 from sess_lightning.types import Batch, SaliencyMethod, SESSWarning
 
-WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.0}
+WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.0, "relevance_mass": 0.0}
 LITERATURE_TOLERANCE, LITERATURE_SIDE = 15.0, 224
 SHARED = 3
 """Forwards of a run that no sample pays for: the picture of zeros, and finding layers on image and window."""
+GRID = 16
+"""Side of the small maps by which runs are compared."""
 FLOOR_SAMPLES = 4
 """How many samples at least the floors are scored on, when that costs other samples."""
 
@@ -88,6 +93,12 @@ class SESSCallback(Callback):
         normalisation: (mean, std) to undo for display; None looks on datamodule, data set, transforms and
             weights.
         dataloader_idx: Which validation loader to watch.
+        alarm: Warn once when validation accuracy rises while the maps leave the object (``findings`` says
+            what is tested). True finds the accuracy among the logged keys, a text is its key, False is off.
+        num_rows: Rows in the table of the worst explained samples, and as many of the most drifted; 0 sends
+            no table of samples. Their pictures are in it unless ``num_images`` is 0: then none is sent at
+            all.
+        show_names: Whether class names and the samples' ids are shown; False shows numbers only.
 
     Raises:
         ValueError: If an argument makes no sense.
@@ -110,6 +121,9 @@ class SESSCallback(Callback):
         class_names: list[str] | None = None,
         normalisation: tuple[list[float], list[float]] | None = None,
         dataloader_idx: int = 0,
+        alarm: bool | str = True,
+        num_rows: int = 4,
+        show_names: bool = True,
     ) -> None:
         super().__init__()
         if method is not None and not isinstance(method, SaliencyMethod):
@@ -117,7 +131,7 @@ class SESSCallback(Callback):
                 f"SESSCallback: method must be a saliency method such as SESS(GradCAM()), got {method!r}."
             )
         for name, value, low in (
-            ("num_samples", num_samples, 1), ("num_images", num_images, 0),
+            ("num_samples", num_samples, 1), ("num_images", num_images, 0), ("num_rows", num_rows, 0),
             ("every_n_epochs", every_n_epochs, 1), ("max_forwards", max_forwards, 1),
         ):  # fmt: skip
             if not isinstance(value, int) or value < low:
@@ -134,7 +148,14 @@ class SESSCallback(Callback):
         self.num_samples, self.num_images, self.every_n_epochs = num_samples, num_images, every_n_epochs
         self.prefix, self.target, self.batch_adapter, self.on_error = prefix, target, batch_adapter, on_error
         self.max_forwards, self.tolerance, self.dataloader_idx = max_forwards, tolerance, dataloader_idx
-        self.class_names, self.normalisation = class_names, normalisation
+        self.class_names, self.normalisation, self.alarm = class_names, normalisation, alarm
+        self._runs: list[Run] = []
+        self._run: Run | None = None
+        self._alarmed = False
+        self.num_rows, self.show_names = num_rows, show_names
+        self._seen: list[Batch] = []
+        self._tables: dict[str, list[dict[str, Any]]] = {}
+        self._loaded: dict[str, int] | None = None
         self._metric: SESSMetric | None = None
         self._budget: _Budget | None = None
         self._own = ""
@@ -157,7 +178,7 @@ class SESSCallback(Callback):
         log_dir = trainer.log_dir or trainer.default_root_dir  # Broadcast: on every process, or all hang.
         self._failures = 0
         with self._guarded(trainer):
-            self._metric, self._budget, self._kept = None, None, {}
+            self._metric, self._budget, self._kept, self._loaded = None, None, {}, None
             found = (
                 sink_for(logger, getattr(logger, "log_dir", None) or log_dir)
                 for logger in (trainer.loggers or (None,))
@@ -214,15 +235,33 @@ class SESSCallback(Callback):
         self._finish(trainer, pl_module)
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ring the alarm; here, as the module may log its accuracy as late as at the end of its epoch."""
+        if self._run is not None and not trainer.sanity_checking:
+            with self._guarded(trainer), keep_rng():
+                self._ring(trainer, self._run)
+            self._run = None
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note how old the weights are that ``validate`` or ``test`` was given."""
+        self._loaded = {"epoch": int(checkpoint["epoch"]), "step": int(checkpoint["global_step"])}
+
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs; plain floats only, so that weights-only loading accepts it."""
-        return {"last": dict(self._last), "failed": self._failed}
+        """Return what a resumed run needs; plain values and tensors, which weights-only loading accepts."""
+        runs = [dict(vars(run)) for run in self._runs]
+        return {"last": dict(self._last), "failed": self._failed, "runs": runs, "alarmed": self._alarmed}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint holds."""
         self._last = {str(name): float(value) for name, value in dict(state_dict.get("last", {})).items()}
         self._failed = int(state_dict.get("failed", 0))
+        self._runs = [Run(**run) for run in state_dict.get("runs", [])]
+        self._alarmed = bool(state_dict.get("alarmed", False))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or self._failures >= 3:
@@ -240,7 +279,7 @@ class SESSCallback(Callback):
             pl_module.log(
                 f"{self.prefix}/{name}", value, logger=False, on_step=False, on_epoch=True, batch_size=1
             )
-        self._error, self._panel, self._taken = None, [], 0
+        self._error, self._panel, self._taken, self._run, self._seen = None, [], 0, None, []
         if self._metric is not None:
             self._metric.reset()
 
@@ -269,7 +308,7 @@ class SESSCallback(Callback):
         self._budget = self._spend(trainer, pl_module, method, compare, size, len(batch) * batches)
         floors = [name for name, each in compare.items() if each.forwards == 0]
         limits = dict.fromkeys(floors, self._budget.floors)
-        self._metric = SESSMetric(method, compare=compare, limits=limits, tolerance=tolerance).to(
+        self._metric = SESSMetric(method, compare=compare, limits=limits, tolerance=tolerance, grid=GRID).to(
             pl_module.device
         )
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
@@ -351,6 +390,7 @@ class SESSCallback(Callback):
         """Keep what the panel shows of these samples; read back from the device when the run is over."""
         assert self._metric is not None
         assert self._budget is not None
+        self._seen.append(samples)
         total, first = self._budget.samples, self._taken - len(samples)
         shown = min(self.num_images, total)
         found = {name or self._own: each for name, each in self._metric.latest.items()}
@@ -387,6 +427,7 @@ class SESSCallback(Callback):
         curves: dict[str, Tensor] = {}
         with self._guarded(trainer), _isolated(pl_module):
             values, curves = _chosen(self._metric.compute()), self._metric.curves()
+            values |= self._compare(trainer, self._metric.samples())
             self._last = {name: value for name, value in values.items() if np.isfinite(value)}
             for name, value in self._last.items():
                 pl_module.log(f"{self.prefix}/{name}", value, on_step=False, on_epoch=True, batch_size=1)
@@ -397,8 +438,72 @@ class SESSCallback(Callback):
         if self._error is None and self._last and self._sinks:
             self._show(trainer, curves)
 
+    def _compare(self, trainer: Trainer, samples: Samples) -> dict[str, float]:
+        """Return how alike the maps are to those of earlier runs."""
+        self._run = record(self._when(trainer), self._key(samples), samples)
+        drifts = drift(self._runs, self._run)
+        if self._sinks:
+            rows = [
+                {"why": why, "sample": self._title(i), **sample_row(samples, drifts, i, self._name),
+                 **self._picture(i, samples.small[i])}
+                for why, i in standing_out(samples, drifts, self.num_rows)
+            ]  # fmt: skip
+            self._tables = {"classes": class_rows(samples, self._name), "samples": rows}
+        return {name: float(each.nanmean()) for name, each in drifts.items()}
+
+    def _sample(self, i: int) -> Batch | None:
+        """Return what is known here of sample ``i`` of all processes."""
+        for batch in self._seen:
+            if i < len(batch):
+                return batch.take([i])
+            i -= len(batch)
+        return None
+
+    def _title(self, i: int) -> str:
+        sample = self._sample(i)
+        return sample.ids[0] if self.show_names and sample and sample.ids else f"sample {i + 1}"
+
+    def _picture(self, i: int, small: Tensor) -> dict[str, Picture | None]:
+        """Return the sample under its small map, nothing if no pictures are to be sent."""
+        sample = self._sample(i)
+        if not self.num_images or sample is None:
+            return {"picture": None} if self.num_images else {}
+        picture = displayed(sample.images, self._normalisation)[0]
+        large = upsample(small[None], size_of(sample.images))
+        return {"picture": overlay(picture, min_max(large)[0])}
+
+    def _when(self, trainer: Trainer) -> dict[str, int]:
+        """Return epoch and step: those of Lightning's own validation rows, so that pictures stand beside."""
+        if self._loaded is not None and trainer.state.fn != "fit":
+            return self._loaded  # Lightning would say 0.
+        loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+        step = int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+        return {"epoch": trainer.current_epoch, "step": step}
+
+    def _key(self, samples: Samples) -> list[int]:
+        predicted = self.target == "predicted"  # Predictions change, the samples do not.
+        return [len(samples.targets)] if predicted else samples.targets.tolist()
+
+    def _ring(self, trainer: Trainer, run: Run) -> None:
+        metrics = trainer.callback_metrics
+        key = find_accuracy(metrics, self.prefix) if self.alarm is True else self.alarm or None
+        if key in metrics:
+            run = replace(run, accuracy=float(metrics[key]))
+            found = findings(self._runs, run, constant_guess(run.key))
+            if found and not self._alarmed:
+                self._alarmed = True
+                text = describe(found, run, key, [self._title(i) for i in range(len(run.small))])
+                self._warn(trainer, text)
+                for sink in self._sinks:
+                    sink.alert("Clever Hans?", text)
+        elif key is not None and not self._alarmed:
+            self._alarmed = True
+            logged = ", ".join(sorted(metrics))
+            self._warn(trainer, f"alarm={key!r} is not among the logged keys ({logged}); the alarm is off.")
+        self._runs = remembered(self._runs, run)
+
     def _show(self, trainer: Trainer, curves: Mapping[str, Tensor]) -> None:
-        when = {"epoch": trainer.current_epoch, "step": _step(trainer)}
+        when = self._when(trainer)
         panels: list[Panel] = []
         with self._guarded(trainer), keep_rng():
             panels = [self._draw(i, sample) for i, sample in enumerate(self._panel)]
@@ -412,6 +517,9 @@ class SESSCallback(Callback):
                 if panels:
                     sink.panels(f"{self.prefix}/panel", panels, when)
                 sink.curves(f"{self.prefix}/curves", named, when)
+                for name, rows in self._tables.items():
+                    if rows:
+                        sink.table(f"{self.prefix}/{name}", rows, when)
                 sink.scalars(f"{self.prefix}/scalars", self._last, when)
         self._panel = []
 
@@ -443,11 +551,11 @@ class SESSCallback(Callback):
             caption="\n".join(lines),
             boxes=[tuple(box) for box in boxes if box[2] > box[0] and box[3] > box[1]],
             label=self._name(label),
-            title=sample.batch.ids[0] if sample.batch.ids else f"sample {number + 1}",
+            title=sample.batch.ids[0] if self.show_names and sample.batch.ids else f"sample {number + 1}",
         )
 
     def _name(self, index: float) -> str:
-        names = self._names
+        names = self._names if self.show_names else None
         return names[int(index)] if names and 0 <= int(index) < len(names) else f"class {int(index)}"
 
     @contextmanager
@@ -553,9 +661,3 @@ def _spread(count: int, size: int, batch_idx: int) -> list[int]:
     """
     start = int(0.618034 * batch_idx * size)
     return sorted((start + i * size // count) % size for i in range(count))
-
-
-def _step(trainer: Trainer) -> int:
-    """Return the step that Lightning's own validation rows carry, so that pictures stand beside them."""
-    loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
-    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))

@@ -15,6 +15,11 @@ from torch import Tensor
 
 from sess_lightning.reporting.panels import Panel, Picture, curve_figure, sheet
 
+BEST = {
+    "insertion": "max", "overall": "max", "pointing_game": "max", "relevance_mass": "max", "deletion": "min",
+}  # fmt: skip
+"""Which end of a figure is the good one, by the last part of its name."""
+
 
 class Sink(ABC):
     """Takes pictures and curves; scalars travel through Lightning's own logging."""
@@ -38,6 +43,12 @@ class Sink(ABC):
     def scalars(self, key: str, values: Mapping[str, float], when: Mapping[str, int]) -> None:  # noqa: B027
         """Keep the figures where the logger itself does not."""
 
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:  # noqa: B027
+        """Show rows of plain values and pictures under one key; all have the same columns."""
+
+    def alert(self, title: str, text: str) -> None:  # noqa: B027
+        """Tell the user now, where the logger can."""
+
 
 class WandbSink(Sink):
     """Weights & Biases: one media key whose step slider replays the training, and a chart of the curves."""
@@ -46,6 +57,7 @@ class WandbSink(Sink):
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
+        self._defined: set[str] = set()
 
     def panels(self, key: str, panels: Sequence[Panel], when: Mapping[str, int]) -> None:
         """Log image | base | SESS strips with their captions and boxes."""
@@ -76,7 +88,35 @@ class WandbSink(Sink):
             xs=share, ys=list(lines.values()), keys=list(lines), title=f"Mean curves, epoch {when['epoch']}",
             xname="share of pixels changed, most salient first",
         )  # fmt: skip
-        self._log({key: chart}, when)
+        # The chart shows the newest run; the picture's step slider goes back to any.
+        picture = wandb.Image(curve_figure(curves, _title(when)), file_type="jpg")
+        self._log({key: chart, f"{key}_by_epoch": [picture]}, when)
+
+    def scalars(self, key: str, values: Mapping[str, float], when: Mapping[str, int]) -> None:  # noqa: ARG002
+        """Have W&B's summary keep the best and the last value of the figures that Lightning logs."""
+        prefix = key.rsplit("/", 1)[0]
+        for name in set(values) - self._defined:
+            best = BEST.get(name.rsplit("/", 1)[-1])
+            if best is not None and not name.startswith("minus_"):
+                self._logger.experiment.define_metric(
+                    f"{prefix}/{name}", step_metric="trainer/global_step", step_sync=True,
+                    summary=f"{best},last",
+                )  # fmt: skip
+        self._defined |= set(values)
+
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
+        """Log a table, pictures as JPEG."""
+        import wandb
+
+        data = [
+            [wandb.Image(v, file_type="jpg") if isinstance(v, np.ndarray) else v for v in row.values()]
+            for row in rows
+        ]
+        self._log({key: wandb.Table(columns=list(rows[0]), data=data)}, when)
+
+    def alert(self, title: str, text: str) -> None:
+        """Send W&B's alert, by mail or Slack as the user has set."""
+        self._logger.experiment.alert(title=title, text=text, level="WARN")
 
     def _log(self, values: dict[str, Any], when: Mapping[str, int]) -> None:
         # No step=: W&B drops rows whose step is not the newest. Lightning's own rows carry the same key.
@@ -116,6 +156,17 @@ class TensorBoardSink(Sink):
             key, curve_figure(curves, _title(when)), when["step"], dataformats="HWC"
         )
 
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
+        """Add the table as text, without pictures."""
+        told = [_without_pictures(row) for row in rows]
+        lines = [list(told[0]), ["---"] * len(told[0]), *(map(_cell, row.values()) for row in told)]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        self._logger.experiment.add_text(key, text, when["step"])
+
+    def alert(self, title: str, text: str) -> None:
+        """Add the text."""
+        self._logger.experiment.add_text(title, text)
+
 
 class FileSink(Sink):
     """PNG and CSV files, one picture per validation run, one row per figure set."""
@@ -145,6 +196,10 @@ class FileSink(Sink):
         """Append every figure to a CSV of (epoch, step, name, value)."""
         self._append(f"{key}.csv", ({**when, "name": name, "value": value} for name, value in values.items()))
 
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
+        """Append the rows to a CSV, without pictures."""
+        self._append(f"{key}.csv", ({**when, **_without_pictures(row)} for row in rows))
+
     def _write(self, key: str, picture: Picture, when: Mapping[str, int]) -> None:
         folder = self._folder / key
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,6 +215,15 @@ class FileSink(Sink):
             if new:
                 writer.writeheader()
             writer.writerows(rows)
+
+
+def _without_pictures(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not isinstance(value, np.ndarray)}
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _title(when: Mapping[str, int]) -> str:
