@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sess_lightning.metrics.statistics import bootstrap_counts
+from sess_lightning.metrics.statistics import Mean, resample
 from sess_lightning.runs import FIGURES, Run, comparable
 
 LEAST_RISE = 0.02
@@ -58,7 +58,7 @@ def find_accuracy(metrics: Mapping[str, object], prefix: str) -> str | None:
 
     The shortest key that speaks of accuracy (``acc``, ``accuracy``, ``top1``) and not of training.
     """
-    spoken = re.compile(r"(^|[^a-z])(acc|accuracy|top_?1)([^a-z]|$)")
+    spoken = re.compile(r"accuracy|(^|[^a-z])(acc|top_?1)([^a-z]|$)")
     found = [
         key for key in metrics
         if spoken.search(key.lower()) and "train" not in key.lower() and not key.startswith(f"{prefix}/")
@@ -106,11 +106,12 @@ def _lower(
 ) -> Finding | None:
     difference = (now.figures[figure] - before).double()
     both = difference.isfinite()
-    if both.sum() < LEAST_SAMPLES:
+    count = int(both.sum())
+    if count < LEAST_SAMPLES:
         return None
-    counts = bootstrap_counts(int(both.sum()))
+    resampled = resample({"mean": Mean(difference[both], torch.arange(count))}, count)["mean"]
     ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    low, high = torch.quantile(counts @ difference[both] / both.sum(), ends).tolist()
+    low, high = torch.quantile(resampled, ends).tolist()
     if high >= 0 or difference[both].mean() > -least:
         return None
     order = difference.nan_to_num(0).argsort(stable=True)[:TOLD]
@@ -120,7 +121,7 @@ def _lower(
         now=float(now.figures[figure][both].mean()),
         low=low,
         high=high,
-        samples=int(both.sum()),
+        samples=count,
         since=since,
         worst=tuple(i for i in order.tolist() if difference[i] < 0),
     )

@@ -19,7 +19,7 @@ from typing_extensions import override
 from sess_lightning.alarm import constant_guess, describe, find_accuracy, findings
 from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
 from sess_lightning.engine import smooth
-from sess_lightning.introspection import check_inputs, classify
+from sess_lightning.introspection import check_inputs, classify, predict
 from sess_lightning.lending import borrowed, explaining, keep_rng
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
@@ -247,7 +247,8 @@ class SESSCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Note how old the weights are that ``validate`` or ``test`` was given."""
-        self._loaded = {"epoch": int(checkpoint["epoch"]), "step": int(checkpoint["global_step"])}
+        # One less: Lightning's rows at the end of an epoch carry the step of its last batch.
+        self._loaded = {"epoch": int(checkpoint["epoch"]), "step": max(0, int(checkpoint["global_step"]) - 1)}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -463,11 +464,11 @@ class SESSCallback(Callback):
         sample = self._sample(i)
         return sample.ids[0] if self.show_names and sample and sample.ids else f"sample {i + 1}"
 
-    def _picture(self, i: int, small: Tensor) -> dict[str, Picture | None]:
-        """Return the sample under its small map, nothing if no pictures are to be sent."""
+    def _picture(self, i: int, small: Tensor) -> dict[str, Picture]:
+        """Return the sample under its small map; nothing if no pictures are sent, or it is elsewhere."""
         sample = self._sample(i)
         if not self.num_images or sample is None:
-            return {"picture": None} if self.num_images else {}
+            return {}
         picture = displayed(sample.images, self._normalisation)[0]
         large = upsample(small[None], size_of(sample.images))
         return {"picture": overlay(picture, min_max(large)[0])}
@@ -634,7 +635,7 @@ def _predicted(pl_module: nn.Module, images: Tensor, labels: Tensor, regions: An
     """Return the predicted classes; the regions are the label's, so that another prediction is no trial."""
     with explaining(pl_module), torch.no_grad():
         logits = classify(pl_module, borrowed(images))
-    predicted = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+    predicted = predict(logits)
     right = predicted == labels
     if isinstance(regions, Tensor):
         regions = regions & right[:, None, None]

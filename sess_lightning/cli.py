@@ -21,12 +21,13 @@ from typing_extensions import override
 from sess_lightning.benchmarks import Benchmark, Sample, read_picture
 from sess_lightning.callback import SESSCallback
 from sess_lightning.engine import smooth
-from sess_lightning.evaluation import Experiment, Results, evaluate, evaluate_with
+from sess_lightning.evaluation import Experiment, evaluate, evaluate_with
 from sess_lightning.introspection import classify
 from sess_lightning.lending import explaining, folded
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
 from sess_lightning.reporting.panels import Panel, displayed, overlay, sheet
+from sess_lightning.results import Results
 from sess_lightning.types import SaliencyMethod
 from sess_lightning.weights import Network, load_network
 
@@ -83,7 +84,10 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_subclass_arguments(Benchmark, "benchmark", required=True)
     parser.add_class_arguments(Experiment, "experiment", skip={"mean", "std"})
     parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="records and results")
-    parser.add_argument("--paper", type=dict[str, float], default={}, help="figures to put beside, percent")
+    parser.add_argument(
+        "--paper", type=dict[str, float], default={}, help="figures to put beside, percent; s"
+    )
+    parser.add_argument("--parquet", type=bool | None, default=None, help="also Parquet; null: with pyarrow")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ...")
     parser.add_argument("--devices", type=int, default=1, help="processes that share the pictures")
     parser.add_argument("--skip_broken", type=bool, default=False, help="leave out unreadable samples")
@@ -107,7 +111,7 @@ def run_evaluate(config: Namespace) -> Results:
         model.to(trainer.strategy.root_device)
         results = evaluate(*given, skip_broken=config.skip_broken, progress=True)
     if trainer.is_global_zero:
-        written = results.write(config.out, config.paper)
+        written = results.write(config.out, config.paper, config.parquet)
         sys.stdout.write(results.table(config.paper) + "\n")
         sys.stdout.write("".join(f"{path}\n" for path in written))
     return results

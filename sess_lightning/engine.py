@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sess_lightning.ops import blur, full_precision, resize, resize_matrix
 
-Fusion: TypeAlias = Literal["mean", "max"]
+Fusion: TypeAlias = Literal["mean", "max", "average"]
 
 
 class Plan(NamedTuple):
@@ -249,7 +249,8 @@ def fuse(
         strips: From ``canvas_strips``.
         which: The window each map belongs to.
         theta: Threshold, as a fraction of the top weight.
-        fusion: ``"mean"`` (the paper) or ``"max"``.
+        fusion: ``"mean"`` (the paper), ``"max"``, or ``"average"``: the sum over all windows divided by their
+            number, also where they do not lie and whatever ``theta`` (Figure 9's comparison).
         chunk: How many canvases exist at a time.
     """
     rows, columns = strips
@@ -265,7 +266,7 @@ def fuse(
                 @ weighted
                 @ columns.matrices[columns.strip_of[window]]
             )
-        voting = drawn > theta
+        voting = (drawn > theta) | (fusion == "average")
         voted = torch.where(voting, drawn, 0)
         if fusion == "max":
             total = torch.maximum(total, voted.amax(0))

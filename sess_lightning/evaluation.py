@@ -7,34 +7,44 @@ exactly the figures of one.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, UInt8
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from typing_extensions import override
 
-from sess_lightning.benchmarks import Benchmark, BrokenSampleError, Sample, boxes_to_mask, read_picture
+from sess_lightning.benchmarks import (
+    Benchmark,
+    BrokenSampleError,
+    Sample,
+    Trial,
+    boxes_to_mask,
+    read_picture,
+)
 from sess_lightning.engine import scaled_size
+from sess_lightning.introspection import classify, predict
+from sess_lightning.journal import Journal, read_journals
+from sess_lightning.lending import explaining
 from sess_lightning.methods import SESS, Blurred, CentreGaussian, RandomMap
 from sess_lightning.metrics import SESSMetric
+from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.ops import resize, size_of
-from sess_lightning.reporting.panels import curve_figure
+from sess_lightning.results import Results
 from sess_lightning.types import SaliencyMethod
 
-FIGURES = ("insertion", "deletion", "overall", "pointing_game", "pointing_game_difficult")
-COUNTS = ("n", "images", "broken", "missing", "all_difficult", "skipped", "misclassified", "nan", "flat")
+FORMAT = 2
+"""Of the records: 2 marks where a new image begins."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,8 @@ class Experiment:
         compare: Methods to score beside it, by name; None is the base of a SESS, and the floors: a random
             map, a centre Gaussian and the base's map, blurred.
         size: Side the model was built for, px.
+        target: Explain each class that the labels name (``"label"``), or once per picture what the model
+            ``"predicted"``, which is no trial of the Pointing Game where no label agrees.
         framing: ``"short"`` resizes the shorter side to ``size`` and floors the longer one (Pointing Game);
             ``"square"`` warps the picture to a square (insertion and deletion); ``"stored"`` leaves it as is.
         antialias: Antialias when the picture is made smaller; the Pointing Game's literature does not.
@@ -61,6 +73,7 @@ class Experiment:
 
     method: SaliencyMethod
     compare: dict[str, SaliencyMethod] | None = None
+    target: Literal["label", "predicted"] = "label"
     size: int = 224
     framing: Literal["short", "square", "stored"] = "short"
     antialias: bool = False
@@ -88,6 +101,7 @@ class Experiment:
             steps=self.steps,
             tolerance=self.tolerance,
             batch_size=self.batch_size,
+            clock=_read_clock,
             distributed_available_fn=_never,  # Processes meet in their records, not in collectives.
         )
 
@@ -113,6 +127,12 @@ def _never() -> bool:
     return False
 
 
+def _read_clock(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
 def floors(method: SaliencyMethod) -> dict[str, SaliencyMethod]:
     """Return what a method's figures are read against."""
     base = method.base if isinstance(method, SESS) else method
@@ -129,6 +149,7 @@ def describe(model: nn.Module, benchmark: Benchmark, experiment: Experiment) -> 
     """Return what figures depend on, as text: settings, the model's weights, the pictures' names."""
     told = {field.name: repr(getattr(experiment, field.name)) for field in fields(experiment)}
     told["compare"] = repr(experiment.methods())
+    told["format"] = str(FORMAT)
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
@@ -138,87 +159,6 @@ def describe(model: nn.Module, benchmark: Benchmark, experiment: Experiment) -> 
     told["benchmark"] = f"{type(benchmark).__name__}, {len(benchmark)} pictures, {names.hexdigest()[:16]}"
     told["benchmark"] += "".join(f", {name}={value}" for name, value in benchmark.options.items())
     return told
-
-
-def fingerprint(settings: Mapping[str, str]) -> str:
-    """Return a short hash of settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Journal:
-    """An append-only file: a line with the settings, then one per sample. Use it as a context.
-
-    Lines reach the operating system one by one, so a killed process loses at most the one it was writing,
-    which is dropped when the file is opened again.
-
-    Args:
-        path: The file; made if it is not there.
-        settings: What figures depend on.
-
-    Raises:
-        ValueError: If the file was written under other settings, or is damaged.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, str]) -> None:
-        self._path, self._settings = path, settings
-
-    def __enter__(self) -> Journal:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        whole = _whole_lines(self._path)
-        read_journal(self._path, self._settings)
-        self._file = self._path.open("ab")
-        self._file.truncate(len(whole))
-        if not whole:
-            self._write({"fingerprint": fingerprint(self._settings), "settings": dict(self._settings)})
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def append(self, sample: int, entry: Mapping[str, Any]) -> None:
-        """Write down what a sample scored."""
-        self._write({"sample": sample, **entry})
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-
-
-def _whole_lines(path: Path) -> bytes:
-    written = path.read_bytes() if path.exists() else b""
-    return written[: written.rfind(b"\n") + 1]
-
-
-def read_journal(path: Path, settings: Mapping[str, str]) -> dict[int, dict[str, Any]]:
-    """Return what a file holds, by sample; a last line that was cut short is left out.
-
-    Raises:
-        ValueError: If the file was written under other settings, or is damaged.
-    """
-    head, *lines = _whole_lines(path).splitlines() or [b""]
-    if not head:
-        return {}
-    try:
-        start, entries = json.loads(head), [json.loads(line) for line in lines]
-        found = {entry["sample"]: entry for entry in entries}
-        before = start["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is damaged ({error}); delete it, or use another folder.") from error
-    if start["fingerprint"] != fingerprint(settings):
-        differing = [key for key in {*before, *settings} if before.get(key) != settings.get(key)]
-        told = "; ".join(f"{key} was {before.get(key)}, is {settings.get(key)}" for key in sorted(differing))
-        raise ValueError(f"{path}: was written under other settings ({told}); use another folder.")
-    return found
-
-
-def read_journals(folder: Path, settings: Mapping[str, str]) -> dict[int, dict[str, Any]]:
-    """Return what all processes wrote, by sample, in rising order."""
-    entries: dict[int, dict[str, Any]] = {}
-    for path in sorted(folder.glob("records-*.jsonl")):
-        entries |= read_journal(path, settings)
-    return dict(sorted(entries.items()))
 
 
 def evaluate(
@@ -333,14 +273,31 @@ def _entry(
         if not skip_broken:
             raise
         return {"id": name, "broken": str(error)}
-    rows = assess(model, sample, experiment.images(picture), metric) if sample.trials else {}
-    return {"id": name, "all_difficult": sample.skipped, "rows": rows}
+    entry: dict[str, Any] = {"id": name, "all_difficult": sample.skipped}
+    if not sample.trials:
+        return entry
+    images = experiment.images(picture).to(_device(model))
+    if experiment.target == "predicted":
+        labels = [trial.target for trial in sample.trials]
+        sample = as_predicted(sample, model, images)
+        entry["misclassified"] = int(sample.trials[0].target not in labels)
+    entry["rows"] = assess(model, sample, images, metric)
+    entry["seconds"] = {other: round(found.seconds, 6) for other, found in metric.latest.items()}
+    return entry
+
+
+def as_predicted(sample: Sample, model: nn.Module, images: Float[Tensor, "1 3 h w"]) -> Sample:
+    """Return a sample whose only trial is what the model predicts, where that is if a label agrees."""
+    with explaining(model), torch.no_grad():
+        predicted = int(predict(classify(model, images.clone())))
+    agreeing = [trial for trial in sample.trials if trial.target == predicted]
+    return sample._replace(trials=tuple(agreeing) or (Trial(predicted, None, None),))
 
 
 def assess(
     model: nn.Module, sample: Sample, images: Float[Tensor, "1 3 h w"], metric: SESSMetric
 ) -> dict[str, list[Any]]:
-    """Score a sample's trials, and return the metric's rows as plain lists."""
+    """Score a sample's trials, and return the metric's rows as plain lists; None stands for NaN."""
     device = _device(model)
     targets = torch.tensor([trial.target for trial in sample.trials], device=device)
     known = [trial.difficult is not None for trial in sample.trials]
@@ -353,7 +310,7 @@ def assess(
         difficult=difficult if all(known) else None,
         size=sample.size,
     )
-    return _take_rows(metric)
+    return {name: _without_nan(rows.tolist()) for name, rows in metric.take_rows().items()}
 
 
 def _regions(
@@ -368,15 +325,6 @@ def _regions(
         masks = [r if r.dtype == torch.bool else boxes_to_mask(r, sample.size) for r in given]
         return torch.stack(masks).to(device)
     return [region.to(device) for region in given]
-
-
-def _take_rows(metric: SESSMetric) -> dict[str, list[Any]]:
-    """Take the last update's rows out of a metric; NaN becomes None, as JSON has none."""
-    taken = {}
-    for name in metric._empty:
-        taken[name] = _without_nan(metric.rows(name).tolist())
-        getattr(metric, name).clear()
-    return taken
 
 
 def _without_nan(value: Any) -> Any:
@@ -397,32 +345,47 @@ def summarise(
     """Compute all figures from the records in ``folder``, whoever wrote them."""
     entries = read_journals(Path(folder), settings)
     metric = experiment.metric()
-    rows = [entry["rows"] for entry in entries.values() if entry.get("rows")]
-    for name, empty in metric._empty.items():
-        parts = [torch.tensor(_with_nan(each[name]), dtype=empty.dtype) for each in rows]
-        getattr(metric, name).extend(part.view(-1, *empty.shape[1:]) for part in parts)
-    metric._update_count = len(rows)
-    figures = metric.compute() if rows else {}
-    expected = experiment.chosen(len(benchmark))
+    scored = {number: entry for number, entry in entries.items() if entry.get("rows")}
+    for entry in scored.values():
+        metric.load_rows({name: _with_nan(value) for name, value in entry["rows"].items()})
+    figures = metric.compute() if scored else {}
+    if experiment.target == "predicted":
+        figures["misclassified"] = _total(entries, "misclassified")
     figures["images"] = float(len(entries))
     figures["broken"] = float(sum("broken" in entry for entry in entries.values()))
-    figures["missing"] = float(len(set(expected) - set(entries)))
-    figures["all_difficult"] = float(sum(entry.get("all_difficult", 0) for entry in entries.values()))
+    figures["missing"] = float(len(set(experiment.chosen(len(benchmark))) - set(entries)))
+    figures["all_difficult"] = _total(entries, "all_difficult")
+    names = benchmark.class_names
     return Results(
         method=str(experiment.method),
         others=tuple(experiment.methods()),
         figures=figures,
-        curves=metric.curves() if rows else {},
-        classes=_per_class(metric, benchmark.class_names, experiment) if rows else [],
+        curves=metric.curves() if scored else {},
+        classes=_per_class(metric, names, experiment) if scored else [],
+        samples=_per_sample(metric, names, experiment, scored) if scored else {},
+        seconds=_mean_seconds(scored.values()),
         settings=dict(settings),
     )
+
+
+def _total(entries: Mapping[int, Mapping[str, Any]], count: str) -> float:
+    return float(sum(entry.get(count, 0) for entry in entries.values()))
+
+
+def _mean_seconds(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    taken = [entry["seconds"] for entry in entries]
+    return {name: sum(each[name] for each in taken) / len(taken) for name in (taken[0] if taken else ())}
+
+
+def _class_name(names: Sequence[str], target: int) -> str:
+    return names[target] if target < len(names) else str(target)
 
 
 def _per_class(metric: SESSMetric, names: Sequence[str], experiment: Experiment) -> list[dict[str, Any]]:
     targets = metric.rows("targets")
     table = []
     for target in targets.unique().tolist():
-        row: dict[str, Any] = {"class": names[target] if target < len(names) else str(target)}
+        row: dict[str, Any] = {"class": _class_name(names, target)}
         for place, name in enumerate(("method", *experiment.methods())):
             hits = metric.rows(f"hits_{place}")[targets == target]
             row |= {"trials": int((hits >= 0).sum()), f"{name}_hits": int((hits == 1).sum())}
@@ -430,113 +393,39 @@ def _per_class(metric: SESSMetric, names: Sequence[str], experiment: Experiment)
     return table
 
 
-@dataclass(frozen=True)
-class Results:
-    """What came out.
-
-    Attributes:
-        method: The method, in words.
-        others: Names of the methods beside it.
-        figures: As ``SESSMetric.compute`` gives them, and how many images were scored, broken or are missing.
-        curves: Mean insertion and deletion curve of each method.
-        classes: Pointing Game, trials and hits by class.
-        settings: What the figures depend on.
-    """
-
-    method: str
-    others: tuple[str, ...]
-    figures: dict[str, float]
-    curves: dict[str, Tensor]
-    classes: list[dict[str, Any]]
-    settings: dict[str, str]
-
-    def rows(self, paper: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
-        """Return a row per method and figure: value, 95 % interval, the paper's value and the difference.
-
-        Args:
-            paper: Figures as printed there, in percent; ``base/...`` for the base method's.
-        """
-        prefixes = {"": self.method} | {f"{name}/": name for name in self.others}
-        prefixes |= {f"minus_{name}/": f"{self.method} - {name}" for name in self.others}
-        found = [
-            _row(self.figures, paper or {}, prefix, label, figure)
-            for prefix, label in prefixes.items()
-            for figure in (*FIGURES, "insertion_normalised", "deletion_normalised", "flat", "curves_n")
-            if prefix + figure in self.figures
-        ]
-        counts = (*COUNTS, "pointing_game_n", "pointing_game_difficult_n")
-        return found + [_row(self.figures, {}, "", "", figure) for figure in counts if figure in self.figures]
-
-    def table(self, paper: Mapping[str, float] | None = None) -> str:
-        """Return the figures in percent as text: a line per method, 95 % intervals in brackets."""
-        shown = [figure for figure in FIGURES if figure in self.figures]
-        lines = [["", *shown]]
-        for prefix, label in (("", self.method), *((f"{name}/", name) for name in self.others)):
-            lines.append([label, *(_cell(self.figures, prefix + figure) for figure in shown)])
-            if any(prefix + figure in (paper or {}) for figure in shown):
-                lines.append(["  in the paper", *(_beside(self.figures, paper, prefix + f) for f in shown)])
-        for name in self.others:
-            paired = (_cell(self.figures, f"minus_{name}/{figure}", signed=True) for figure in shown)
-            lines.append([f"less {name}", *paired])
-        counts = [f"{name} {self.figures[name]:.0f}" for name in COUNTS if name in self.figures]
-        return "\n".join([*_aligned(lines), ", ".join(counts)])
-
-    def write(self, folder: str | Path, paper: Mapping[str, float] | None = None) -> list[Path]:
-        """Write ``results.csv`` and ``.txt``, ``classes.csv`` and ``curves.png``; return what was written."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        written = [folder / "results.csv", folder / "results.txt"]
-        _write_csv(written[0], self.rows(paper))
-        written[1].write_text(self.table(paper) + "\n")
-        if any(row["trials"] for row in self.classes):
-            written.append(folder / "classes.csv")
-            _write_csv(written[-1], self.classes)
-        drawn = {name or self.method: curve for name, curve in self.curves.items() if curve.isfinite().all()}
-        if drawn:
-            written.append(folder / "curves.png")
-            Image.fromarray(curve_figure(drawn)).save(written[-1])
-        return written
-
-
-def _row(
-    figures: Mapping[str, float], paper: Mapping[str, float], prefix: str, label: str, figure: str
-) -> dict[str, Any]:
-    key = prefix + figure
-    printed = paper[key] / 100 if key in paper else ""
-    return {
-        "method": label,
-        "figure": figure,
-        "value": figures[key],
-        "ci_low": figures.get(f"{key}_ci_low", ""),
-        "ci_high": figures.get(f"{key}_ci_high", ""),
-        "paper": printed,
-        "difference": figures[key] - printed if isinstance(printed, float) else "",
+def _per_sample(
+    metric: SESSMetric,
+    names: Sequence[str],
+    experiment: Experiment,
+    entries: Mapping[int, Mapping[str, Any]],
+) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of a table with a row per trial, method and figure."""
+    counts = [len(entry["rows"]["targets"]) for entry in entries.values()]
+    targets = metric.rows("targets").numpy()
+    known = {
+        "sample": np.repeat(list(entries), counts),
+        "id": np.repeat([str(entry["id"]) for entry in entries.values()], counts),
+        "target": targets,
+        "class": np.array([_class_name(names, target) for target in targets.tolist()]),
+        "predicted": metric.rows("predicted").numpy(),
+        "score": metric.rows("ends")[:, 0].double().numpy(),
+        "difficult": metric.rows("difficult").numpy(),
     }
-
-
-def _cell(figures: Mapping[str, float], key: str, signed: bool = False) -> str:
-    if key not in figures:
-        return "-"
-    form = "{:+.2f}" if signed else "{:.2f}"
-    ends = [f"{key}_ci_low", f"{key}_ci_high"]
-    inside = ", ".join(form.format(100 * figures[end]) for end in ends if end in figures)
-    return form.format(100 * figures[key]) + (f" [{inside}]" if inside else "")
-
-
-def _beside(figures: Mapping[str, float], paper: Mapping[str, float] | None, key: str) -> str:
-    if not paper or key not in paper or key not in figures:
-        return "-"
-    return f"{paper[key]:.1f} ({100 * figures[key] - paper[key]:+.2f})"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> Iterable[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    parts = []
+    for place, name in enumerate(("method", *experiment.methods())):
+        insertion, deletion = curve_auc(metric.rows(f"curves_{place}").double()).unbind(1)
+        hits = metric.rows(f"hits_{place}").double()
+        found = {
+            "insertion": insertion,
+            "deletion": deletion,
+            "overall": insertion - deletion,
+            "hit": hits.where(hits >= 0, torch.nan),
+            "flat": metric.rows(f"flat_{place}").double(),
+        }
+        for figure, values in found.items():
+            there = values.isfinite().numpy()
+            own = {"method": name, "figure": figure}
+            part = {column: each[there] for column, each in known.items()}
+            part |= {column: np.repeat(told, there.sum()) for column, told in own.items()}
+            parts.append({**part, "value": values.numpy()[there]})
+    return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}

@@ -106,6 +106,11 @@ def classify(model: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor
         ) from error
 
 
+def predict(logits: Float[Tensor, "B N"]) -> Int[Tensor, " B"]:
+    """Return the class of the highest logit; of a single logit, 1 where it is positive."""
+    return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+
+
 @torch.no_grad()
 def score(
     model: nn.Module,

@@ -113,4 +113,6 @@ def equation_2(maps, weights, plan, which, theta, fusion="mean"):
     voting = values > theta
     if fusion == "max":
         return np.where(voting, values, 0).max(0)
+    if fusion == "average":
+        return values.mean(0)
     return np.where(voting, values, 0).sum(0) / np.maximum(voting.sum(0), 1)

@@ -125,7 +125,7 @@ def test_imagenet_classes_come_from_folders_or_from_the_xml(tmp_path, folders):
     benchmark = ImageNet(root / "val", root / "bbox", root / "synsets.txt")
     samples = [benchmark[i] for i in range(3)]
     assert [sample.trials[0].target for sample in samples] == [0, 1, 2]
-    assert samples[0].trials[0].region.tolist() == [[4, 8, 50, 40]]
+    assert samples[0].trials[0].region.tolist() == [[4, 8, 51, 41]]
 
 
 def test_imagenet_without_boxes_still_has_classes(tmp_path):

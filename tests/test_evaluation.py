@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -40,6 +41,11 @@ def whole(voc, tmp_path_factory):
     return run(voc, folder), folder
 
 
+def untimed(path):
+    """The records, but for how long they took."""
+    return [{**json.loads(line), "seconds": None} for line in path.read_text().splitlines()]
+
+
 def test_a_run_killed_half_way_goes_on_to_the_very_same_figures(voc, whole, tmp_path):
     process, path = start(voc, tmp_path), tmp_path / "records-0-of-1.jsonl"
     deadline = time.monotonic() + 60
@@ -54,7 +60,7 @@ def test_a_run_killed_half_way_goes_on_to_the_very_same_figures(voc, whole, tmp_
     path.write_bytes(written + b'{"sample": 2, "id": "0000')  # What a kill in the midst of a line leaves.
     results = run(voc, tmp_path)
     assert results.figures == whole[0].figures
-    assert path.read_bytes() == (whole[1] / path.name).read_bytes()
+    assert untimed(path) == untimed(whole[1] / path.name)
 
 
 def test_two_processes_give_exactly_the_figures_of_one(voc, whole, tmp_path):
@@ -180,12 +186,78 @@ def test_the_table_stands_beside_the_paper(voc, whole, tmp_path):
     table = whole[0].table(paper)
     difference = 100 * whole[0].figures["overall"] - 57.3
     assert f"57.3 ({difference:+.2f})" in table
-    written = {path.name for path in whole[0].write(tmp_path, paper)}
-    assert written == {"results.csv", "results.txt", "classes.csv", "curves.png"}
+    written = {path.name for path in whole[0].write(tmp_path, paper, parquet=False)}
+    assert written == {"results.csv", "results.txt", "classes.csv", "samples.csv", "curves.png"}
     with (tmp_path / "results.csv").open() as file:
         rows = {(row["method"], row["figure"]): row for row in csv.DictReader(file)}
     assert float(rows["base", "overall"]["paper"]) == pytest.approx(0.56)
     assert float(rows["base", "overall"]["value"]) == whole[0].figures["base/overall"]
+
+
+def test_samples_are_a_tidy_table(whole, tmp_path):
+    results = whole[0]
+    results.write(tmp_path, parquet=False)
+    with (tmp_path / "samples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * 3 * len({"insertion", "deletion", "overall", "hit", "flat"})
+    assert [rows[0][column] for column in ("sample", "id", "method", "figure")] == [
+        "0", "000001", "method", "insertion",
+    ]  # fmt: skip
+    own = {"overall": [], "hit": []}
+    for row in rows:
+        if row["method"] == "method" and row["figure"] in own:
+            own[row["figure"]].append(float(row["value"]))
+    assert sum(own["overall"]) / 5 == pytest.approx(results.figures["overall"], abs=1e-12)
+    hits = {row["class"]: row["method_hits"] for row in results.classes}
+    assert sum(own["hit"]) == sum(hits.values())
+    assert [row["id"] for row in rows if (row["method"], row["figure"]) == ("base", "flat")] == [
+        "000001", "000001", "000002", "000003", "000003",
+    ]  # fmt: skip
+
+
+def test_tables_are_written_as_parquet_too(whole, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    written = {path.name for path in whole[0].write(tmp_path, {"overall": 57.3})}
+    assert {"results.parquet", "samples.parquet"} < written
+    samples = parquet.read_table(tmp_path / "samples.parquet").to_pydict()
+    assert {name: list(column) for name, column in whole[0].samples.items()} == samples
+    figures = parquet.read_table(tmp_path / "results.parquet").to_pylist()
+    assert figures == whole[0].rows({"overall": 57.3})
+
+
+def test_without_pyarrow_there_is_csv_alone_unless_parquet_is_asked_for(whole, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert not [path for path in whole[0].write(tmp_path) if path.suffix == ".parquet"]
+    with pytest.raises(ImportError, match="pip install pyarrow"):
+        whole[0].write(tmp_path, parquet=True)
+
+
+def test_seconds_are_told_but_are_no_figure(whole):
+    results = whole[0]
+    assert set(results.seconds) == {"", "base", "random"}
+    assert results.seconds[""] > 0
+    assert not [name for name in results.figures if "seconds" in name]
+    rows = {row["method"]: row for row in results.rows({"base/seconds_per_image": 0.03})
+            if row["figure"] == "seconds_per_image"}  # fmt: skip
+    assert rows["base"]["value"] == results.seconds["base"]
+    assert rows["base"]["difference"] == pytest.approx(results.seconds["base"] - 0.03)
+    assert "seconds_per_image" in results.table().splitlines()[0]
+
+
+def test_the_prediction_is_explained_once_a_picture_and_points_only_where_a_label_agrees(voc, tmp_path):
+    model, benchmark = build("tiny"), FiveClasses(voc)
+    made = experiment(target="predicted")
+    results = evaluate(model, benchmark, made, tmp_path, progress=False)
+    labels = [{trial.target for trial in benchmark[i].trials} for i in range(3)]
+    with torch.no_grad():
+        images = [made.images(read_picture(benchmark[i])) for i in range(3)]
+        predicted = [int(model(each).argmax()) for each in images]
+    right = [label in known for label, known in zip(predicted, labels, strict=True)]
+    assert 0 < sum(right) < 3  # Or nothing would be tested.
+    assert results.figures["n"] == 3
+    assert results.figures["misclassified"] == 3 - sum(right)
+    assert results.figures["pointing_game_n"] == sum(right)
+    assert sorted(set(results.samples["target"])) == sorted(set(predicted))
 
 
 def test_lightnings_trainer_gives_the_figures_of_the_plain_loop(voc, whole, tmp_path):
@@ -201,7 +273,9 @@ def test_records_are_readable_by_anyone(whole):
     head, first, *_ = map(json.loads, (whole[1] / "records-0-of-1.jsonl").read_text().splitlines())
     assert set(head) == {"fingerprint", "settings"}
     assert (first["sample"], first["id"], first["all_difficult"]) == (0, "000001", 1)
-    assert set(first["rows"]) == set(SESSMetric(GradCAM(), compare={"a": GradCAM(), "b": GradCAM()})._empty)
+    metric = SESSMetric(GradCAM(), compare={"a": GradCAM(), "b": GradCAM()})
+    assert set(first["rows"]) == set(metric.take_rows())
+    assert first["rows"]["begins"] == [1, 0]
 
 
 def test_results_of_nothing_are_empty(tmp_path, voc):

@@ -89,7 +89,8 @@ class AugmentedGradCAM(SaliencyMethod):
     224 px, are restated so that they hold for any size, grid and number of copies: variation per side, energy
     per pixel, difference per cell. Two things differ, without which peaks are cut off at a fifth and h is
     speckled where no copy looks: Adam's step is 0.02, theirs 0.001 (200 of them each), and a cell is the mean
-    of 3 x 3 places in it, theirs its centre alone.
+    of 3 x 3 places in it, theirs its centre alone. Where the slope is all but zero, its sign is rounding's
+    and Adam's step whole: between machines or layouts, pixels move by some hundredths.
 
     Costs ``num_copies`` times the base; the super-resolution itself runs no model.
 

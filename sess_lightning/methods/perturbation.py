@@ -279,8 +279,9 @@ class ExtremalPerturbation(SaliencyMethod):
     its mirror image. The map is the mean of the masks over all areas, blurred, as in TorchRay's pointing
     game.
 
-    Costs ``steps`` forwards and backwards for each area, and a forward for the score: far the dearest method
-    here.
+    The areas are aimed at, not forced: for 0.05, 0.1 and 0.2, 800 steps ended at 0.06, 0.11 and 0.23
+    (MobileNetV2, 112 px). Costs ``steps`` forwards and backwards for each area, and a forward for the score:
+    far the dearest method here.
 
     Attributes:
         areas: Shares of the image that masks may keep; TorchRay's choice for PASCAL VOC.

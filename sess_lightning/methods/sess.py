@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -57,7 +58,7 @@ class SESS(SaliencyMethod):
         antialias: Antialias when a scale is smaller than the image (what torchvision does today); False is
             the published behaviour.
         theta: What a weighted value must exceed to take part in the mean, as a fraction of the top weight.
-        fusion: ``"mean"`` (equation 2) or ``"max"``.
+        fusion: ``"mean"`` (equation 2), ``"max"``, or ``"average"`` over all windows, zeros included.
         channel_weights: Weight each map by its window's score (equation 1).
         smoothing: Blur the seams of the fused map: for pictures, not for scores.
         batch_size: Windows that go through the model at once.
@@ -83,8 +84,8 @@ class SESS(SaliencyMethod):
             object.__setattr__(self, "scales", tuple(self.scales))
         sides_of(self.scales, 224, self.num_scales)
         kept_count(1, self.prefilter_ratio)
-        if self.fusion not in ("mean", "max"):
-            raise ValueError(f'SESS: fusion must be "mean" or "max", got {self.fusion!r}.')
+        if self.fusion not in get_args(Fusion):
+            raise ValueError(f"SESS: fusion must be one of {get_args(Fusion)}, got {self.fusion!r}.")
         if not 0 <= self.theta < 1:
             raise ValueError(
                 f"SESS: theta must be in [0, 1), a fraction of the top weight, got {self.theta}."

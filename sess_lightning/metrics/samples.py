@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,28 @@ class PerSample(Metric):
         """Return a state's rows, (N, *shape)."""
         held = getattr(self, name)
         return dim_zero_cat(held) if len(held) else self._empty[name].to(self.device)
+
+    def take_rows(self) -> dict[str, Tensor]:
+        """Return the rows of all states, and forget them."""
+        taken = {name: self.rows(name) for name in self._empty}
+        for name in self._empty:
+            getattr(self, name).clear()
+        return taken
+
+    def load_rows(self, rows: Mapping[str, Any]) -> None:
+        """Append rows that ``take_rows`` gave, tensors or nested lists, as if they came from an update.
+
+        Raises:
+            ValueError: If states are missing or unknown.
+        """
+        if set(rows) != set(self._empty):
+            raise ValueError(
+                f"{type(self).__name__}: rows must be those of {sorted(self._empty)}, got {sorted(rows)}."
+            )
+        for name, empty in self._empty.items():
+            given = torch.as_tensor(rows[name], dtype=empty.dtype, device=self.device)
+            getattr(self, name).append(given.view(-1, *empty.shape[1:]))
+        self._update_count += 1
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
         # What torchmetrics would send for a process without samples fits neither the others' kind nor shape.

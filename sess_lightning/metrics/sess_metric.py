@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from sess_lightning.introspection import check_inputs, classify, log_scores, score
+from sess_lightning.introspection import check_inputs, classify, log_scores, predict, score
 from sess_lightning.lending import borrowed, explaining
 from sess_lightning.metrics.functional import (
     blurred_baseline,
-    class_mean,
     curve_auc,
     deletion_curve,
     has_region,
@@ -23,7 +23,7 @@ from sess_lightning.metrics.functional import (
     relevance_mass,
 )
 from sess_lightning.metrics.samples import PerSample
-from sess_lightning.metrics.statistics import bootstrap_counts, interval
+from sess_lightning.metrics.statistics import ClassMean, Mean, Statistic, interval, resample
 from sess_lightning.types import SaliencyMethod
 
 OWN = ""
@@ -32,6 +32,7 @@ NO_TRIAL = -1
 LEAST_TO_GAIN = 0.05
 """Mean drop in probability from image to baseline below which there is no scale to divide a curve by."""
 CURVE_FIGURES = ("insertion", "deletion", "overall")
+POINTING_FIGURES = ("pointing_game", "pointing_game_difficult")
 
 
 class Assessment(NamedTuple):
@@ -42,6 +43,7 @@ class Assessment(NamedTuple):
         insertion: Curves; NaN where the budget left an image out.
         deletion: Curves; NaN where the budget left an image out.
         hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
+        seconds: How long the maps took; NaN without a clock.
         mass: Share of the map inside the region; NaN without one.
     """
 
@@ -50,6 +52,7 @@ class Assessment(NamedTuple):
     deletion: Float[Tensor, "B T"]
     hits: Int[Tensor, " B"]
     mass: Float[Tensor, " B"]
+    seconds: float = float("nan")
 
 
 class Samples(NamedTuple):
@@ -88,7 +91,8 @@ class SESSMetric(PerSample):
     be read against ``region_share``, what a map without preference has), each mean with its 95 % bootstrap
     interval (``..._ci_low``, ``..._ci_high``), the curves' areas divided by how much there was to gain
     (``..._normalised``), counts, the same under ``<name>/`` for each compared method, and under
-    ``minus_<name>/`` the paired difference to it (this method less that one).
+    ``minus_<name>/`` the paired difference to it (this method less that one). The bootstrap draws images,
+    each with all its trials: the classes explained on one image are no independent samples.
 
     Args:
         method: The method to score.
@@ -98,6 +102,8 @@ class SESSMetric(PerSample):
         steps: Number of steps of a curve.
         tolerance: Of the Pointing Game, px at the regions' resolution.
         batch_size: Images that go through the model at once.
+        clock: Tells the seconds by which maps are timed, once the device has done its work; None does not
+            wait for the device.
         grid: Side of the small copies of its own maps that ``samples`` gives; 0 keeps none.
         kwargs: For ``torchmetrics.Metric``.
 
@@ -112,6 +118,7 @@ class SESSMetric(PerSample):
     predicted: list[Tensor]
     ends: list[Tensor]
     difficult: list[Tensor]
+    begins: list[Tensor]
     share: list[Tensor]
     small: list[Tensor]
 
@@ -124,6 +131,7 @@ class SESSMetric(PerSample):
         steps: int = 28,
         tolerance: float = 15.0,
         batch_size: int = 32,
+        clock: Callable[[torch.device], float] | None = None,
         grid: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -140,6 +148,7 @@ class SESSMetric(PerSample):
         self.methods = {OWN: method, **compare}
         self.limits = dict(limits or {})
         self.steps, self.tolerance, self.batch_size = steps, tolerance, batch_size
+        self.clock = clock
         self.latest: dict[str, Assessment] = {}
         self._zero: tuple[Any, Tensor] | None = None
         self.grid = grid
@@ -147,7 +156,8 @@ class SESSMetric(PerSample):
         self.add_rows("share")
         if grid:
             self.add_rows("small", grid, grid)
-        for state in ("targets", "predicted", "difficult"):
+        # 1 where a row begins a new image. Numbers would collide once processes are gathered, marks cannot.
+        for state in ("targets", "predicted", "difficult", "begins"):
             self.add_rows(state, dtype=torch.int64)
         for i in range(len(self.methods)):
             self.add_rows(f"curves_{i}", 2, steps + 1)
@@ -190,12 +200,14 @@ class SESSMetric(PerSample):
             self.latest = {}
             for i, (name, method) in enumerate(self.methods.items()):
                 room = self.limits.get(name, done + len(images)) - done
+                started = self._now(images.device)
                 if shared is None:
                     maps = method(model, images, targets)
                 else:
                     maps = method.explain_classes(model, shared, targets).maps
+                seconds = self._now(images.device) - started
                 found = self._assess(model, maps, images, blurred, targets, ends, room, regions, size)
-                self.latest[name] = found
+                self.latest[name] = found._replace(seconds=seconds)
                 flat = found.maps.flatten(1).amax(1) <= found.maps.flatten(1).amin(1)
                 getattr(self, f"curves_{i}").append(torch.stack([found.insertion, found.deletion], 1))
                 getattr(self, f"hits_{i}").append(found.hits)
@@ -203,6 +215,10 @@ class SESSMetric(PerSample):
                 getattr(self, f"mass_{i}").append(found.mass)
             unknown = torch.full_like(targets, NO_TRIAL)
             self.difficult.append(unknown if difficult is None else difficult.to(unknown))
+            begins = torch.ones_like(targets)
+            if shared is not None:
+                begins[1:] = 0
+            self.begins.append(begins)
             own = self.latest[OWN].maps
             self.share.append(_masses(torch.ones_like(own), regions, size))
             if self.grid:
@@ -210,6 +226,9 @@ class SESSMetric(PerSample):
             self.targets.append(targets)
             self.predicted.append(predicted)
             self.ends.append(ends)
+
+    def _now(self, device: torch.device) -> float:
+        return self.clock(device) if self.clock is not None else torch.nan
 
     def _ends(
         self, model: nn.Module, images: Tensor, blurred: Tensor, targets: Tensor
@@ -226,8 +245,7 @@ class SESSMetric(PerSample):
             score(model, blurred, targets, activation),
             log_scores(zero, targets, activation),
         )
-        predicted = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
-        return torch.stack(ends, 1).exp(), predicted
+        return torch.stack(ends, 1).exp(), predict(logits)
 
     def _assess(
         self,
@@ -271,27 +289,37 @@ class SESSMetric(PerSample):
         if not len(self.targets):
             return {}
         targets, ends, predicted = (self._held(name) for name in ("targets", "ends", "predicted"))
+        image_of = self._held("begins").cumsum(0) - 1
         finite = ends.isfinite().all(1)
-        counts = bootstrap_counts(len(targets))
         values: dict[str, float] = {
             "n": float(len(targets)),
             "nan": float((~finite).sum()),
             "misclassified": float((predicted != targets).sum()),
         }
+        statistics: dict[str, Statistic] = {}
         areas: list[Tensor] = []
         for i, name in enumerate(self.methods):
             prefix = f"{name}/" if name else ""
             area = curve_auc(self._held(f"curves_{i}").double())
             area = torch.cat([area, area[:, :1] - area[:, 1:]], 1)
             areas.append(area)
-            values |= self._curve_values(prefix, area, ends.double(), counts)
+            values |= _means(prefix, area, image_of, statistics)
+            values |= self._curve_values(prefix, area, ends.double())
             values[f"{prefix}flat"] = float(self._held(f"flat_{i}").sum())
-            values |= self._pointing_values(i, prefix, counts)
+            values |= self._pointing_values(i, prefix, image_of, statistics)
             mass, own_mass = (self._held(f"mass_{j}")[:, None].double() for j in (i, 0))
-            values |= _means(prefix, ("relevance_mass",), mass, counts)
+            values |= _means(prefix, mass, image_of, statistics, ("relevance_mass",))
             if name:
-                values |= _means(f"minus_{prefix}", ("relevance_mass",), own_mass - mass, counts)
-                values |= _means(f"minus_{prefix}", CURVE_FIGURES, areas[0] - area, counts)
+                values |= _means(f"minus_{prefix}", areas[0] - area, image_of, statistics)
+                difference = own_mass - mass
+                values |= _means(f"minus_{prefix}", difference, image_of, statistics, ("relevance_mass",))
+        resampled = resample(statistics, int(image_of[-1]) + 1, len(targets))
+        for name, key in product(self.methods, POINTING_FIGURES):
+            if name and f"{name}/{key}" in resampled:
+                values[f"minus_{name}/{key}"] = values[key] - values[f"{name}/{key}"]
+                resampled[f"minus_{name}/{key}"] = resampled[key] - resampled[f"{name}/{key}"]
+        for name, figures in resampled.items():
+            values |= interval(name, figures)
         share = self._held("share")
         if share.isfinite().any():
             values["region_share"] = float(share.nanmean())
@@ -318,10 +346,9 @@ class SESSMetric(PerSample):
     def _held(self, state: str) -> Tensor:
         return self.rows(state).cpu()
 
-    def _curve_values(self, prefix: str, area: Tensor, ends: Tensor, counts: Tensor) -> dict[str, float]:
-        values = _means(prefix, CURVE_FIGURES, area, counts)
+    def _curve_values(self, prefix: str, area: Tensor, ends: Tensor) -> dict[str, float]:
         drawn = area[:, 2].isfinite()
-        values[f"{prefix}curves_n"] = float(drawn.sum())
+        values = {f"{prefix}curves_n": float(drawn.sum())}
         own, blur, zero = ends[drawn].mean(0) if drawn.any() else torch.full((3,), torch.nan)
         for key, mean, to_gain in (
             ("insertion_normalised", area[drawn, 0].mean(), own - blur),
@@ -331,34 +358,25 @@ class SESSMetric(PerSample):
                 values[prefix + key] = float(mean / to_gain)
         return values
 
-    def _pointing_values(self, i: int, prefix: str, counts: Tensor) -> dict[str, float]:
+    def _pointing_values(
+        self, i: int, prefix: str, image_of: Tensor, statistics: dict[str, Statistic]
+    ) -> dict[str, float]:
+        """Return the Pointing Game's figures, and put what is to be resampled into ``statistics``."""
         hits = self._held(f"hits_{i}")
         trial = hits != NO_TRIAL
         if not trial.any():
             return {}
         values: dict[str, float] = {} if prefix else {"skipped": float((~trial).sum())}
-        difficult = self._held("difficult")
-        for key, chosen in (("pointing_game", trial), ("pointing_game_difficult", trial & (difficult == 1))):
+        difficult, targets = self._held("difficult"), self._held("targets")
+        for key, chosen in zip(POINTING_FIGURES, (trial, trial & (difficult == 1)), strict=True):
             if not chosen.any():
                 continue
-            mean, resampled = self._accuracy(hits, chosen, counts)
-            values[prefix + key] = float(mean)
-            values |= interval(prefix + key, resampled)
-            if prefix:
-                own, own_resampled = self._accuracy(self._held("hits_0"), chosen, counts)
-                values[f"minus_{prefix}{key}"] = float(own - mean)
-                values |= interval(f"minus_{prefix}{key}", own_resampled - resampled)
-            else:
+            accuracy = ClassMean(hits[chosen].double(), image_of[chosen], targets[chosen])
+            statistics[prefix + key] = accuracy
+            values[prefix + key] = float(accuracy(torch.ones(1, int(image_of[-1]) + 1, dtype=torch.float64)))
+            if not prefix:
                 values[f"{key}_n"] = float(chosen.sum())
         return values
-
-    def _accuracy(self, hits: Tensor, chosen: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the class mean over the chosen trials, and that of every resample."""
-        # Classes in the order of their appearance: only those seen take part in the mean.
-        _, of_class = self._held("targets")[chosen].unique(return_inverse=True)
-        one_hot = torch.nn.functional.one_hot(of_class).double()
-        hit, some = one_hot * hits[chosen, None], counts[:, chosen]
-        return class_mean(hit.sum(0), one_hot.sum(0)), class_mean(some @ hit, some @ one_hot)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -374,13 +392,18 @@ def _masses(
     return relevance_mass(maps, regions, size)
 
 
-def _means(prefix: str, names: Sequence[str], columns: Tensor, counts: Tensor) -> dict[str, float]:
+def _means(
+    prefix: str,
+    columns: Tensor,
+    image_of: Tensor,
+    statistics: dict[str, Statistic],
+    figures: Sequence[str] = CURVE_FIGURES,
+) -> dict[str, float]:
+    """Return the columns' means, and put what is to be resampled into ``statistics``."""
     drawn = columns.isfinite().all(1)
     if not drawn.any():
         return {}
-    values: dict[str, float] = {}
-    some = counts[:, drawn]
-    for name, column in zip(names, columns[drawn].T, strict=True):
-        values[prefix + name] = float(column.mean())
-        values |= interval(prefix + name, some @ column / some.sum(1))
-    return values
+    own = columns[drawn].T
+    names = [prefix + figure for figure in figures]
+    statistics |= {name: Mean(column, image_of[drawn]) for name, column in zip(names, own, strict=True)}
+    return {name: float(column.mean()) for name, column in zip(names, own, strict=True)}

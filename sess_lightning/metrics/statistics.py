@@ -2,23 +2,100 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from sess_lightning.metrics.functional import class_mean
+
 RESAMPLES = 2000
+ELEMENTS = 2**24
+"""Elements that a matrix of resamples may have; more resamples than fit are drawn in chunks."""
 
 
-def bootstrap_counts(samples: int, resamples: int = RESAMPLES, seed: int = 0) -> Float[Tensor, "R N"]:
-    """Return how often each sample is drawn in each bootstrap resample, from an own generator.
+def bootstrap_counts(
+    images: int, rows: int | None = None, seed: int = 0
+) -> Iterator[Float[Tensor, "_ {images}"]]:
+    """Yield how often each image is drawn in each bootstrap resample, from an own generator, in chunks.
 
     A resample's sum is then one matrix product, and all figures of a run share the same resamples, so that
-    differences between methods are paired.
+    differences between methods are paired. The draws do not depend on the chunks.
+
+    Args:
+        images: Number of images: a resample draws as many, each with all its samples.
+        rows: Number of samples, which decides how many resamples fit in a chunk; None is ``images``.
+        seed: Of the generator.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(samples, (resamples, samples), generator=generator)
-    counts = torch.zeros(resamples, samples, dtype=torch.float64)
-    return counts.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand_as(drawn))
+    chunk = max(1, ELEMENTS // max(images, rows or images))
+    for start in range(0, RESAMPLES, chunk):
+        drawn = torch.randint(images, (min(chunk, RESAMPLES - start), images), generator=generator)
+        counts = torch.zeros(drawn.shape, dtype=torch.float64)
+        yield counts.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand_as(drawn))
+
+
+Statistic: TypeAlias = Callable[[Tensor], Tensor]
+"""How often each image is drawn in each resample, (R, images) -> a figure of each resample, (R,)."""
+
+
+class Mean:
+    """The mean of a value over samples, which stay together with their image.
+
+    Args:
+        values: Of each sample, float64.
+        image_of: The image each sample belongs to.
+    """
+
+    def __init__(self, values: Float[Tensor, " N"], image_of: Int[Tensor, " N"]) -> None:
+        self._images, place = image_of.unique(return_inverse=True)
+        empty = values.new_zeros(len(self._images))
+        self._sums = empty.index_add(0, place, values)
+        self._sizes = empty.index_add(0, place, torch.ones_like(values))
+
+    def __call__(self, counts: Float[Tensor, "R G"]) -> Float[Tensor, " R"]:
+        """Return the mean of each resample; NaN where it drew no sample."""
+        some = counts[:, self._images] if len(self._images) < counts.shape[1] else counts
+        return some @ self._sums / (some @ self._sizes)
+
+
+class ClassMean:
+    """The mean over classes of the share of hits, over the classes that a resample has drawn.
+
+    Args:
+        hits: Of each sample, 1 or 0, float64.
+        image_of: The image each sample belongs to.
+        targets: Its class.
+    """
+
+    def __init__(
+        self, hits: Float[Tensor, " N"], image_of: Int[Tensor, " N"], targets: Int[Tensor, " N"]
+    ) -> None:
+        self._hits, self._image_of = hits, image_of
+        classes, self._class_of = targets.unique(return_inverse=True)
+        self._classes = len(classes)
+
+    def __call__(self, counts: Float[Tensor, "R G"]) -> Float[Tensor, " R"]:
+        """Return the mean of each resample; NaN where it drew no sample."""
+        drawn = counts[:, self._image_of]
+        return class_mean(self._by_class(drawn * self._hits), self._by_class(drawn))
+
+    def _by_class(self, columns: Float[Tensor, "R N"]) -> Float[Tensor, "R K"]:
+        sums = columns.new_zeros(len(columns), self._classes)
+        return sums.scatter_add_(1, self._class_of.expand_as(columns), columns)
+
+
+def resample(
+    statistics: Mapping[str, Statistic], images: int, rows: int | None = None
+) -> dict[str, Float[Tensor, " R"]]:
+    """Return each statistic of every bootstrap resample; arguments as for ``bootstrap_counts``."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in statistics}
+    for counts in bootstrap_counts(images, rows):
+        for name, statistic in statistics.items():
+            parts[name].append(statistic(counts))
+    return {name: torch.cat(each) for name, each in parts.items()}
 
 
 def interval(name: str, resampled: Float[Tensor, " R"]) -> dict[str, float]:

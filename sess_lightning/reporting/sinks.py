@@ -105,14 +105,19 @@ class WandbSink(Sink):
         self._defined |= set(values)
 
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
-        """Log a table, pictures as JPEG."""
+        """Log a table, and beside it the pictures of its rows under ``<key>_pictures``."""
         import wandb
 
-        data = [
-            [wandb.Image(v, file_type="jpg") if isinstance(v, np.ndarray) else v for v in row.values()]
-            for row in rows
+        # In a table, pictures would become an artifact, which has no step slider.
+        told = [_without_pictures(row) for row in rows]
+        table = wandb.Table(columns=list(told[0]), data=[list(row.values()) for row in told])
+        pictures = [
+            wandb.Image(value, caption="\n".join(f"{k}: {_cell(v)}" for k, v in row.items()), file_type="jpg")
+            for row, whole in zip(told, rows, strict=True)
+            for value in whole.values()
+            if isinstance(value, np.ndarray)
         ]
-        self._log({key: wandb.Table(columns=list(rows[0]), data=data)}, when)
+        self._log({key: table, **({f"{key}_pictures": pictures} if pictures else {})}, when)
 
     def alert(self, title: str, text: str) -> None:
         """Send W&B's alert, by mail or Slack as the user has set."""

@@ -118,7 +118,8 @@ def test_sess_is_a_base_like_any_other(base, tiny, images, targets):
 
 @base_cases
 @pytest.mark.parametrize(
-    ("theta", "fusion", "weighs"), [(0.0, "mean", True), (0.3, "max", False), (0.2, "mean", False)]
+    ("theta", "fusion", "weighs"),
+    [(0.0, "mean", True), (0.3, "max", False), (0.2, "mean", False), (0.0, "average", True)],
 )
 def test_sess_is_equation_2_of_the_bases_maps_of_its_windows(base, theta, fusion, weighs, tiny):
     image, target = picture(150, 120, 3)[None], torch.tensor([2])
@@ -249,7 +250,11 @@ def test_methods_print_compare_hash_and_pickle():
         ({"scales": ()}, ValueError, "SESS: scales is empty; give at least one"),
         ({"prefilter_ratio": 1.0}, ValueError, r"SESS: prefilter_ratio must be in \[0, 1\), got 1.0"),
         ({"prefilter_ratio": -0.1}, ValueError, r"SESS: prefilter_ratio must be in \[0, 1\), got -0.1"),
-        ({"fusion": "sum"}, ValueError, 'SESS: fusion must be "mean" or "max", got \'sum\''),
+        (
+            {"fusion": "sum"},
+            ValueError,
+            r"fusion must be one of \('mean', 'max', 'average'\), got 'sum'",
+        ),
         (
             {"theta": 1.0},
             ValueError,

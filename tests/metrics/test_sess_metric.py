@@ -21,7 +21,6 @@ from sess_lightning.metrics.functional import (
     pointing_hits,
     relevance_mass,
 )
-from sess_lightning.metrics.statistics import bootstrap_counts, interval
 from sess_lightning.ops import min_max
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
@@ -359,19 +358,6 @@ def test_methods_add_their_own_forwards_and_nothing_else(model, images):
     assert counter.images == 1 + 6 * (56 + windows + 54 + 1)
 
 
-def test_bootstrap_resamples_draw_as_many_samples_as_there_are_and_always_the_same():
-    counts = bootstrap_counts(7)
-    assert counts.shape == (2000, 7)
-    assert set(counts.sum(1).tolist()) == {7.0}
-    assert torch.equal(counts, bootstrap_counts(7))
-
-
-def test_an_interval_is_the_middle_95_percent_of_what_is_finite():
-    resampled = torch.cat([torch.arange(1001.0), torch.tensor([torch.nan])])
-    assert interval("x", resampled) == {"x_ci_low": 25.0, "x_ci_high": 975.0}
-    assert interval("x", torch.tensor([torch.nan])) == {}
-
-
 def test_intervals_hold_their_mean_and_halve_with_four_times_the_samples():
     images = bright_images(0.02, 0.04, 0.06, 0.2)
     widths = []
@@ -384,6 +370,52 @@ def test_intervals_hold_their_mean_and_halve_with_four_times_the_samples():
             assert values[f"{name}_ci_low"] < values[name] < values[f"{name}_ci_high"]
         widths.append(values["insertion_ci_high"] - values["insertion_ci_low"])
     assert widths[0] / widths[1] == pytest.approx(2, rel=0.1)
+
+
+def several(boxes, part=slice(0, 6), method=TWO_SCALES, **kwargs):
+    """Explain three classes on each of some images."""
+    metric, classes = SESSMetric(method, **kwargs), torch.tensor([0, 1, 2])
+    for i in range(6)[part]:
+        metric.update(filled_net(), picture(32, 32, i)[None], classes, [boxes[i]] * 3)
+    return metric
+
+
+def test_trials_of_one_image_are_drawn_together(boxes):
+    single = several(boxes, method=Channel(0), compare={"green": Channel(1)})
+    several_times, apart = single.clone(), single.clone()
+    first = {name: each[::3] for name, each in single.take_rows().items()}  # A class of each image.
+    for metric in (several_times, apart):
+        metric.reset()
+    four_times = {name: each.repeat_interleave(4, 0) for name, each in first.items()}
+    single.load_rows(first)
+    several_times.load_rows({**four_times, "begins": torch.tensor([1, 0, 0, 0] * 6)})
+    apart.load_rows({**four_times, "begins": torch.ones(24, dtype=torch.int64)})
+    once, together, naive = (metric.compute() for metric in (single, several_times, apart))
+    for name in ("insertion", "overall", "pointing_game", "green/deletion", "minus_green/overall"):
+        ends = [f"{name}_ci_low", f"{name}_ci_high"]
+        assert [together[end] for end in ends] == pytest.approx([once[end] for end in ends], abs=1e-12)
+    width = {key: each["insertion_ci_high"] - each["insertion_ci_low"] for key, each in
+             (("together", together), ("naive", naive))}  # fmt: skip
+    assert width["together"] > 1.7 * width["naive"] > 0
+
+
+def test_images_of_several_processes_and_merged_ones_do_not_collide(boxes):
+    whole, first, last = several(boxes).compute(), slice(0, 4), slice(4, 6)
+    assert gathered([several(boxes, first), several(boxes, last)]).compute() == whole
+    merged = several(boxes, last)
+    merged.merge_state(several(boxes, first))
+    assert merged.compute() == whole
+
+
+def test_rows_travel_from_one_metric_to_another(model, images, boxes):
+    one, other = SESSMetric(TWO_SCALES), SESSMetric(TWO_SCALES)
+    values = run(one, model, images, boxes)
+    rows = one.take_rows()
+    assert len(one.targets) == 0
+    other.load_rows({name: each.tolist() for name, each in rows.items()})
+    assert other.compute() == values
+    with pytest.raises(ValueError, match=r"SESSMetric: rows must be those of \['begins', .*got \['hits'\]"):
+        other.load_rows({"hits": rows["targets"]})
 
 
 def test_a_mean_of_one_sample_is_its_own_interval():

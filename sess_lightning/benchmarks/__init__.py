@@ -1,0 +1,39 @@
+"""The paper's data sets, and your own: which classes are on each picture, and where.
+
+Every benchmark reads its real on-disk layout and yields a ``Sample`` per picture, with one ``Trial`` per
+class present. Regions are read when a sample is asked for, so that opening a data set is quick.
+"""
+
+from sess_lightning.benchmarks.coco import COCO14
+from sess_lightning.benchmarks.folder import PictureFolder
+from sess_lightning.benchmarks.imagenet import ImageNet, read_synsets
+from sess_lightning.benchmarks.pascal import VOC07, VOC_CLASSES
+from sess_lightning.benchmarks.samples import (
+    Benchmark,
+    BrokenSampleError,
+    Region,
+    Sample,
+    Trial,
+    boxes_to_mask,
+    covered,
+    read_flags,
+    read_picture,
+)
+
+__all__ = [
+    "COCO14",
+    "VOC07",
+    "VOC_CLASSES",
+    "Benchmark",
+    "BrokenSampleError",
+    "ImageNet",
+    "PictureFolder",
+    "Region",
+    "Sample",
+    "Trial",
+    "boxes_to_mask",
+    "covered",
+    "read_flags",
+    "read_picture",
+    "read_synsets",
+]

@@ -1,0 +1,192 @@
+"""Pictures, the classes on them, and where these are."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
+
+Region: TypeAlias = Tensor
+"""Where a class is: a mask, bool (H, W), or boxes, float (N, 4), half-open (x0, y0, x1, y1) px."""
+Regions: TypeAlias = Literal["masks", "boxes"]
+SMALL = 0.25
+"""Share of the picture below which a region belongs to the "difficult" subset, if other classes are about."""
+
+
+class BrokenSampleError(RuntimeError):
+    """A sample's picture or annotation is missing, damaged, or of another size than it should be."""
+
+
+class Trial(NamedTuple):
+    """One class on one picture.
+
+    Attributes:
+        target: Class index, as the model counts.
+        region: Where the class is, at the picture's original resolution; None where nobody said.
+        difficult: Whether the trial is in the "difficult" subset; None where that is not known.
+    """
+
+    target: int
+    region: Region | None
+    difficult: bool | None
+
+
+class Sample(NamedTuple):
+    """A picture and the classes on it.
+
+    Attributes:
+        id: The picture's name in the data set.
+        path: Its file.
+        size: (height, width), px.
+        trials: One per class.
+        skipped: Classes left out because all their objects are marked difficult.
+    """
+
+    id: str
+    path: Path
+    size: tuple[int, int]
+    trials: tuple[Trial, ...]
+    skipped: int = 0
+
+
+class Benchmark(Dataset[Sample]):
+    """A data set of pictures with classes and their regions.
+
+    Attributes:
+        class_names: Name of each class index, where known.
+        ids: Name of each picture.
+        options: What else the trials depend on, as text.
+    """
+
+    class_names: Sequence[str] = ()
+    ids: Sequence[str] = ()
+    options: Mapping[str, str] = MappingProxyType({})
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Read a sample's annotations.
+
+        Raises:
+            BrokenSampleError: If they are missing or damaged.
+        """
+
+
+def read_picture(sample: Sample) -> UInt8[Tensor, "3 H W"]:
+    """Decode a sample's picture as RGB.
+
+    Raises:
+        BrokenSampleError: If the file is missing or damaged, or its size is not the annotations'.
+    """
+    try:
+        with Image.open(sample.path) as file:
+            picture: Tensor = pil_to_tensor(file.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BrokenSampleError(f"{sample.path}: cannot be read as a picture ({error}).") from error
+    if tuple(picture.shape[1:]) != sample.size:
+        found, told = ("x".join(map(str, size)) for size in (picture.shape[1:], sample.size))
+        raise BrokenSampleError(
+            f"{sample.path}: the picture is {found} px (height x width), its annotations say {told}."
+        )
+    return picture
+
+
+def read_flags(path: str | Path, class_count: int) -> dict[str, tuple[bool, ...]]:
+    """Read a published "difficult" list: per line a picture's id, then one 0 or 1 per class.
+
+    Raises:
+        ValueError: If a line has another number of flags, or a flag is neither 0 nor 1.
+    """
+    flags = {}
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        name, *values = line.split()
+        if len(values) != class_count or not set(values) <= {"0", "1"}:
+            raise ValueError(
+                f"{path}, line {number}: expected an image id and {class_count} flags of 0 or 1, "
+                f"got {len(values)} values."
+            )
+        flags[name] = tuple(value == "1" for value in values)
+    return flags
+
+
+def flags_or_none(path: str | Path | None, class_count: int) -> dict[str, tuple[bool, ...]] | None:
+    """Read a "difficult" list, if there is one."""
+    return read_flags(path, class_count) if path is not None else None
+
+
+def digest(flags: Mapping[str, Sequence[bool]] | None) -> str:
+    """Tell one way to the "difficult" subset from another."""
+    return "by rule" if flags is None else hashlib.sha256(repr(flags).encode()).hexdigest()[:16]
+
+
+def covered(region: Region, size: tuple[int, int]) -> float:
+    """Return the share of a picture of ``size`` (height, width) that a region covers."""
+    if region.dtype != torch.bool:
+        region = boxes_to_mask(region, size)
+    return float(region.float().mean())
+
+
+def boxes_to_mask(boxes: Float[Tensor, "N 4"], size: tuple[int, int]) -> Bool[Tensor, "H W"]:
+    """Paint half-open boxes, rounded to whole pixels."""
+    mask = torch.zeros(size, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes.round().long().clamp(min=0).tolist():
+        mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def make_trials(
+    regions: Mapping[int, Region],
+    size: tuple[int, int],
+    flags: Sequence[bool] | None,
+    others: int,
+) -> tuple[Trial, ...]:
+    """Make trials of regions; "difficult" is what ``flags`` say, else small among other classes."""
+
+    def is_difficult(target: int, region: Region) -> bool:
+        return flags[target] if flags is not None else others > 1 and covered(region, size) < SMALL
+
+    return tuple(
+        Trial(target, region, is_difficult(target, region)) for target, region in sorted(regions.items())
+    )
+
+
+PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+def find_pictures(root: Path) -> list[Path]:
+    """Return all pictures in a folder and its sub-folders, sorted.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder of pictures.")
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES)
+    if not found:
+        raise FileNotFoundError(f"{root} holds no pictures.")
+    return found
+
+
+def size_on_disk(path: Path) -> tuple[int, int]:
+    """Return a picture's (height, width).
+
+    Raises:
+        BrokenSampleError: If it cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.height, file.width
+    except OSError as error:
+        raise BrokenSampleError(f"{path}: cannot be read as a picture ({error}).") from error
