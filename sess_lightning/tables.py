@@ -27,7 +27,7 @@ def class_rows(samples: Samples, name: Callable[[float], str]) -> list[dict[str,
         hits, trials = int(samples.hits[of_class].sum()), int(of_class.sum())
         low, high = wilson(hits, trials)
         rows.append({
-            "class": name(target), "trials": trials, "hits": hits, "pointing_game": hits / trials,
+            "class": name(float(target)), "trials": trials, "hits": hits, "pointing_game": hits / trials,
             "ci_low": low, "ci_high": high, "relevance_mass": _mean(samples.mass[of_class]),
             "region_share": _mean(samples.share[of_class]),
         })  # fmt: skip
@@ -64,8 +64,8 @@ def sample_row(
     """Return what is known of one sample; None where there is nothing to tell."""
     hit = int(samples.hits[i])
     return {
-        "target": name(int(samples.targets[i])),
-        "prediction": name(int(samples.predicted[i])),
+        "target": name(float(samples.targets[i])),
+        "prediction": name(float(samples.predicted[i])),
         "score": float(samples.scores[i]),
         "overall": _finite(samples.insertion[i] - samples.deletion[i]),
         "insertion": _finite(samples.insertion[i]),
