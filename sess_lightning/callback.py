@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from sess_lightning.alarm import constant_guess, describe, find_accuracy, findings
 from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
 from sess_lightning.engine import smooth
 from sess_lightning.introspection import check_inputs, classify, predict
@@ -26,15 +27,19 @@ from sess_lightning.lending import borrowed, explaining, keep_metrics, keep_rng,
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import curve_auc
-from sess_lightning.metrics.sess_metric import NO_TRIAL
-from sess_lightning.ops import min_max, size_of
-from sess_lightning.reporting.panels import Panel, displayed, overlay
+from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
+from sess_lightning.ops import min_max, size_of, upsample
+from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
 from sess_lightning.reporting.sinks import ReportSink, Sink, report_folder, sink_for
+from sess_lightning.runs import Run, drift, record, remembered
 from sess_lightning.sampling import SHARED, Budget, Choice, afford, find_order, numbering, spread_in_batch
+from sess_lightning.tables import class_rows, sample_row, standing_out
 from sess_lightning.types import Batch, SaliencyMethod, SESSWarning
 
-WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.0}
+WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.0, "relevance_mass": 0.0}
 LITERATURE_TOLERANCE, LITERATURE_SIDE = 15.0, 224
+GRID = 16
+"""Side of the small maps by which runs are compared."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,12 @@ class SESSCallback(Callback):
             weights.
         dataloader_idx: Which validation loader to watch.
         report: Keep a page, ``report.html`` beside the logger's files, that replays the training offline.
+        alarm: Warn once when validation accuracy rises while the maps leave the object (``findings`` says
+            what is tested). True finds the accuracy among the logged keys, a text is its key, False is off.
+        num_rows: Rows in the table of the worst explained samples, and as many of the most drifted; 0 sends
+            no table of samples. Their pictures are in it unless ``num_images`` is 0: then none is sent at
+            all.
+        show_names: Whether class names and the samples' ids are shown; False shows numbers only.
 
     Raises:
         ValueError: If an argument makes no sense.
@@ -115,6 +126,9 @@ class SESSCallback(Callback):
         normalisation: tuple[list[float], list[float]] | None = None,
         dataloader_idx: int = 0,
         report: bool = True,
+        alarm: bool | str = True,
+        num_rows: int = 4,
+        show_names: bool = True,
     ) -> None:
         super().__init__()
         if method is not None and not isinstance(method, SaliencyMethod):
@@ -122,7 +136,7 @@ class SESSCallback(Callback):
                 f"SESSCallback: method must be a saliency method such as SESS(GradCAM()), got {method!r}."
             )
         for name, value, low in (
-            ("num_samples", num_samples, 1), ("num_images", num_images, 0),
+            ("num_samples", num_samples, 1), ("num_images", num_images, 0), ("num_rows", num_rows, 0),
             ("every_n_epochs", every_n_epochs, 1), ("max_forwards", max_forwards, 1),
         ):  # fmt: skip
             if not isinstance(value, int) or value < low:
@@ -144,6 +158,14 @@ class SESSCallback(Callback):
         self.prefix, self.target, self.batch_adapter, self.on_error = prefix, target, batch_adapter, on_error
         self.max_forwards, self.tolerance, self.dataloader_idx = max_forwards, tolerance, dataloader_idx
         self.class_names, self.normalisation, self.report = class_names, normalisation, report
+        self.alarm = alarm
+        self._runs: list[Run] = []
+        self._run: Run | None = None
+        self._alarmed = False
+        self.num_rows, self.show_names = num_rows, show_names
+        self._seen: list[Batch] = []
+        self._tables: dict[str, list[dict[str, Any]]] = {}
+        self._loaded: dict[str, int] | None = None
         self._metric: SESSMetric | None = None
         self._budget: Budget | None = None
         self._choice: Choice | None = None
@@ -175,6 +197,7 @@ class SESSCallback(Callback):
         self._failures = 0
         self._metric, self._budget, self._choice, self._kept, self._saved = None, None, None, {}, {}
         with self._guarded(trainer):
+            self._loaded = None
             found = (
                 sink_for(logger, getattr(logger, "log_dir", None) or log_dir)
                 for logger in (trainer.loggers or (None,))
@@ -241,13 +264,25 @@ class SESSCallback(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hand over the user's own figures, all of which are known by now."""
+        """Ring the alarm, and hand over the user's figures: all that the module logs is known by now."""
+        if self._run is not None and not trainer.sanity_checking:
+            with self._guarded(trainer), keep_rng():
+                self._ring(trainer, self._run)
+            self._run = None
         self._close(trainer)
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand over the user's own figures."""
         self._close(trainer)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note how old the weights are that ``validate`` or ``test`` was given."""
+        # One less: Lightning's rows at the end of an epoch carry the step of its last batch.
+        self._loaded = {"epoch": int(checkpoint["epoch"]), "step": max(0, int(checkpoint["global_step"]) - 1)}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -257,6 +292,7 @@ class SESSCallback(Callback):
         """
         state: dict[str, Any] = {
             "last": dict(self._last), "failed": self._failed, "history": dict(self._history),
+            "runs": [dict(vars(run)) for run in self._runs], "alarmed": self._alarmed,
         }  # fmt: skip
         if self._budget is not None and self._choice is None:
             state["samples"] = self._budget.samples
@@ -270,6 +306,8 @@ class SESSCallback(Callback):
         self._failed = int(state_dict.get("failed", 0))
         self._history.update({str(k): str(v) for k, v in dict(state_dict.get("history", {})).items()})
         self._saved = state_dict
+        self._runs = [Run(**run) for run in state_dict.get("runs", [])]
+        self._alarmed = bool(state_dict.get("alarmed", False))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or self._failures >= 3:
@@ -285,6 +323,7 @@ class SESSCallback(Callback):
         for name, worst in WORST.items():
             self._log(pl_module, name, self._last.get(name, worst), logger=False)
         self._error, self._panel, self._taken, self._shown, self._seconds = None, [], 0, None, 0.0
+        self._run, self._seen = None, []
         with self._guarded(trainer):
             if self._metric is None:
                 self._measure(pl_module)
@@ -295,7 +334,7 @@ class SESSCallback(Callback):
         """Make the metric, also on a process that no batch will reach: it gathers from the others."""
         method, compare = self.methods(pl_module)
         self._own = type(method).__name__
-        self._metric = SESSMetric(method, compare=compare).to(pl_module.device)
+        self._metric = SESSMetric(method, compare=compare, grid=GRID).to(pl_module.device)
 
     def _watch(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, counts: Any
@@ -446,6 +485,7 @@ class SESSCallback(Callback):
         """Keep what the panel shows of these samples; read back from the device when the run is over."""
         assert self._metric is not None
         assert self._budget is not None
+        self._seen.append(samples)
         total = self._budget.samples if self._choice is None else len(self._choice.items)
         first = self._taken - len(samples)
         shown = min(self.num_images, total)
@@ -483,6 +523,8 @@ class SESSCallback(Callback):
                 raise RuntimeError(f"no sample came by in validation loader {self.dataloader_idx}.")
             self._fail(trainer, pl_module)
             return
+        with self._guarded(trainer), keep_rng():
+            values |= self._compare(trainer, self._metric.samples())
         self._failures = 0
         if self._error is None:
             self._last = {name: value for name, value in values.items() if np.isfinite(value)}
@@ -505,8 +547,72 @@ class SESSCallback(Callback):
         name, value = f"{self.prefix}/{name}", float(value)
         pl_module.log(name, value, logger=logger, on_step=False, on_epoch=True, batch_size=1)
 
+    def _compare(self, trainer: Trainer, samples: Samples) -> dict[str, float]:
+        """Return how alike the maps are to those of earlier runs."""
+        self._run = record(self._when(trainer), self._key(samples), samples)
+        drifts = drift(self._runs, self._run)
+        if self._sinks:
+            rows = [
+                {"why": why, "sample": self._title(i), **sample_row(samples, drifts, i, self._name),
+                 **self._picture(i, samples.small[i])}
+                for why, i in standing_out(samples, drifts, self.num_rows)
+            ]  # fmt: skip
+            self._tables = {"classes": class_rows(samples, self._name), "samples": rows}
+        return {name: float(each.nanmean()) for name, each in drifts.items()}
+
+    def _sample(self, i: int) -> Batch | None:
+        """Return what is known here of sample ``i`` of all processes."""
+        for batch in self._seen:
+            if i < len(batch):
+                return batch.take([i])
+            i -= len(batch)
+        return None
+
+    def _title(self, i: int) -> str:
+        sample = self._sample(i)
+        return sample.ids[0] if self.show_names and sample and sample.ids else f"sample {i + 1}"
+
+    def _picture(self, i: int, small: Tensor) -> dict[str, Picture]:
+        """Return the sample under its small map; nothing if no pictures are sent, or it is elsewhere."""
+        sample = self._sample(i)
+        if not self.num_images or sample is None:
+            return {}
+        picture = displayed(sample.images, self._normalisation)[0]
+        large = upsample(small[None], size_of(sample.images))
+        return {"picture": overlay(picture, min_max(large)[0])}
+
+    def _when(self, trainer: Trainer) -> dict[str, int]:
+        """Return epoch and step: those of Lightning's own validation rows, so that pictures stand beside."""
+        if self._loaded is not None and trainer.state.fn != "fit":
+            return self._loaded  # Lightning would say 0.
+        loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+        step = int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+        return {"epoch": trainer.current_epoch, "step": step}
+
+    def _key(self, samples: Samples) -> list[int]:
+        predicted = self.target == "predicted"  # Predictions change, the samples do not.
+        return [len(samples.targets)] if predicted else samples.targets.tolist()
+
+    def _ring(self, trainer: Trainer, run: Run) -> None:
+        metrics = trainer.callback_metrics
+        key = find_accuracy(metrics, self.prefix) if self.alarm is True else self.alarm or None
+        if key in metrics:
+            run = replace(run, accuracy=float(metrics[key]))
+            found = findings(self._runs, run, constant_guess(run.key))
+            if found and not self._alarmed:
+                self._alarmed = True
+                text = describe(found, run, key, [self._title(i) for i in range(len(run.small))])
+                self._warn(trainer, text)
+                for sink in self._sinks:
+                    sink.alert("Clever Hans?", text)
+        elif key is not None and not self._alarmed:
+            self._alarmed = True
+            logged = ", ".join(sorted(metrics))
+            self._warn(trainer, f"alarm={key!r} is not among the logged keys ({logged}); the alarm is off.")
+        self._runs = remembered(self._runs, run)
+
     def _show(self, trainer: Trainer, curves: Mapping[str, Tensor]) -> None:
-        self._shown = when = {"epoch": trainer.current_epoch, "step": _step(trainer)}
+        self._shown = when = self._when(trainer)
         panels: list[Panel] = []
         with self._guarded(trainer), keep_rng():
             panels = [self._draw(i, sample) for i, sample in enumerate(self._panel)]
@@ -521,6 +627,9 @@ class SESSCallback(Callback):
                 if panels:
                     sink.panels(f"{self.prefix}/panel", panels, when)
                 sink.curves(f"{self.prefix}/curves", named, when)
+                for name, rows in self._tables.items():
+                    if rows:
+                        sink.table(f"{self.prefix}/{name}", rows, when)
                 sink.scalars(f"{self.prefix}/scalars", self._last, when)
                 sink.settings({**self._settings, "seconds": round(self._seconds, 2)}, when)
                 self._sink_failures[sink] = 0
@@ -568,11 +677,11 @@ class SESSCallback(Callback):
             caption="\n".join(lines),
             boxes=[tuple(box) for box in boxes if box[2] > box[0] and box[3] > box[1]],
             label=self._name(label),
-            title=sample.batch.ids[0] if sample.batch.ids else f"sample {number + 1}",
+            title=sample.batch.ids[0] if self.show_names and sample.batch.ids else f"sample {number + 1}",
         )
 
     def _name(self, index: float) -> str:
-        names = self._names
+        names = self._names if self.show_names else None
         return names[int(index)] if names and 0 <= int(index) < len(names) else f"class {int(index)}"
 
     @contextmanager
@@ -667,9 +776,3 @@ def _chosen(values: Mapping[str, float]) -> dict[str, float]:
         for name, v in values.items()
         if "_ci_" not in name or "/" not in name or name.startswith(told)
     }
-
-
-def _step(trainer: Trainer) -> int:
-    """Return the step that Lightning's own validation rows carry, so that pictures stand beside them."""
-    loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
-    return int(getattr(loop, "_batches_that_stepped", trainer.global_step))

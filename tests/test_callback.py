@@ -35,7 +35,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
-from wandb_reader import history, offline, run_folder
+from wandb_reader import history, offline, records, run_folder
 
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.callback import WORST
@@ -447,6 +447,7 @@ def test_before_the_first_run_succeeds_the_worst_figures_stand(tmp_path):
         its = fit(tmp_path, callback, *watches, EarlyStopping("sess/overall", mode="max"), max_epochs=1)
     assert {watch.key: watch.found for watch in watches} == {
         "sess/insertion": [0.0], "sess/deletion": [1.0], "sess/overall": [-1.0], "sess/pointing_game": [0.0],
+        "sess/relevance_mass": [0.0],
     }  # fmt: skip
     assert its.logger.of("sess/overall") == []
 
@@ -833,7 +834,11 @@ def test_the_state_is_loadable_with_weights_only(tmp_path):
     assert loaded["last"]["overall"] == pytest.approx(its.logger.of("sess/overall")[0])
     other = quick()
     other.load_state_dict(loaded)
-    assert other.state_dict() == callback.state_dict() == loaded
+    for name in ("last", "failed", "alarmed"):
+        assert other.state_dict()[name] == callback.state_dict()[name] == loaded[name]
+    (run,), (own,) = other.state_dict()["runs"], callback.state_dict()["runs"]
+    assert torch.equal(run["small"], own["small"])
+    assert run["key"] == own["key"]
 
 
 def test_a_resumed_training_goes_on_as_if_it_had_never_stopped(tmp_path):
@@ -1096,6 +1101,139 @@ def test_wandb_holds_scalars_panel_and_curves_of_every_epoch(tmp_path, wandb_log
     for row, figures in zip(panels, scalars, strict=True):
         check_panel(folder, row["sess/panel"])
         check_curves(folder, rows[rows.index(row) + 1]["sess/curves_table"], figures)
+
+
+class Watched(Classifier):
+    """Its accuracy is known as late as at the end of its own epoch, and rises from run to run."""
+
+    accuracy = 0.4
+
+    def on_validation_epoch_end(self):
+        self.accuracy = min(1.0, self.accuracy + 0.2)
+        self.log("val_acc", self.accuracy)
+
+
+@dataclass(frozen=True)
+class Straying(SaliencyMethod):
+    """Points at the bright square for ``loyal`` images, then at all the rest."""
+
+    loyal: int = 16
+    asked: list = field(default_factory=list, compare=False, repr=False)
+    forwards: ClassVar[int] = 0
+
+    def explain(self, model, images, targets):
+        maps = images.amax(1).clamp(0, 1) > 0.9
+        if len(self.asked) >= self.loyal:
+            maps = ~maps
+        self.asked.extend(targets.tolist())
+        return Explanation(maps.float(), torch.ones(len(images)))
+
+
+def straying(**kwargs):
+    return quick(**{"method": Straying(), "num_samples": 16, "compare": {}, **kwargs})
+
+
+def alarms(caught):
+    return [str(each.message) for each in caught if "Clever Hans?" in str(each.message)]
+
+
+def test_the_alarm_rings_once_when_accuracy_rises_while_the_maps_leave_the_object(
+    tmp_path, recwarn, wandb_logger
+):
+    fit(
+        tmp_path, straying(), module=Watched, val=squares(read=boxed), max_epochs=3, logger=wandb_logger,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    (text,) = alarms(recwarn)
+    assert "val_acc is 0.800 at step 7" in text
+    assert "relevance mass fell from 1.000 (step 3, val_acc 0.600)" in text
+    assert "Look at: sample 1, " in text
+    wandb_logger.experiment.finish()
+    folder = run_folder(tmp_path)
+    (path,) = folder.glob("run-*.wandb")
+    (alert,) = [each.alert for each in records(path) if each.WhichOneof("record_type") == "alert"]
+    assert alert.text in text
+    drifts = [row["sess/drift_previous"] for row in history(folder) if "sess/drift_previous" in row]
+    assert drifts == pytest.approx([-1, 1], abs=1e-3)  # The first run has nothing to be compared with.
+
+
+@pytest.mark.parametrize("kwargs", [{"method": Straying(loyal=999)}, {"alarm": False}])
+def test_the_alarm_is_silent_while_the_maps_stay_or_where_it_is_off(tmp_path, recwarn, kwargs):
+    fit(tmp_path, straying(**kwargs), module=Watched, val=squares(read=boxed), max_epochs=2,
+        num_sanity_val_steps=0)  # fmt: skip
+    assert alarms(recwarn) == []
+
+
+def test_an_accuracy_that_is_not_logged_is_said_once(tmp_path):
+    with pytest.warns(SESSWarning, match="alarm='val_top1' is not among the logged keys") as caught:
+        fit(tmp_path, quick(alarm="val_top1"), val=squares(read=boxed), max_epochs=2)
+    assert len([each for each in caught if "val_top1" in str(each.message)]) == 1
+
+
+def test_a_resumed_training_compares_with_the_runs_before(tmp_path, recwarn):
+    first = straying()
+    fit(tmp_path, first, module=Watched, val=squares(read=boxed), num_sanity_val_steps=0)
+    second = straying(method=Straying(loyal=0))
+    second.load_state_dict(first.state_dict())
+    module = Watched()
+    module.accuracy = 0.6
+    fit(tmp_path, second, module=module, val=squares(read=boxed), num_sanity_val_steps=0)
+    assert len(alarms(recwarn)) == 1
+
+
+def photographs():
+    """Sixteen squares of real photographs, 224 px, with boxes: what a JPEG of usual size is made of."""
+    data = pytest.importorskip("skimage.data")
+    pictures = [torch.from_numpy(getattr(data, name)()).permute(2, 0, 1) for name in ("chelsea", "astronaut")]
+    crops = [pictures[i % 2][:, 4 * i : 4 * i + 224, 9 * i : 9 * i + 224] / 255 for i in range(16)]
+    return [(crop, {"label": torch.tensor(i % 4), "boxes": torch.tensor([[40.0, 40, 180, 180]])})
+            for i, crop in enumerate(crops)]  # fmt: skip
+
+
+def test_an_epoch_sends_less_than_a_megabyte_and_forty_files(tmp_path, wandb_logger, capsys):
+    loader = DataLoader(photographs(), 8)
+    callback = quick(method=SESS(GradCAM(), num_scales=1), num_samples=8, num_images=8, num_rows=4)
+    fit(
+        tmp_path,
+        callback,
+        logger=wandb_logger,
+        train=loader,
+        val=loader,
+        max_epochs=2,
+        num_sanity_val_steps=0,
+    )
+    wandb_logger.experiment.finish()
+    folder = run_folder(tmp_path)
+    rows = history(folder)
+    for key in ("panel", "curves_table", "curves_by_epoch", "classes", "samples", "samples_pictures"):
+        assert [row["epoch"] for row in rows if f"sess/{key}" in row] == [0, 1], key
+    (path,) = folder.glob("run-*.wandb")
+    media = [each for each in (folder / "files" / "media").rglob("*") if each.is_file()]
+    size, files = path.stat().st_size + sum(each.stat().st_size for each in media), len(media)
+    with capsys.disabled():
+        print(f"\nW&B: {size / 2:,.0f} bytes and {files / 2:.0f} files an epoch, 8 samples of 224 px")  # noqa: T201
+    assert size / 2 < 1_000_000
+    assert files / 2 <= 40
+
+
+def test_no_picture_and_no_name_is_sent_where_none_is_wanted(tmp_path, wandb_logger):
+    callback = quick(num_images=0, show_names=False)
+    fit(tmp_path, callback, logger=wandb_logger, val=squares(read=boxed))
+    wandb_logger.experiment.finish()
+    folder = run_folder(tmp_path)
+    rows = history(folder)
+    assert not [key for row in rows for key in row if "panel" in key or "pictures" in key]
+    for media in (folder / "files" / "media").rglob("*.json"):
+        assert not any(name in media.read_text() for name in ("green", "blue", "yellow")), media
+
+
+def test_weights_of_a_checkpoint_are_validated_at_their_own_epoch_and_step(tmp_path, shelf):
+    its = fit(tmp_path, quick(), max_epochs=2)
+    its.save_checkpoint(tmp_path / "a.ckpt")
+    shelf.shown.clear()
+    trainer(tmp_path, quick()).validate(Classifier(), squares(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    ((_, when, _),) = shelf.shown
+    assert when["step"] == 7  # As in the training's own row.
 
 
 def check_panel(folder, panel):

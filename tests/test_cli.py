@@ -259,3 +259,39 @@ def test_torchrays_vgg16_takes_pictures_of_any_shape(monkeypatch, tmp_path):
         # Blue first in the file: the plain network sees the channels reversed.
         assert torch.allclose(network.model(images), plain(images.flip(1)), atol=1e-5)
         assert network.model(torch.zeros(1, 3, 224, 260)).shape == (1, 20)
+
+
+LIGHTNING = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ANY = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel",
+       "--data", "lightning.pytorch.demos.boring_classes.BoringDataModule"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", LIGHTNING, ids=lambda path: path.stem)
+def test_every_config_of_lightning_makes_a_trainer_with_the_callback(path):
+    made = cli.ExplainedCLI(args=["--config", str(path), *ANY], run=False)
+    (callback,) = [each for each in made.trainer.callbacks if isinstance(each, cli.SESSCallback)]
+    private = path.stem == "fit_private"
+    assert (callback.num_images, callback.num_rows, callback.show_names) == (
+        (0, 0, False) if private else (8, 4, True)
+    )
+    assert callback.every_n_epochs == (5 if path.stem == "fit_cheap" else 1)
+    assert callback.alarm is True
+    if path.stem in ("fit", "fit_cheap"):
+        assert isinstance(callback.method, SESS)
+    if path.stem == "fit_best_explained":
+        monitors = [each.monitor for each in made.trainer.callbacks if hasattr(each, "monitor")]
+        assert monitors == ["sess/overall", "sess/overall"]
+
+
+def test_the_alarms_key_may_be_given_on_the_command_line():
+    made = cli.ExplainedCLI(args=[*ANY, "--sess.alarm", "val/top1"], run=False)
+    (callback,) = [each for each in made.trainer.callbacks if isinstance(each, cli.SESSCallback)]
+    assert callback.alarm == "val/top1"
+
+
+def test_print_config_is_readable(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", str(LIGHTNING[0]), *ANY, "--print_config"])
+    told = capsys.readouterr().out
+    assert "\nsess:\n  method:\n    class_path: sess_lightning.methods.SESS\n" in told
+    assert "  num_samples: 32\n" in told

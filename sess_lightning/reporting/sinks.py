@@ -18,6 +18,11 @@ from sess_lightning.reporting.html import write_report
 from sess_lightning.reporting.panels import Panel, Picture, curve_figure, sheet
 from sess_lightning.reporting.records import RunRecord, append, carry, keep_sample
 
+BEST = {
+    "insertion": "max", "overall": "max", "pointing_game": "max", "relevance_mass": "max", "deletion": "min",
+}  # fmt: skip
+"""Which end of a figure is the good one, by the last part of its name."""
+
 
 class Sink(ABC):
     """Takes pictures and curves; scalars travel through Lightning's own logging."""
@@ -42,13 +47,16 @@ class Sink(ABC):
         """Keep the figures where the logger itself does not."""
 
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:  # noqa: B027
-        """Show rows that have the same columns, such as ``"sess/per_class"`` or ``"sess/worst"``."""
+        """Show rows of plain values and pictures under one key; all have the same columns."""
 
     def settings(self, values: Mapping[str, Any], when: Mapping[str, int]) -> None:  # noqa: B027
         """Say how the figures are made, in words and numbers."""
 
     def close(self, metrics: Mapping[str, float], when: Mapping[str, int]) -> None:  # noqa: B027
         """End a validation run, once the user's own ``metrics`` are known as well."""
+
+    def alert(self, title: str, text: str) -> None:  # noqa: B027
+        """Tell the user now, where the logger can."""
 
 
 class WandbSink(Sink):
@@ -58,6 +66,7 @@ class WandbSink(Sink):
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
+        self._defined: set[str] = set()
 
     def panels(self, key: str, panels: Sequence[Panel], when: Mapping[str, int]) -> None:
         """Log image | base | SESS strips with their captions and boxes."""
@@ -88,7 +97,40 @@ class WandbSink(Sink):
             xs=share, ys=list(lines.values()), keys=list(lines), title=f"Mean curves, epoch {when['epoch']}",
             xname="share of pixels changed, most salient first",
         )  # fmt: skip
-        self._log({key: chart}, when)
+        # The chart shows the newest run; the picture's step slider goes back to any.
+        picture = wandb.Image(curve_figure(curves, _title(when)), file_type="jpg")
+        self._log({key: chart, f"{key}_by_epoch": [picture]}, when)
+
+    def scalars(self, key: str, values: Mapping[str, float], when: Mapping[str, int]) -> None:  # noqa: ARG002
+        """Have W&B's summary keep the best and the last value of the figures that Lightning logs."""
+        prefix = key.rsplit("/", 1)[0]
+        for name in set(values) - self._defined:
+            best = BEST.get(name.rsplit("/", 1)[-1])
+            if best is not None and not name.startswith("minus_"):
+                self._logger.experiment.define_metric(
+                    f"{prefix}/{name}", step_metric="trainer/global_step", step_sync=True,
+                    summary=f"{best},last",
+                )  # fmt: skip
+        self._defined |= set(values)
+
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
+        """Log a table, and beside it the pictures of its rows under ``<key>_pictures``."""
+        import wandb
+
+        # In a table, pictures would become an artifact, which has no step slider.
+        told = [_without_pictures(row) for row in rows]
+        table = wandb.Table(columns=list(told[0]), data=[list(row.values()) for row in told])
+        pictures = [
+            wandb.Image(value, caption="\n".join(f"{k}: {_cell(v)}" for k, v in row.items()), file_type="jpg")
+            for row, whole in zip(told, rows, strict=True)
+            for value in whole.values()
+            if isinstance(value, np.ndarray)
+        ]
+        self._log({key: table, **({f"{key}_pictures": pictures} if pictures else {})}, when)
+
+    def alert(self, title: str, text: str) -> None:
+        """Send W&B's alert, by mail or Slack as the user has set."""
+        self._logger.experiment.alert(title=title, text=text, level="WARN")
 
     def _log(self, values: dict[str, Any], when: Mapping[str, int]) -> None:
         # No step=: W&B drops rows whose step is not the newest. Lightning's own rows carry the same key.
@@ -128,6 +170,17 @@ class TensorBoardSink(Sink):
             key, curve_figure(curves, _title(when)), when["step"], dataformats="HWC"
         )
 
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
+        """Add the table as text, without pictures."""
+        told = [_without_pictures(row) for row in rows]
+        lines = [list(told[0]), ["---"] * len(told[0]), *(map(_cell, row.values()) for row in told)]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        self._logger.experiment.add_text(key, text, when["step"])
+
+    def alert(self, title: str, text: str) -> None:
+        """Add the text."""
+        self._logger.experiment.add_text(title, text)
+
 
 class FileSink(Sink):
     """PNG and CSV files, one picture per validation run, one row per figure set."""
@@ -156,6 +209,10 @@ class FileSink(Sink):
     def scalars(self, key: str, values: Mapping[str, float], when: Mapping[str, int]) -> None:
         """Append every figure to a CSV of (epoch, step, name, value)."""
         self._append(f"{key}.csv", ({**when, "name": name, "value": value} for name, value in values.items()))
+
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
+        """Append the rows to a CSV, without pictures."""
+        self._append(f"{key}.csv", ({**when, **_without_pictures(row)} for row in rows))
 
     def _write(self, key: str, picture: Picture, when: Mapping[str, int]) -> None:
         folder = self._inside(key)
@@ -221,7 +278,7 @@ class ReportSink(Sink):
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
         """Keep the rows."""
         self._keep(when)
-        self._pending.setdefault("tables", {})[key.rpartition("/")[2]] = list(rows)
+        self._pending.setdefault("tables", {})[key.rpartition("/")[2]] = [*map(_without_pictures, rows)]
 
     def settings(self, values: Mapping[str, Any], when: Mapping[str, int]) -> None:
         """Keep them."""
@@ -243,6 +300,15 @@ class ReportSink(Sink):
         if {name: self._pending.get(name) for name in when} != dict(when):
             self._pending = dict(when)  # The run before was never closed: some part of it failed.
         self._pending |= values
+
+
+def _without_pictures(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not isinstance(value, np.ndarray)}
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _title(when: Mapping[str, int]) -> str:

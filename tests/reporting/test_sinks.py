@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb_reader import history, offline, run_folder
+from wandb_reader import history, offline, records, run_folder
 
 from sess_lightning.reporting.panels import Panel, curve_figure, sheet
 from sess_lightning.reporting.sinks import FileSink, TensorBoardSink, WandbSink, sink_for
@@ -144,6 +144,83 @@ def test_wandb_holds_every_point_of_the_curves(wandb_logger, tmp_path):
         (point["step"], point["lineVal"]) for point in named if point["lineKey"] == "deletion, base (n=8)"
     ]
     assert points == [(0.0, 0.5), (0.25, 0.375), (0.5, 0.25), (0.75, 0.125), (1.0, 0.0)]
+
+
+ROWS = [
+    {"sample": "a|b", "score": 0.25, "hit": None, "picture": plain(90)},
+    {"sample": "c", "score": 0.5, "hit": "miss", "picture": plain(20)},
+]
+
+
+def test_a_table_goes_to_files_without_its_pictures(tmp_path):
+    FileSink(tmp_path).table("sess/samples", ROWS, WHEN)
+    FileSink(tmp_path).table("sess/samples", ROWS[:1], {"epoch": 3, "step": 25})
+    told = rows(tmp_path / "sess" / "samples.csv")
+    assert told[0] == {"epoch": "2", "step": "17", "sample": "a|b", "score": "0.25", "hit": ""}
+    assert [row["epoch"] for row in told] == ["2", "2", "3"]
+
+
+def test_a_table_goes_to_tensorboard_as_text(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    sink_for(logger, tmp_path).table("sess/samples", ROWS, WHEN)
+    logger.experiment.flush()
+    (event,) = EventAccumulator(logger.log_dir).Reload().Tensors("sess/samples/text_summary")
+    assert event.step == 17
+    (text,) = event.tensor_proto.string_val
+    assert text.decode().splitlines() == [
+        "| sample | score | hit |", "| --- | --- | --- |", "| a\\|b | 0.250 |  |", "| c | 0.500 | miss |",
+    ]  # fmt: skip
+
+
+def test_wandb_gets_a_new_table_every_run_and_its_pictures_beside(wandb_logger, tmp_path):
+    sink = sink_for(wandb_logger, tmp_path)
+    sink.table("sess/samples", ROWS, WHEN)
+    sink.table("sess/samples", ROWS[:1], {"epoch": 3, "step": 25})
+    wandb_logger.experiment.finish()
+    folder = run_folder(tmp_path)
+    first, second = history(folder)
+    assert (first["trainer/global_step"], second["trainer/global_step"]) == (17, 25)
+    table = json.loads((folder / "files" / first["sess/samples"]["path"]).read_text())
+    assert table["columns"] == ["sample", "score", "hit"]
+    assert table["data"] == [["a|b", 0.25, None], ["c", 0.5, "miss"]]
+    pictures = first["sess/samples_pictures"]
+    assert pictures["captions"] == [
+        "sample: a\\|b\nscore: 0.250\nhit: ",
+        "sample: c\nscore: 0.500\nhit: miss",
+    ]
+    assert Image.open(folder / "files" / pictures["filenames"][0]).size == (40, 32)
+    assert second["sess/samples"]["nrows"] == 1
+
+
+def test_wandbs_summary_keeps_the_best_and_the_last_of_what_lightning_logs(wandb_logger, tmp_path):
+    sink = sink_for(wandb_logger, tmp_path)
+    for step, value in ((3, 0.5), (7, 0.75), (11, 0.25)):
+        values = {"overall": value, "base/deletion": value, "minus_base/overall": value, "n": 4.0}
+        sink.scalars("sess/scalars", values, {"epoch": step // 4, "step": step})
+        wandb_logger.log_metrics({f"sess/{name}": each for name, each in values.items()}, step)
+    wandb_logger.experiment.finish()
+    (path,) = run_folder(tmp_path).glob("run-*.wandb")
+    defined = {
+        record.metric.name: record.metric
+        for record in records(path)
+        if record.WhichOneof("record_type") == "metric"
+    }
+    assert {name for name in defined if "sess" in name} == {"sess/overall", "sess/base/deletion"}
+    for name, best in (("sess/overall", "max"), ("sess/base/deletion", "min")):
+        assert defined[name].step_metric == "trainer/global_step"
+        assert {kind.name for kind, kept in defined[name].summary.ListFields() if kept} == {best, "last"}
+
+
+def test_an_alert_reaches_wandb_and_tensorboard(wandb_logger, tmp_path):
+    sink_for(wandb_logger, tmp_path).alert("Clever Hans?", "look at a")
+    wandb_logger.experiment.finish()
+    (path,) = run_folder(tmp_path).glob("run-*.wandb")
+    (alert,) = [record.alert for record in records(path) if record.WhichOneof("record_type") == "alert"]
+    assert (alert.title, alert.text, alert.level) == ("Clever Hans?", "look at a", "WARN")
+    logger = TensorBoardLogger(tmp_path / "tb")
+    sink_for(logger, tmp_path).alert("Clever Hans?", "look at a")
+    logger.experiment.flush()
+    assert EventAccumulator(logger.log_dir).Reload().Tags()["tensors"] == ["Clever Hans?/text_summary"]
 
 
 def test_every_logger_gets_its_own_sink(tmp_path):

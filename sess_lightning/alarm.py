@@ -1,0 +1,150 @@
+"""The Clever-Hans alarm: the model gets better while it looks elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sess_lightning.metrics.statistics import Mean, resample
+from sess_lightning.runs import FIGURES, Run, comparable
+
+LEAST_RISE = 0.02
+"""How much accuracy must have risen for a fall of the explanations to be told."""
+LEAST_FALL = 0.05
+"""How deep a figure must have fallen: maps of a healthy training move a little from run to run."""
+LEARNT = 0.5
+"""How far accuracy must be on its way from a constant guess to 1 for maps beside the object to be told."""
+LEAST_SAMPLES = 8
+"""With fewer samples, a bootstrap interval says next to nothing."""
+LEVEL = 0.99
+"""Of the paired interval: three figures are looked at, in every run."""
+TOLD = 5
+"""How many samples an alarm names."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A figure that is lower than it should be.
+
+    Attributes:
+        figure: Which.
+        before: Its mean in the earlier run, or what a map without preference scores.
+        now: Its mean in this run.
+        low: Lower end of the paired difference's interval, now less before.
+        high: Its upper end, below 0.
+        samples: How many samples the difference is a mean of.
+        since: The earlier run; None where the figure is below that of a map without preference.
+        worst: The places of the samples with the largest difference, worst first.
+    """
+
+    figure: str
+    before: float
+    now: float
+    low: float
+    high: float
+    samples: int
+    since: Run | None
+    worst: tuple[int, ...]
+
+
+def find_accuracy(metrics: Mapping[str, object], prefix: str) -> str | None:
+    """Return the key of a validation accuracy among what a training logs, None if there is none.
+
+    The shortest key that speaks of accuracy (``acc``, ``accuracy``, ``top1``) and not of training.
+    """
+    spoken = re.compile(r"accuracy|(^|[^a-z])(acc|top_?1)([^a-z]|$)")
+    found = [
+        key for key in metrics
+        if spoken.search(key.lower()) and "train" not in key.lower() and not key.startswith(f"{prefix}/")
+    ]  # fmt: skip
+    return min(found, key=lambda key: ("val" not in key.lower(), len(key), key), default=None)
+
+
+def constant_guess(targets: Sequence[int]) -> float:
+    """Return the accuracy of always naming the most frequent class."""
+    return max(Counter(targets).values()) / len(targets)
+
+
+def findings(runs: Sequence[Run], now: Run, guess: float) -> list[Finding]:
+    """Return what there is to be alarmed about, empty if nothing.
+
+    Two things are tested, each on the same samples in pairs, and each is told only if the 99 % bootstrap
+    interval of the paired mean difference lies below 0:
+
+    * *Fall.* Against the best earlier run of each figure, and against the first: accuracy has risen by at
+      least 0.02 since, and relevance mass, Pointing Game or overall has fallen by at least 0.05.
+    * *Beside the object.* Accuracy is at least half way from a constant guess to 1, and the maps hold less of
+      their mass inside the regions than maps without preference do. This needs no earlier run that was
+      good: a watermark learnt from the first step on leaves none.
+
+    Neither says that the model is wrong: it may rightly use what lies around the object. It says to look.
+
+    Args:
+        runs: Earlier runs, as ``remembered`` keeps them.
+        now: This run, with its accuracy.
+        guess: Accuracy of a constant guess.
+    """
+    found = []
+    for figure in FIGURES:
+        before = [run for run in comparable(runs, now) if now.accuracy - run.accuracy >= LEAST_RISE]
+        each = [_lower(figure, now, run.figures[figure], LEAST_FALL, run) for run in before]
+        found += sorted((one for one in each if one is not None), key=lambda one: one.high)[:1]
+    if now.accuracy - guess >= LEARNT * (1 - guess):
+        beside = _lower("relevance_mass", now, now.figures["region_share"], 0.0, None)
+        found += [beside] if beside is not None else []
+    return found
+
+
+def _lower(
+    figure: str, now: Run, before: Float[Tensor, " N"], least: float, since: Run | None
+) -> Finding | None:
+    difference = (now.figures[figure] - before).double()
+    both = difference.isfinite()
+    count = int(both.sum())
+    if count < LEAST_SAMPLES:
+        return None
+    resampled = resample({"mean": Mean(difference[both], torch.arange(count))}, count)["mean"]
+    ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    low, high = torch.quantile(resampled, ends).tolist()
+    if high >= 0 or difference[both].mean() > -least:
+        return None
+    order = difference.nan_to_num(0).argsort(stable=True)[:TOLD]
+    return Finding(
+        figure=figure,
+        before=float(before[both].mean()),
+        now=float(now.figures[figure][both].mean()),
+        low=low,
+        high=high,
+        samples=count,
+        since=since,
+        worst=tuple(i for i in order.tolist() if difference[i] < 0),
+    )
+
+
+def describe(found: Sequence[Finding], now: Run, key: str, names: Sequence[str]) -> str:
+    """Return the alarm's text; ``key`` is the accuracy's, ``names`` the samples'."""
+    lines = []
+    for each in found:
+        figure = each.figure.replace("_", " ")
+        difference = f"{LEVEL:.0%} interval of the paired difference [{each.low:.3f}, {each.high:.3f}]"
+        if each.since is None:
+            lines.append(
+                f"{figure} is {each.now:.3f}, less than the {each.before:.3f} of a map without preference "
+                f"({difference}, {each.samples} samples)"
+            )
+        else:
+            lines.append(
+                f"{figure} fell from {each.before:.3f} (step {each.since.step}, {key} "
+                f"{each.since.accuracy:.3f}) to {each.now:.3f} ({difference}, {each.samples} samples)"
+            )
+    worst = ", ".join(names[i] for i in found[0].worst)
+    return (
+        f"Clever Hans? {key} is {now.accuracy:.3f} at step {now.step}, yet {'; '.join(lines)}. "
+        f"The model may be right for a reason that lies outside the object. Look at: {worst}."
+    )

@@ -1,0 +1,87 @@
+"""The rows of what is looked up rather than plotted: classes, and samples that stand out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
+
+MOST_CLASSES = 100
+
+
+def class_rows(samples: Samples, name: Callable[[float], str]) -> list[dict[str, Any]]:
+    """Return a row per class that was tried, worst Pointing Game first, at most 100.
+
+    Args:
+        samples: What a run found.
+        name: Names a class.
+    """
+    rows = []
+    for target in samples.targets[samples.hits != NO_TRIAL].unique().tolist():
+        of_class = (samples.targets == target) & (samples.hits != NO_TRIAL)
+        hits, trials = int(samples.hits[of_class].sum()), int(of_class.sum())
+        low, high = wilson(hits, trials)
+        rows.append({
+            "class": name(float(target)), "trials": trials, "hits": hits, "pointing_game": hits / trials,
+            "ci_low": low, "ci_high": high, "relevance_mass": _mean(samples.mass[of_class]),
+            "region_share": _mean(samples.share[of_class]),
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: (row["pointing_game"], row["relevance_mass"]))[:MOST_CLASSES]
+
+
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share, which also serves where all or none are hits."""
+    z = 1.959964
+    middle, spread = hits + z * z / 2, z * (hits * (trials - hits) / trials + z * z / 4) ** 0.5
+    return (middle - spread) / (trials + z * z), (middle + spread) / (trials + z * z)
+
+
+def standing_out(
+    samples: Samples, drifts: Mapping[str, Float[Tensor, " N"]], count: int
+) -> list[tuple[str, int]]:
+    """Return the ``count`` samples of lowest overall, then the ``count`` least like the previous run's.
+
+    Each with the reason why it is told; samples without the figure are left out.
+    """
+    overall = samples.insertion - samples.deletion
+    chosen = [("worst explained", overall), ("most drifted", drifts.get("drift_previous", overall[:0]))]
+    return [
+        (why, i)
+        for why, each in chosen
+        for i in each.nan_to_num(torch.inf).argsort(stable=True)[:count].tolist()
+        if each[i].isfinite()
+    ]
+
+
+def sample_row(
+    samples: Samples, drifts: Mapping[str, Float[Tensor, " N"]], i: int, name: Callable[[float], str]
+) -> dict[str, Any]:
+    """Return what is known of one sample; None where there is nothing to tell."""
+    hit = int(samples.hits[i])
+    return {
+        "target": name(float(samples.targets[i])),
+        "prediction": name(float(samples.predicted[i])),
+        "score": float(samples.scores[i]),
+        "overall": _finite(samples.insertion[i] - samples.deletion[i]),
+        "insertion": _finite(samples.insertion[i]),
+        "deletion": _finite(samples.deletion[i]),
+        "pointing_game": None if hit == NO_TRIAL else "hit" if hit else "miss",
+        "relevance_mass": _finite(samples.mass[i]),
+        **{
+            key: _finite(drifts[key][i]) if key in drifts else None
+            for key in ("drift_previous", "drift_initial")
+        },
+    }
+
+
+def _finite(value: Tensor) -> float | None:
+    return float(value) if value.isfinite() else None
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean())
