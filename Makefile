@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all test-gpu bench check clean
+.PHONY: demo test test-all test-gpu bench planted check clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -35,6 +35,9 @@ test-gpu: $(STAMP)  ## What needs a CUDA device
 
 bench: $(STAMP)  ## Cost against the bare forward, into examples/results/benchmarks.md
 	for file in tests/benchmarks/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+
+planted: $(STAMP)  ## Ten defects, put into copies of the package: do the tests notice?
+	$(BIN)/python tests/planted.py
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache

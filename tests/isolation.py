@@ -96,12 +96,11 @@ class Ledger(Callback):
 
 
 def difference(one, other):
-    """Return where two ledgers part: events, and the names of what differs there."""
+    """Return where two ledgers part first: the event, and the names of what differs there."""
     if [event for event, _ in one.pages] != [event for event, _ in other.pages]:
         return ["events"]
-    return [
-        f"{i} {event}: {name}"
-        for i, ((event, page), (_, beside)) in enumerate(zip(one.pages, other.pages, strict=True))
-        for name in sorted(page.keys() | beside.keys())
-        if page.get(name) != beside.get(name)
-    ]
+    for i, ((event, page), (_, beside)) in enumerate(zip(one.pages, other.pages, strict=True)):
+        names = sorted(name for name in page.keys() | beside.keys() if page.get(name) != beside.get(name))
+        if names:
+            return [f"{i} {event}: {name}" for name in names]
+    return []

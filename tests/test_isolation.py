@@ -101,7 +101,6 @@ CASES = {
     "64-true": (Classifier, {"precision": "64-true"}),
     "bf16-mixed": (Classifier, {"precision": "bf16-mixed"}),
     "bf16-true": (Classifier, {"precision": "bf16-true"}),
-    "16-mixed": (Classifier, {"precision": "16-mixed"}),
     "a compiled network": (CompiledNet, {}),
     "a compiled module": (compiled, {}),
     "channels last": (ChannelsLast, {}),
