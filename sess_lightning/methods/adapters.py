@@ -1,7 +1,5 @@
 """Any attribution of captum and any CAM of grad-cam, by class or by name; the model comes back as it was."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import io
@@ -72,7 +70,7 @@ class _Adapter(SaliencyMethod):
     def _draw(
         self,
         kind: type[Any],
-        model: _Classifier,
+        model: "_Classifier",
         images: Float[Tensor, "B C H W"],
         targets: Int[Tensor, " B"],
     ) -> Tensor:
@@ -177,7 +175,7 @@ class _Classifier(nn.Module):
         logits = classify(self.model, images).float()
         return torch.cat([-logits, logits], 1) if logits.shape[1] == 1 else logits
 
-    def train(self, mode: bool = True) -> _Classifier:  # noqa: ARG002
+    def train(self, mode: bool = True) -> "_Classifier":  # noqa: ARG002
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -259,7 +257,7 @@ class PytorchGradCAM(_Adapter):
     package: ClassVar[str] = "pytorch_grad_cam"
     extra: ClassVar[str] = "grad-cam"
 
-    def _draw(self, kind: type[Any], model: _Classifier, images: Tensor, targets: Tensor) -> Tensor:
+    def _draw(self, kind: type[Any], model: "_Classifier", images: Tensor, targets: Tensor) -> Tensor:
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
         takes = _parameters(kind)
@@ -317,7 +315,7 @@ class Captum(_Adapter):
         by_layer = "layer" in _parameters(kind)
         return resolve_layer(model, self.target_layer, images) if by_layer else None
 
-    def _draw(self, kind: type[Any], model: _Classifier, images: Tensor, targets: Tensor) -> Tensor:
+    def _draw(self, kind: type[Any], model: "_Classifier", images: Tensor, targets: Tensor) -> Tensor:
         from captum.attr import GradientAttribution, LayerAttribution
 
         if not hasattr(kind, "attribute"):
@@ -350,7 +348,7 @@ class Captum(_Adapter):
 
     @staticmethod
     def _defaults(
-        takes: Mapping[str, inspect.Parameter], model: _Classifier, images: Tensor, targets: Tensor
+        takes: Mapping[str, inspect.Parameter], model: "_Classifier", images: Tensor, targets: Tensor
     ) -> dict[str, Any]:
         (channels, height, width), chunk = images.shape[1:], max(32, len(images))
         window = (channels, max(1, height // PLACES), max(1, width // PLACES))

@@ -1,7 +1,5 @@
 """One sharp map out of many coarse ones, of turned and shifted copies."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,7 +53,7 @@ class View(NamedTuple):
     weights: Float[Tensor, "N h w R"]
 
     @classmethod
-    def of(cls, poses: Poses, size: tuple[int, int], grid: tuple[int, int]) -> View:
+    def of(cls, poses: Poses, size: tuple[int, int], grid: tuple[int, int]) -> "View":
         """Read every cell at 3 x 3 places (fewer, where it has fewer pixels), bilinearly; outside is zero."""
         fine = [min(3, -(-side // count)) for side, count in zip(size, grid, strict=True)]
         places = poses.places(size, (grid[0] * fine[0], grid[1] * fine[1]))

@@ -1,7 +1,5 @@
 """The floors every score is read against: maps that know nothing of the model."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Class activation maps: one forward, and a backward through what follows the target layer only."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack

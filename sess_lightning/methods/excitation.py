@@ -1,7 +1,5 @@
 """Excitation backprop: the target's evidence, handed down as probabilities from winners to their winners."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Gradients of the target's logit with respect to the pixels."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

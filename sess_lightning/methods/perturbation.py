@@ -1,7 +1,5 @@
 """Methods that ask the model about changed images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Attribution to regions instead of pixels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """SESS around any method; itself a method."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass

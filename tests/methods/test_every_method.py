@@ -237,6 +237,16 @@ def test_from_yaml(name, nested, tmp_path):
     assert got == (SESS(made(name), scales=(64, 96)) if nested else made(name))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_methods_are_named_on_a_command_line():
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser()
+    parser.add_subclass_arguments(SaliencyMethod, "method")
+    given = ["--method=SESS", "--method.base=LayerCAM", "--method.base.target_layer=features.3"]
+    got = instantiated(parser, parser.parse_args(given))
+    assert got == SESS(methods.LayerCAM("features.3"))
+
+
 def test_a_target_layer_from_yaml_is_a_name():
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
