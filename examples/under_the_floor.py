@@ -33,7 +33,7 @@ from sess_lightning.engine import chunked, prefilter, windows
 from sess_lightning.lending import explaining, folded
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.metrics.functional import curve_auc, deletion_curve, insertion_curve, pointing_hits
-from sess_lightning.metrics.statistics import bootstrap_counts, interval
+from sess_lightning.metrics.statistics import Mean, interval, resample
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -132,7 +132,6 @@ def read(path: Path) -> list[dict[str, str]]:
 def table(rows: list[dict[str, str]], args: argparse.Namespace) -> str:
     """Return a Markdown table: medians of costs, means of the rest, paired differences to no option."""
     pictures = len({row["id"] for row in rows})
-    counts = bootstrap_counts(pictures)
     lines = [
         f"{pictures} pictures, MobileNetV2 (folded), n = {args.num_scales}, one thread, "
         f"{platform.machine()}, torch {torch.__version__}, torchvision {torchvision.__version__}",
@@ -146,7 +145,7 @@ def table(rows: list[dict[str, str]], args: argparse.Namespace) -> str:
         plain = columns([row for row in chosen if row["option"] == "none"])
         for option in OPTIONS:
             own = columns([row for row in chosen if row["option"] == option])
-            changes = [change(own[key] - plain[key], counts) for key in ("overall", "hit")]
+            changes = [change(own[key] - plain[key]) for key in ("overall", "hit")]
             means = {key: float(values.mean()) for key, values in own.items()}
             lines.append(
                 f"| {ratio} | {option} | {statistics.median(own['cost'].tolist()):.2f} | "
@@ -163,8 +162,9 @@ def columns(rows: list[dict[str, str]]) -> dict[str, Tensor]:
     return found | {"overall": found["insertion"] - found["deletion"]}
 
 
-def change(difference: Tensor, counts: Tensor) -> str:
-    low, high = interval("", counts @ difference / len(difference)).values()
+def change(difference: Tensor) -> str:
+    mean = Mean(difference, torch.arange(len(difference)))
+    low, high = interval("", resample({"": mean}, len(difference))[""]).values()
     return f"{float(difference.mean()):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
