@@ -141,10 +141,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""
+        # Towards the host a copy that nobody waits for may be read before it is there.
+        onwards = torch.device(device).type != "cpu"
 
         def move(value: object) -> object:
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
+                return value.to(device, non_blocking=onwards)
             if isinstance(value, list):
                 return [move(item) for item in value]
             return value
