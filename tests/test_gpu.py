@@ -19,7 +19,10 @@ METHODS = [
     SESS(GuidedBackprop(), num_scales=2, prefilter_ratio=0.5, batch_size=8),
 ]
 method_cases = pytest.mark.parametrize("method", METHODS, ids=str)
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.fixture
