@@ -172,8 +172,8 @@ def afford(
         ValueError: If it does not pay for a single sample.
     """
     models = [each for each in compare.values() if each.forwards > 0]
-    each = fixed + 1 + method.count_forwards(model, size) + FURTHER
-    each += sum(other.count_forwards(model, size) + FURTHER for other in models)
+    each = fixed + 1 + method.count_forwards(model, size) + FURTHER * (1 + len(models))
+    each += sum(other.count_forwards(model, size) for other in models if not method.gives(other, model, size))
     floors = FURTHER * (len(compare) - len(models))
     here = max_forwards // shares - SHARED
     wanted = int(min(-(-num_samples // shares), available))

@@ -47,7 +47,8 @@ class SaliencyMethod(ABC):
     """Explains a batch of images; holds hyper-parameters only, the model is always an argument.
 
     Attributes:
-        single_forward: The maps come out of the very forward that gives the scores (see ``extract``).
+        single_forward: The maps come out of the very forward that gives the scores: ``explain`` is
+            ``extract``, upsampled.
         forwards: Forwards of one image that one map of it costs.
         activation: How the model's logits become probabilities.
     """
@@ -83,6 +84,27 @@ class SaliencyMethod(ABC):
     ) -> Explanation:
         """Explain several classes of one image; a method that can share forwards between them does."""
         return self.explain(model, image.expand(len(targets), -1, -1, -1).contiguous(), targets)
+
+    def maps_beside(
+        self,
+        model: nn.Module,
+        images: Float[Tensor, "B C H W"],
+        targets: Int[Tensor, " T"],
+        others: Sequence[SaliencyMethod] = (),
+    ) -> list[Float[Tensor, "T H W"]]:
+        """Return the maps of this method and of ``others``, in this order; forwards they share run once.
+
+        There is one target per image, or several for a single image.
+        """
+        if len(images) == 1 < len(targets):
+            own = self.explain_classes(model, images, targets).maps
+        else:
+            own = self(model, images, targets)  # Floors need no forward for a map, but one for a score.
+        return [own, *(other.maps_beside(model, images, targets)[0] for other in others)]
+
+    def gives(self, other: SaliencyMethod, model: nn.Module, size: tuple[int, int]) -> bool:  # noqa: ARG002
+        """Return whether ``maps_beside`` runs nothing more for ``other``, on images of ``size``."""
+        return False
 
     def extract_classes(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"]

@@ -6,7 +6,7 @@ from formula import build
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from sess_lightning import SESS
-from sess_lightning.methods import GradCAM, RandomMap
+from sess_lightning.methods import GradCAM, LayerCAM, RandomMap
 from sess_lightning.sampling import (
     Budget,
     Order,
@@ -119,7 +119,9 @@ def test_an_order_knows_how_many_items_a_batch_has():
 
 
 METHOD, BESIDE = SESS(GradCAM(), num_scales=2), {"base": GradCAM(), "random": RandomMap()}
-EACH = 1 + 1 + 5 + 54 + 1 + 54  # Label's score, blurred image, windows, curves; the base's map and curves.
+EACH = (
+    1 + 1 + 5 + 54 + 54
+)  # Label's score, blurred image, windows, curves; the base's curves: its map is a window's.
 
 
 def budget(**kwargs):
@@ -129,6 +131,14 @@ def budget(**kwargs):
 
 def test_a_budget_counts_every_forward():
     assert budget() == Budget(8, 8, 3 + 8 * EACH + 8 * 54)
+
+
+def test_a_base_that_the_windows_do_not_give_costs_its_own_forwards():
+    beside = {"base": LayerCAM()}
+    found = afford(
+        METHOD, beside, build("tiny"), (224, 224), num_samples=8, available=100.0, max_forwards=5000
+    )
+    assert found.forwards == 3 + 8 * (EACH + 1)
 
 
 def test_a_budget_that_binds_takes_from_the_floors_first_and_leaves_them_four_samples():
@@ -143,6 +153,6 @@ def test_shares_divide_samples_and_forwards():
 
 def test_a_budget_for_nothing_says_what_a_sample_costs():
     with pytest.raises(
-        ValueError, match=r"max_forwards=200 does not pay .* costs 116 forwards of 224x224 px"
+        ValueError, match=r"max_forwards=200 does not pay .* costs 115 forwards of 224x224 px"
     ):
         budget(max_forwards=200)

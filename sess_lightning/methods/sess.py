@@ -1,6 +1,6 @@
 """SESS around any method; itself a method."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -29,7 +29,7 @@ from sess_lightning.engine import (
 )
 from sess_lightning.introspection import check_inputs, classify, input_window, log_scores
 from sess_lightning.lending import borrowed, explaining
-from sess_lightning.ops import min_max, size_of
+from sess_lightning.ops import min_max, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
 Scoring: TypeAlias = Literal["full", "bf16"]
@@ -139,7 +139,7 @@ class SESS(SaliencyMethod):
         """Return how many forwards of windows one map of an image of ``size`` costs, cheap or not."""
         plan = self.plan(model, size)
         count, window = len(plan), plan.window
-        if self.base.single_forward and not self._scores_cheaply:
+        if self._extracts_all:
             return count
         kept = kept_count(count, self.prefilter_ratio)
         return count + kept * self.base.count_forwards(model, (window, window))
@@ -157,36 +157,68 @@ class SESS(SaliencyMethod):
                 not suit the model.
         """
         check_inputs("SESS", images, targets)
-        return self._finished(model, images, targets)
+        return self._finished(model, images, targets)[0]
 
     def explain_classes(
         self, model: nn.Module, image: Float[Tensor, "1 C H W"], targets: Int[Tensor, " T"]
     ) -> Explanation:
         """Explain several classes of one image; its windows pass through the model once for all of them."""
         check_inputs("SESS", image.expand(len(targets), -1, -1, -1), targets)
-        return self._finished(model, image, targets)
+        return self._finished(model, image, targets)[0]
 
-    def _finished(self, model: nn.Module, images: Tensor, targets: Tensor) -> Explanation:
+    def maps_beside(
+        self,
+        model: nn.Module,
+        images: Float[Tensor, "B C H W"],
+        targets: Int[Tensor, " T"],
+        others: Sequence[SaliencyMethod] = (),
+    ) -> list[Float[Tensor, "T H W"]]:
+        """Return the maps of this method and of ``others``; the base is read off the first window."""
+        size = size_of(images)
+        if not any(self.gives(other, model, size) for other in others):
+            return super().maps_beside(model, images, targets, others)
+        check_inputs("SESS", images if len(images) > 1 else images.expand(len(targets), -1, -1, -1), targets)
+        own, first = self._finished(model, images, targets)
+        assert first is not None
+        base = upsample(first, size).clamp(0, 1)
+        said = [
+            base if self.gives(other, model, size) else other.maps_beside(model, images, targets)[0]
+            for other in others
+        ]
+        return [own.maps, *said]
+
+    def gives(self, other: SaliencyMethod, model: nn.Module, size: tuple[int, int]) -> bool:
+        """Return True for the base, where windows take one forward and the first is the untouched image."""
+        if not self._extracts_all or not other.single_forward or other != self.base:
+            return False
+        plan = self.plan(model, size)
+        return plan.size == plan.scales[0] == (plan.window, plan.window)
+
+    def _finished(
+        self, model: nn.Module, images: Tensor, targets: Tensor
+    ) -> tuple[Explanation, Float[Tensor, "T h w"] | None]:
         plan = self.plan(model, size_of(images))
         with explaining(model):
-            maps, logs = self.fused(model, borrowed(images), borrowed(targets), plan)
+            maps, logs, first = self.fused(model, borrowed(images), borrowed(targets), plan)
         maps = min_max(maps)
         whole = plan.scales[0] == (plan.window, plan.window)
         scores = (logs[:, 0] if whole else logs.amax(1)).exp()
-        return Explanation(smooth(maps) if self.smoothing else maps, scores)
+        return Explanation(smooth(maps) if self.smoothing else maps, scores), first
 
     @torch.no_grad()
     def fused(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"], plan: Plan
-    ) -> tuple[Float[Tensor, "T H W"], Float[Tensor, "T P"]]:
-        """Return equation 2 before its min-max, and every window's log-score.
+    ) -> tuple[Float[Tensor, "T H W"], Float[Tensor, "T P"], Float[Tensor, "T h w"] | None]:
+        """Return equation 2 before its min-max, every window's log-score, and the first window's map.
 
-        There is one target per image, or several for a single image.
+        There is one target per image, or several for a single image. The first window's map is as the base
+        extracts it; None where windows are explained after the pre-filter only.
         """
-        size = batch_limit(self.batch_size, images)
-        if self.base.single_forward and not self._scores_cheaply:
+        size, first_maps = batch_limit(self.batch_size, images), None
+        if self._extracts_all:
             cut = windows(images, plan, self.antialias)
             maps, logs = self._extracted(model, cut, targets, len(images), len(plan), size)
+            first_maps = maps[:, 0]
             kept = self._kept(logs)
             stream: Iterator[Tensor] = chain.from_iterable(
                 own[which] for own, which in zip(maps, kept, strict=True)
@@ -211,7 +243,12 @@ class SESS(SaliencyMethod):
             fuse(islice(stream, len(which)), weight, strips, which, theta=self.theta, fusion=self.fusion)
             for weight, which in zip(weights, kept, strict=True)
         ]
-        return torch.stack(fused), logs
+        return torch.stack(fused), logs, first_maps
+
+    @property
+    def _extracts_all(self) -> bool:
+        """Whether one forward of each window gives its score and its map."""
+        return self.base.single_forward and not self._scores_cheaply
 
     @property
     def _scores_cheaply(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -103,8 +103,8 @@ class SESSMetric(PerSample):
         steps: Number of steps of a curve.
         tolerance: Of the Pointing Game, px at the regions' resolution.
         batch_size: Images that go through the model at once; None by the memory there is.
-        clock: Tells the seconds by which maps are timed, once the device has done its work; None does not
-            wait for the device.
+        clock: Tells the seconds by which maps are timed, once the device has done its work; every method then
+            runs by itself. None does not wait for the device, and runs forwards that methods share once.
         grid: Side of the small copies of its own maps that ``samples`` gives; 0 keeps none.
         kwargs: For ``torchmetrics.Metric``.
 
@@ -203,14 +203,9 @@ class SESSMetric(PerSample):
                 done = sum(len(part) for part in self.targets)
                 numbers = range(done, done + len(images))
             self.latest = {}
-            for i, (name, method) in enumerate(self.methods.items()):
+            explained = self._explained(model, images if shared is None else shared, targets)
+            for i, (name, (maps, seconds)) in enumerate(zip(self.methods, explained, strict=True)):
                 drawn = _drawn(numbers, self.limits.get(name), images.device)
-                started = self._now(images.device)
-                if shared is None:
-                    maps = method(model, images, targets)
-                else:
-                    maps = method.explain_classes(model, shared, targets).maps
-                seconds = self._now(images.device) - started
                 found = self._assess(model, maps, images, blurred, targets, ends, drawn, regions, size)
                 self.latest[name] = found._replace(seconds=seconds)
                 flat = found.maps.flatten(1).amax(1) <= found.maps.flatten(1).amin(1)
@@ -232,8 +227,17 @@ class SESSMetric(PerSample):
             self.predicted.append(predicted)
             self.ends.append(ends)
 
-    def _now(self, device: torch.device) -> float:
-        return self.clock(device) if self.clock is not None else torch.nan
+    def _explained(self, model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, float]]:
+        """Yield every method's maps, and the seconds they took."""
+        if self.clock is None:
+            own, *others = self.methods.values()
+            for each in own.maps_beside(model, images, targets, others):
+                yield each, torch.nan
+            return
+        for method in self.methods.values():
+            started = self.clock(images.device)
+            (each,) = method.maps_beside(model, images, targets)
+            yield each, self.clock(images.device) - started
 
     def _ends(
         self, model: nn.Module, images: Tensor, blurred: Tensor, targets: Tensor

@@ -50,7 +50,7 @@ def run(meta, **changes):
     model, image = build(meta["model"]), picture(meta["h"], meta["w"], meta["stream"])[None]
     plan = method.plan(model, (meta["h"], meta["w"]))
     with explaining(model):
-        maps, logs = method.fused(model, image, torch.tensor([meta["cls"]]), plan)
+        maps, logs, _ = method.fused(model, image, torch.tensor([meta["cls"]]), plan)
     return plan, maps[0], logs[0]
 
 
