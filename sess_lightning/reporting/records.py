@@ -70,7 +70,7 @@ class RunRecord:
     panel: Sequence[Sample] = field(default=())
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    alerts: Sequence[str] = ()
+    alerts: Sequence[str] = field(default_factory=list)
 
 
 def append(folder: str | Path, record: RunRecord) -> None:
