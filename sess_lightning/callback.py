@@ -33,6 +33,7 @@ from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
 from sess_lightning.reporting.sinks import ReportSink, Sink, report_folder, sink_for
 from sess_lightning.runs import Run, drift, record, remembered
 from sess_lightning.sampling import SHARED, Budget, Choice, afford, find_order, numbering, spread_in_batch
+from sess_lightning.selection import Selection, select
 from sess_lightning.tables import class_rows, sample_row, standing_out
 from sess_lightning.types import Batch, SaliencyMethod, SESSWarning
 
@@ -71,6 +72,11 @@ class SESSCallback(Callback):
     ``sess/pointing_game``, the same for the base method alone (``sess/base/...``) and for the floors
     (``sess/random/...``, ``sess/centre/...``), their counts and 95 % intervals, the panel ``sess/panel`` and
     the mean curves ``sess/curves``. The scalars work as ``monitor=`` of EarlyStopping and ModelCheckpoint.
+
+    ``ModelCheckpoint(monitor="sess/selection", mode="max")`` keeps, of the epochs whose validation accuracy
+    is within one standard error of the best, the best explained one (``select``): by relevance mass where
+    there are boxes or masks, else by overall. It needs an accuracy, found as for ``alarm``, and is not sent
+    to loggers.
 
     Training goes on exactly as it would without the callback, and an error in it costs a warning, not the
     run.
@@ -162,6 +168,7 @@ class SESSCallback(Callback):
         self._runs: list[Run] = []
         self._run: Run | None = None
         self._alarmed = False
+        self._selection, self._count = Selection(), float("inf")
         self.num_rows, self.show_names = num_rows, show_names
         self._seen: list[Batch] = []
         self._tables: dict[str, list[dict[str, Any]]] = {}
@@ -206,6 +213,7 @@ class SESSCallback(Callback):
             self._sinks = [sink for sink in found if sink is not None] if shown else []
             if stage == "fit" and trainer.global_step == 0:
                 self._history.clear()  # Another training; a checkpoint brings its own.
+                self._selection = Selection()
             if shown and self.report:
                 folder = report_folder(trainer.loggers, log_dir) / self.prefix
                 self._sinks.append(
@@ -265,9 +273,9 @@ class SESSCallback(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ring the alarm, and hand over the user's figures: all that the module logs is known by now."""
-        if self._run is not None and not trainer.sanity_checking:
+        if not trainer.sanity_checking:
             with self._guarded(trainer), keep_rng():
-                self._ring(trainer, self._run)
+                self._weigh(trainer)
             self._run = None
         self._close(trainer)
 
@@ -293,6 +301,7 @@ class SESSCallback(Callback):
         state: dict[str, Any] = {
             "last": dict(self._last), "failed": self._failed, "history": dict(self._history),
             "runs": [dict(vars(run)) for run in self._runs], "alarmed": self._alarmed,
+            "selection": dict(vars(self._selection)),
         }  # fmt: skip
         if self._budget is not None and self._choice is None:
             state["samples"] = self._budget.samples
@@ -308,6 +317,7 @@ class SESSCallback(Callback):
         self._saved = state_dict
         self._runs = [Run(**run) for run in state_dict.get("runs", [])]
         self._alarmed = bool(state_dict.get("alarmed", False))
+        self._selection = Selection(**state_dict.get("selection", {}))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or self._failures >= 3:
@@ -365,6 +375,7 @@ class SESSCallback(Callback):
         if order is not None and order.passing(batch_idx) != len(batch):
             order = None  # The adapter, or what collates, leaves samples out.
         available = len(batch) * batches if order is None else float(order.length)
+        self._count = available * (world if order is None else 1)
         budget = self.budget(pl_module, size, available, world if order is None else 1)
         self._metric.limits = {name: budget.floors for name, each in compare.items() if each.forwards == 0}
         self._choice = None if order is None else order.choose(budget.samples)
@@ -593,23 +604,34 @@ class SESSCallback(Callback):
         predicted = self.target == "predicted"  # Predictions change, the samples do not.
         return [len(samples.targets)] if predicted else samples.targets.tolist()
 
-    def _ring(self, trainer: Trainer, run: Run) -> None:
-        metrics = trainer.callback_metrics
-        key = find_accuracy(metrics, self.prefix) if self.alarm is True else self.alarm or None
-        if key in metrics:
-            run = replace(run, accuracy=float(metrics[key]))
-            found = findings(self._runs, run, constant_guess(run.key))
-            if found and not self._alarmed:
-                self._alarmed = True
-                text = describe(found, run, key, [self._title(i) for i in range(len(run.small))])
-                self._warn(trainer, text)
-                for sink in self._sinks:
-                    sink.alert("Clever Hans?", text)
-        elif key is not None and not self._alarmed:
-            self._alarmed = True
+    def _weigh(self, trainer: Trainer) -> None:
+        """Compare the run with those before, now that its accuracy is known."""
+        metrics, run, earlier = trainer.callback_metrics, self._run, self._runs
+        key = self.alarm if isinstance(self.alarm, str) else find_accuracy(metrics, self.prefix)
+        known = key is not None and key in metrics
+        if run is not None:
+            run = replace(run, accuracy=float(metrics[key])) if known else run
+            self._runs = remembered(earlier, run)
+        if known and trainer.state.fn == "fit":
+            if run is not None:
+                self._selection = select(self._selection, run.accuracy, run.quality, self._count)
+            # log() is refused here; ModelCheckpoint, whose turn is the last, finds the key all the same.
+            metrics[f"{self.prefix}/selection"] = torch.tensor(self._selection.value)
+        if run is not None and key is not None and self.alarm and not self._alarmed:
+            self._ring(trainer, earlier, run, key)
+
+    def _ring(self, trainer: Trainer, earlier: list[Run], run: Run, key: str) -> None:
+        metrics, text = trainer.callback_metrics, ""
+        if key not in metrics:
             logged = ", ".join(sorted(metrics))
-            self._warn(trainer, f"alarm={key!r} is not among the logged keys ({logged}); the alarm is off.")
-        self._runs = remembered(self._runs, run)
+            text = f"alarm={key!r} is not among the logged keys ({logged}); the alarm is off."
+        elif found := findings(earlier, run, constant_guess(run.key)):
+            text = describe(found, run, key, [self._title(i) for i in range(len(run.small))])
+        self._alarmed = bool(text)
+        if text and trainer.is_global_zero:
+            self._warn(trainer, text)
+            for sink in self._sinks if key in metrics else ():
+                sink.alert("Clever Hans?", text)
 
     def _show(self, trainer: Trainer, curves: Mapping[str, Tensor]) -> None:
         self._shown = when = self._when(trainer)

@@ -39,6 +39,12 @@ class Run:
         """Return a figure's mean over the samples that have it."""
         return float(self.figures[figure].nanmean())
 
+    @property
+    def quality(self) -> float:
+        """How well the model is explained, in [0, 1]: relevance mass, overall where there are no regions."""
+        mass = self.mean("relevance_mass")
+        return mass if mass == mass else (self.mean("overall") + 1) / 2
+
 
 def record(when: Mapping[str, int], key: Sequence[int], samples: Samples) -> Run:
     """Return what is remembered of a run."""

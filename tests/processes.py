@@ -9,7 +9,9 @@ import os
 import socket
 import sys
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from faults import FAULTS, Red
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
-from sess_lightning.types import SESSWarning
+from sess_lightning.types import Explanation, SaliencyMethod, SESSWarning
 
 SAMPLED = {
     "some": {"num_samples": 6},
@@ -104,8 +106,46 @@ def faulty(folder, fault):
     return {"weights": fingerprint(its), "epochs": its.current_epoch, "rows": rows.rows, "told": told}
 
 
+class Rising(Classifier):
+    """Its accuracy rises from run to run."""
+
+    def on_validation_epoch_end(self):
+        self.log("val_acc", 0.6 + 0.2 * self.current_epoch, sync_dist=True)
+
+
+@dataclass(frozen=True)
+class Leaving(SaliencyMethod):
+    """The bright square in the first run, then all but that."""
+
+    runs: list = field(default_factory=list, compare=False, repr=False)
+    forwards: ClassVar[int] = 0
+
+    def explain(self, model, images, targets):
+        maps = images.amax(1).clamp(0, 1) > 0.9
+        return Explanation((maps != bool(self.runs)).float(), torch.ones(len(images)))
+
+
+class NextRun(Callback):
+    def on_validation_end(self, trainer, pl_module):
+        mine = next(each for each in trainer.callbacks if isinstance(each, SESSCallback))
+        mine.method.runs.append(1)
+
+
+def alarmed(folder):
+    rows = Rows()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SESSWarning)
+        fit(
+            folder, SESSCallback(Leaving(), num_samples=14, compare={}), NextRun(), rows, module=Rising,
+            val=DataLoader(Squares(14, boxed), 4), max_epochs=3, num_sanity_val_steps=0,
+        )  # fmt: skip
+    told = [str(each.message) for each in caught if issubclass(each.category, SESSWarning)]
+    return {"told": told, "rows": rows.rows}
+
+
 def cases(folder, world):
     """Yield names and results."""
+    yield "alarm", alarmed(f"{folder}/alarm")
     for name, options in SAMPLED.items():
         yield f"sampled: {name}", sampled(f"{folder}/{name}", options)
     for name, counts in {1: {"whole": (16,)}, 2: {"uneven": (12, 4), "empty": (16, 0)}}.get(

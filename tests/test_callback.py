@@ -6,6 +6,7 @@ import re
 import signal
 import warnings
 from dataclasses import dataclass, field
+from html import escape
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -42,6 +43,7 @@ from sess_lightning.callback import WORST
 from sess_lightning.methods import CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics.functional import curve_auc, deletion_curve, insertion_curve, pointing_hits
 from sess_lightning.reporting.panels import displayed
+from sess_lightning.reporting.records import read
 from sess_lightning.reporting.sinks import Sink
 from sess_lightning.types import Batch, Explanation, SaliencyMethod, SESSWarning
 
@@ -1153,6 +1155,10 @@ def test_the_alarm_rings_once_when_accuracy_rises_while_the_maps_leave_the_objec
     (path,) = folder.glob("run-*.wandb")
     (alert,) = [each.alert for each in records(path) if each.WhichOneof("record_type") == "alert"]
     assert alert.text in text
+    (page,) = tmp_path.glob("**/report.html")
+    (record,) = [each for each in read(page.parent / "records") if each.alerts]
+    assert (record.step, record.alerts) == (7, [alert.text])
+    assert escape(alert.text) in page.read_text("utf-8")
     drifts = [row["sess/drift_previous"] for row in history(folder) if "sess/drift_previous" in row]
     assert drifts == pytest.approx([-1, 1], abs=1e-3)  # The first run has nothing to be compared with.
 
@@ -1179,6 +1185,80 @@ def test_a_resumed_training_compares_with_the_runs_before(tmp_path, recwarn):
     module.accuracy = 0.6
     fit(tmp_path, second, module=module, val=squares(read=boxed), num_sanity_val_steps=0)
     assert len(alarms(recwarn)) == 1
+
+
+class Level(Watched):
+    """Its accuracy differs by less than a standard error, then falls by far."""
+
+    accuracies = (0.90, 0.92, 0.60, 0.90)
+
+    def on_validation_epoch_end(self):
+        self.log("val_acc", self.accuracies[self.current_epoch])
+
+
+def selecting(folder):
+    return ModelCheckpoint(
+        folder, "{epoch}", monitor="sess/selection", mode="max", save_last=True, enable_version_counter=False
+    )
+
+
+def test_a_checkpoint_keeps_the_best_explained_epoch_of_those_as_accurate(tmp_path):
+    kept = selecting(tmp_path / "kept")
+    first = ModelCheckpoint(tmp_path / "accurate", "{epoch}", monitor="val_acc", mode="max")
+    fit(tmp_path, straying(), kept, first, module=Level, val=squares(read=boxed),
+        max_epochs=4, num_sanity_val_steps=0)  # fmt: skip
+    assert kept.best_model_path.endswith("epoch=0.ckpt")
+    assert first.best_model_path.endswith("epoch=1.ckpt")
+
+
+def test_selection_goes_on_after_a_resume_and_past_epochs_without_a_run(tmp_path):
+    def part(epochs, path=None):
+        kept = selecting(tmp_path / "kept")
+        its = fit(tmp_path, straying(every_n_epochs=2), kept, module=Level, val=squares(read=boxed),
+                  max_epochs=epochs, ckpt_path=path, num_sanity_val_steps=0)  # fmt: skip
+        return kept, float(its.callback_metrics["sess/selection"])
+
+    first, value = part(2)
+    assert value == pytest.approx(2, abs=1e-5)  # Epoch 1 has no run: that of epoch 0 stands.
+    second, value = part(4, first.last_model_path)
+    assert value == pytest.approx(0.6 - 1)  # Epoch 2 is less accurate, epoch 3 has no run.
+    assert second.best_model_path.endswith("epoch=0.ckpt")
+
+
+def test_selection_needs_an_accuracy(tmp_path):
+    its = fit(tmp_path, straying(), val=squares(read=boxed))
+    assert "sess/selection" not in its.callback_metrics
+
+
+PROMISED = (
+    "panel", "curves_table", "curves_by_epoch", "classes", "samples", "samples_pictures", "overall",
+    "insertion", "deletion", "pointing_game", "relevance_mass", "region_share", "n", "flat", "nan",
+    "misclassified", "skipped", "failed", "base/overall", "minus_base/overall", "overall_ci_low",
+    "overall_ci_high", "curves_n",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_wandb_keeps_every_key_at_its_epoch_and_step_also_when_resumed(tmp_path, wandb_logger, killed):
+    def part(epochs, path=None):
+        kept = ModelCheckpoint(tmp_path / "kept", save_last=True, enable_version_counter=False)
+        its = fit(tmp_path, quick(num_images=2), kept, logger=wandb_logger, val=squares(read=boxed),
+                  max_epochs=epochs, ckpt_path=path, num_sanity_val_steps=0)  # fmt: skip
+        return its.checkpoint_callback.last_model_path
+
+    path = part(1 if killed else 3)
+    if killed:
+        part(3, path)
+    validate(tmp_path, quick(num_images=2), logger=wandb_logger, val=squares(read=boxed))
+    wandb_logger.experiment.finish()
+    rows = history(run_folder(tmp_path))
+    fitted, (validated,) = [(0, 3), (1, 7), (2, 11)], [(0, 0)]
+    for key in PROMISED:
+        when = [(row["epoch"], row["trainer/global_step"]) for row in rows if f"sess/{key}" in row]
+        assert when == [*fitted, validated], key
+    for key in ("drift_previous", "drift_initial"):
+        when = [(row["epoch"], row["trainer/global_step"]) for row in rows if f"sess/{key}" in row]
+        assert when == fitted[1:], key
 
 
 def photographs():

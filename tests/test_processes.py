@@ -70,6 +70,24 @@ def test_a_process_without_batches_keeps_no_other_waiting(processes):
         assert all(scalars[f"sess/{name}"] != worst for name, worst in WORST.items())
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_alarm_rings_once_on_one_process_and_drift_and_selection_are_those_of_one_process(
+    processes, world
+):
+    (one,), several = ([each["alarm"] for each in processes[number]] for number in (1, world))
+    (text,) = one["told"]
+    (told,) = several[0]["told"]
+    mean = re.search(r"relevance mass fell from [\d.]+ \(step \d+, val_acc 0.600\) to [\d.]+", told)
+    assert mean
+    assert re.sub(r"step \d+, ", "", mean[0]) in re.sub(r"step \d+, ", "", text)
+    assert all(each["told"] == [] for each in several[1:])
+    for key in ("sess/drift_previous", "sess/drift_initial", "sess/relevance_mass", "sess/selection"):
+        expected = [row.get(key) for row in one["rows"]]
+        for each in several:
+            assert [row.get(key) for row in each["rows"]] == pytest.approx(expected, abs=1e-5)
+    assert [row["sess/drift_previous"] for row in one["rows"][1:]] == pytest.approx([-1, 1], abs=1e-3)
+
+
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("case", FAULTS)
 def test_no_fault_ends_a_training_or_changes_it(processes, world, case):

@@ -91,6 +91,7 @@ def _page(records: Sequence[RunRecord], folder: str | Path, every: int) -> str:
         script=script,
         title=escape(f"{last.settings.get('model', 'Model')}: explanations by {own}"),
         when=escape(f"{len(records)} validation run{'s' * (len(records) > 1)}, last after {_when(last)}"),
+        alerts="".join(_alerts(records)),
         tiles="".join(_tiles(records, own, methods)),
         charts="".join(_charts(records, own, methods, x_name, places)),
         partly=escape(partly),
@@ -134,6 +135,12 @@ def _places(records: Sequence[RunRecord]) -> tuple[str, list[float]]:
     at = epochs if x_name == "epoch" else [record.step for record in records]
     span = at[-1] - at[0]
     return x_name, [(each - at[0]) / span if span else 0.5 for each in at]
+
+
+def _alerts(records: Sequence[RunRecord]) -> Iterable[str]:
+    for record in records:
+        for text in record.alerts:
+            yield f"<p><strong>Warning after {escape(_when(record))}:</strong> {escape(text)}</p>"
 
 
 def _tiles(records: Sequence[RunRecord], own: str, methods: Sequence[str]) -> Iterable[str]:

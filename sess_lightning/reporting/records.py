@@ -58,6 +58,7 @@ class RunRecord:
         panel: The samples that are shown.
         tables: Name -> rows.
         settings: How all this was made, in words.
+        alerts: What the user was warned of.
     """
 
     run: str
@@ -69,6 +70,7 @@ class RunRecord:
     panel: Sequence[Sample] = field(default=())
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    alerts: Sequence[str] = field(default_factory=list)
 
 
 def append(folder: str | Path, record: RunRecord) -> None:

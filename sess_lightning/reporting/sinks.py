@@ -284,6 +284,10 @@ class ReportSink(Sink):
         """Keep them."""
         self._keep(when, settings=dict(values))
 
+    def alert(self, title: str, text: str) -> None:  # noqa: ARG002
+        """Keep the text: the page shows it above all figures."""
+        self._pending.setdefault("alerts", []).append(text)
+
     def close(self, metrics: Mapping[str, float], when: Mapping[str, int]) -> None:
         """Append the run to the records, and write the page."""
         self._keep(when, metrics=dict(metrics))

@@ -234,3 +234,15 @@ def test_all_text_colours_have_enough_contrast_in_light_and_dark(page):
             for ground in ("page", "card"):
                 low, high = sorted(luminance(colours[each]) for each in (name, ground))
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
+
+
+def test_an_alert_stands_above_the_figures_as_text(tmp_path):
+    folder = write_runs(tmp_path / "records", count=1)
+    append(folder, RunRecord("a", 1, 100, alerts=[f"Clever Hans? {NASTY}"]))
+    ((attrs, text),) = Page(write_report(folder, tmp_path / "report.html")).all("div", role="status")
+    assert attrs["class"] == "alerts"
+    assert text == f"Warning after epoch 1, step 100: Clever Hans? {NASTY}"
+
+
+def test_without_an_alert_nothing_is_said(page):
+    assert [text for _, text in page.all("div", role="status")] == [""]

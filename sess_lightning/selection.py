@@ -1,0 +1,66 @@
+"""Which epoch to keep: the best explained among those as accurate as the best."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What has been selected so far; plain numbers, so that a checkpoint may hold it.
+
+    Attributes:
+        value: What a monitor compares, of the last run: ``level`` + quality, or below 0 where accuracy is
+            lower than the best by more than a standard error.
+        level: Grows by 1 when the selected run falls behind in accuracy: then a new one is selected, however
+            it is explained.
+        best: The highest accuracy so far.
+        accuracy: The selected run's.
+        quality: The selected run's.
+    """
+
+    value: float = -1.0
+    level: int = 0
+    best: float = 0.0
+    accuracy: float = -1.0
+    quality: float = 0.0
+
+
+def select(before: Selection, accuracy: float, quality: float, count: float) -> Selection:
+    """Weigh one more run: its ``value`` is the largest so far exactly if it is now the one to keep.
+
+    It is if its accuracy is within one standard error of the best so far, and it is explained better than the
+    selected run or that one is no longer within. The same samples are judged in every run, so a standard
+    error of one accuracy is a wide tolerance for the difference of two.
+
+    Args:
+        before: What was selected before.
+        accuracy: Of this run, in [0, 1].
+        quality: How well it is explained, in [0, 1].
+        count: How many samples the accuracy is a mean of; infinite leaves no tolerance.
+
+    Source: the one-standard-error rule of Breiman et al. 1984, section 3.4.3.
+    """
+    if not (math.isfinite(accuracy) and math.isfinite(quality)):
+        return replace(before, value=-1.0)
+    best = max(before.best, accuracy)
+    least = best - standard_error(best, count)
+    if accuracy < least:
+        return replace(before, value=accuracy - 1)
+    level = before.level + (before.accuracy < least)
+    value = level + min(max(quality, 0.0), 1 - 1e-6)
+    if level == before.level and quality <= before.quality:
+        return replace(before, value=value, best=best)
+    return Selection(value, level, best, accuracy, quality)
+
+
+def standard_error(accuracy: float, count: float) -> float:
+    """Return that of a share of ``count``, which is not 0 where all or none are right.
+
+    Source: Agresti, Coull 1998: two successes and two failures are added.
+    """
+    if math.isinf(count):
+        return 0.0
+    share = (accuracy * count + 2) / (count + 4)
+    return math.sqrt(share * (1 - share) / (count + 4))
