@@ -191,8 +191,8 @@ class SESSMetric(PerSample):
                 Pointing Game, an empty one is no trial.
             difficult: Which images belong to the "difficult" subset; None leaves it out.
             size: (height, width) that boxes refer to, if not the images'.
-            numbers: Each image's number, for ``limits``; by it samples are put in order, so that nothing depends
-                on the process that scored them. None counts them as they come.
+            numbers: Each image's number, for ``limits``; by it samples are put in order, so that nothing
+                depends on the process that scored them. None counts them as they come.
         """
         shared = images if len(images) == 1 < len(targets) else None
         if shared is not None:
