@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all test-gpu bench planted check clean
+.PHONY: demo test test-all test-gpu coverage bench planted check clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -32,6 +32,9 @@ test-all: check  ## The suite with the big models as well
 
 test-gpu: $(STAMP)  ## What needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+coverage: $(STAMP)  ## Branch coverage of the package, from the quick suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=sess_lightning --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 bench: $(STAMP)  ## Cost against the bare forward, into examples/results/benchmarks.md
 	for file in tests/benchmarks/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done

@@ -170,7 +170,8 @@ class SESSCallback(Callback):
         self._alarmed = False
         self._selection, self._count = Selection(), float("inf")
         self.num_rows, self.show_names = num_rows, show_names
-        self._seen: list[Batch] = []
+        self._seen: dict[int, tuple[Batch, int]] = {}
+        self._here: list[tuple[Batch, int] | None] = []
         self._tables: dict[str, list[dict[str, Any]]] = {}
         self._loaded: dict[str, int] | None = None
         self._metric: SESSMetric | None = None
@@ -333,7 +334,7 @@ class SESSCallback(Callback):
         for name, worst in WORST.items():
             self._log(pl_module, name, self._last.get(name, worst), logger=False)
         self._error, self._panel, self._taken, self._shown, self._seconds = None, [], 0, None, 0.0
-        self._run, self._seen = None, []
+        self._run, self._seen, self._here = None, {}, []
         with self._guarded(trainer):
             if self._metric is None:
                 self._measure(pl_module)
@@ -490,13 +491,13 @@ class SESSCallback(Callback):
                 difficult=here.difficult, size=here.size, numbers=kept.numbers,
             )  # fmt: skip
         if trainer.is_global_zero:
+            self._seen |= {number: (kept.samples, i) for i, number in enumerate(kept.numbers)}
             self._remember(kept.samples)
 
     def _remember(self, samples: Batch) -> None:
         """Keep what the panel shows of these samples; read back from the device when the run is over."""
         assert self._metric is not None
         assert self._budget is not None
-        self._seen.append(samples)
         total = self._budget.samples if self._choice is None else len(self._choice.items)
         first = self._taken - len(samples)
         shown = min(self.num_images, total)
@@ -560,6 +561,8 @@ class SESSCallback(Callback):
 
     def _compare(self, trainer: Trainer, samples: Samples) -> dict[str, float]:
         """Return how alike the maps are to those of earlier runs."""
+        # Of equal numbers the first is this process' own; others' samples have no name and no picture here.
+        self._here = [self._seen.pop(number, None) for number in samples.numbers.tolist()]
         self._run = record(self._when(trainer), self._key(samples), samples)
         drifts = drift(self._runs, self._run)
         if self._sinks:
@@ -573,11 +576,8 @@ class SESSCallback(Callback):
 
     def _sample(self, i: int) -> Batch | None:
         """Return what is known here of sample ``i`` of all processes."""
-        for batch in self._seen:
-            if i < len(batch):
-                return batch.take([i])
-            i -= len(batch)
-        return None
+        found = self._here[i]
+        return found and found[0].take([found[1]])
 
     def _title(self, i: int) -> str:
         sample = self._sample(i)

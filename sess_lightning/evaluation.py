@@ -236,7 +236,7 @@ class _Shard(LightningModule):
         self.model, self.given, self.skip_broken = model, given, skip_broken
 
     @override
-    def predict_step(self, batch: Tensor) -> None:
+    def predict_step(self, batch: Tensor) -> Tensor:
         trainer = self.trainer
         with torch.inference_mode(False):
             evaluate(
@@ -248,6 +248,7 @@ class _Shard(LightningModule):
                 progress=trainer.is_global_zero,
             )
         trainer.strategy.barrier()
+        return batch  # Of nothing Lightning warns.
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -116,7 +116,7 @@ def test_drift_compares_with_the_previous_and_the_first_run():
 def test_a_record_holds_what_the_samples_show():
     hits = torch.tensor([1, 0, NO_TRIAL])
     three = torch.tensor([0.5, 0.25, torch.nan])
-    samples = Samples(hits, hits, three, three, three / 2, hits, three, three, torch.ones(3, 2, 2))
+    samples = Samples(hits, hits, hits, three, three, three / 2, hits, three, three, torch.ones(3, 2, 2))
     kept = record({"epoch": 2, "step": 30}, [4, 5, 6], samples)
     assert (kept.epoch, kept.step, kept.key) == (2, 30, (4, 5, 6))
     assert kept.figures["pointing_game"].isnan().tolist() == [False, False, True]

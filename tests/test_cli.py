@@ -129,6 +129,7 @@ def test_validate_explains_the_model_of_a_checkpoint(tmp_path, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(cli, "ExplainedCLI", Kept)
+    monkeypatch.setattr(sys, "argv", ["sess-lightning"])  # Or Lightning wonders about pytest's arguments.
     fitted = fit(tmp_path / "fit")
     fitted.save_checkpoint(tmp_path / "fitted.ckpt")
     cli.main([
@@ -197,6 +198,26 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "whole_model.pth")
     with pytest.raises(ValueError, match="holds more than tensors, which is not loaded"):
         read_state(tmp_path / "whole_model.pth")
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_a_file_would_run_is_not_run(tmp_path, legacy):
+    path = tmp_path / "weights.ckpt"
+    state = {"state_dict": {"w": torch.ones(1), "run": Malicious(tmp_path / "was here")}}
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match="holds more than tensors, which is not loaded"):
+        read_state(path)
+    assert not (tmp_path / "was here").exists()
+    torch.load(path, weights_only=False)  # It does run where that is allowed.
+    assert (tmp_path / "was here").exists()
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

@@ -6,6 +6,7 @@ from sess_lightning.tables import class_rows, sample_row, standing_out, wilson
 
 NAN = torch.nan
 SAMPLES = Samples(
+    numbers=torch.arange(5),
     targets=torch.tensor([3, 1, 3, 1, 2]),
     predicted=torch.tensor([3, 1, 0, 1, 2]),
     scores=torch.tensor([0.9, 0.8, 0.1, 0.7, 0.6]),

@@ -60,6 +60,7 @@ class Samples(NamedTuple):
     """What is known of each sample and the method's own map of it, of all processes, on the host.
 
     Attributes:
+        numbers: Rising. Where processes count for themselves, several have the same: first the first one's.
         targets: The class explained.
         predicted: The class predicted.
         scores: The model's probability of the target.
@@ -71,6 +72,7 @@ class Samples(NamedTuple):
         small: Each map averaged over a G x G grid.
     """
 
+    numbers: Int[Tensor, " N"]
     targets: Int[Tensor, " N"]
     predicted: Int[Tensor, " N"]
     scores: Float[Tensor, " N"]
@@ -157,7 +159,8 @@ class SESSMetric(PerSample):
         self.add_rows("share")
         if grid:
             self.add_rows("small", grid, grid)
-        # 1 where a row begins a new image. Numbers would collide once processes are gathered, marks cannot.
+        # Begins: 1 + the image's number where a row begins one, else 0. Numbers of several processes may be
+        # the same, so that a number alone would not tell images apart.
         for state in ("targets", "predicted", "difficult", "begins"):
             self.add_rows(state, dtype=torch.int64)
         for i in range(len(self.methods)):
@@ -188,7 +191,8 @@ class SESSMetric(PerSample):
                 Pointing Game, an empty one is no trial.
             difficult: Which images belong to the "difficult" subset; None leaves it out.
             size: (height, width) that boxes refer to, if not the images'.
-            numbers: Each image's number, for ``limits``; None counts them as they come.
+            numbers: Each image's number, for ``limits``; by it samples are put in order, so that nothing
+                depends on the process that scored them. None counts them as they come.
         """
         shared = images if len(images) == 1 < len(targets) else None
         if shared is not None:
@@ -202,6 +206,8 @@ class SESSMetric(PerSample):
             if numbers is None:
                 done = sum(len(part) for part in self.targets)
                 numbers = range(done, done + len(images))
+            elif shared is not None:
+                numbers = [numbers[0]] * len(targets)
             self.latest = {}
             explained = self._explained(model, images if shared is None else shared, targets)
             for i, (name, (maps, seconds)) in enumerate(zip(self.methods, explained, strict=True)):
@@ -215,7 +221,7 @@ class SESSMetric(PerSample):
                 getattr(self, f"mass_{i}").append(found.mass)
             unknown = torch.full_like(targets, NO_TRIAL)
             self.difficult.append(unknown if difficult is None else difficult.to(unknown))
-            begins = torch.ones_like(targets)
+            begins = torch.tensor([1 + number for number in numbers]).to(targets)
             if shared is not None:
                 begins[1:] = 0
             self.begins.append(begins)
@@ -310,7 +316,7 @@ class SESSMetric(PerSample):
         if not len(self.targets):
             return {}
         targets, ends, predicted = (self._held(name) for name in ("targets", "ends", "predicted"))
-        image_of = self._held("begins").cumsum(0) - 1
+        image_of = self._held("begins").sign().cumsum(0) - 1
         finite = ends.isfinite().all(1)
         values: dict[str, float] = {
             "n": float(len(targets)),
@@ -352,8 +358,9 @@ class SESSMetric(PerSample):
             area = curve_auc(self._held("curves_0"))
             small = self._held("small") if self.grid else torch.empty(len(area), 0, 0)
             return Samples(
-                self._held("targets"), self._held("predicted"), self._held("ends")[:, 0], area[:, 0],
-                area[:, 1], self._held("hits_0"), self._held("mass_0"), self._held("share"), small,
+                self._numbers().sort().values, self._held("targets"), self._held("predicted"),
+                self._held("ends")[:, 0], area[:, 0], area[:, 1], self._held("hits_0"), self._held("mass_0"),
+                self._held("share"), small,
             )  # fmt: skip
 
     def curves(self) -> dict[str, Float[Tensor, "2 T"]]:
@@ -365,7 +372,12 @@ class SESSMetric(PerSample):
             return {name: self._held(f"curves_{i}").nanmean(0) for i, name in enumerate(self.methods)}
 
     def _held(self, state: str) -> Tensor:
-        return self.rows(state).cpu()
+        """Return a state's rows in the order of the images' numbers, those of an image together."""
+        return self.rows(state).cpu()[self._numbers().argsort(stable=True)]
+
+    def _numbers(self) -> Int[Tensor, " N"]:
+        begins = self.rows("begins").cpu()
+        return begins[begins > 0][begins.sign().cumsum(0) - 1] - 1
 
     def _curve_values(self, prefix: str, area: Tensor, ends: Tensor) -> dict[str, float]:
         drawn = area[:, 2].isfinite()

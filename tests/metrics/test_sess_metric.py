@@ -438,11 +438,12 @@ def test_intervals_hold_their_mean_and_halve_with_four_times_the_samples():
     assert widths[0] / widths[1] == pytest.approx(2, rel=0.1)
 
 
-def several(boxes, part=slice(0, 6), method=TWO_SCALES, **kwargs):
+def several(boxes, part=slice(0, 6), method=TWO_SCALES, numbered=True, **kwargs):
     """Explain three classes on each of some images."""
     metric, classes = SESSMetric(method, **kwargs), torch.tensor([0, 1, 2])
     for i in range(6)[part]:
-        metric.update(filled_net(), picture(32, 32, i)[None], classes, [boxes[i]] * 3)
+        numbers = [i] if numbered else None
+        metric.update(filled_net(), picture(32, 32, i)[None], classes, [boxes[i]] * 3, numbers=numbers)
     return metric
 
 
@@ -467,10 +468,20 @@ def test_trials_of_one_image_are_drawn_together(boxes):
 
 def test_images_of_several_processes_and_merged_ones_do_not_collide(boxes):
     whole, first, last = several(boxes).compute(), slice(0, 4), slice(4, 6)
-    assert gathered([several(boxes, first), several(boxes, last)]).compute() == whole
+    assert gathered([several(boxes, last), several(boxes, first)]).compute() == whole
     merged = several(boxes, last)
     merged.merge_state(several(boxes, first))
     assert merged.compute() == whole
+
+
+def test_images_of_equal_numbers_stay_apart_and_the_first_process_comes_first(boxes):
+    parts = slice(0, 4), slice(4, 6)
+    metric = gathered([several(boxes, part, numbered=False) for part in parts])
+    assert metric.compute()["insertion"] == pytest.approx(several(boxes).compute()["insertion"], abs=1e-12)
+    samples, order = metric.samples(), [0, 4, 1, 5, 2, 3]  # Each counts its rows: 0, 3, 6, 9 and 0, 3.
+    assert samples.numbers.tolist() == [0] * 6 + [3] * 6 + [6] * 3 + [9] * 3
+    assert samples.targets.tolist() == [0, 1, 2] * 6
+    assert samples.scores[::3].tolist() == several(boxes).samples().scores[::3][order].tolist()
 
 
 def test_rows_travel_from_one_metric_to_another(model, images, boxes):
@@ -558,7 +569,7 @@ def test_a_collection_keeps_two_of_them_apart(grouping, model, images):
 def test_two_processes_states_merge_into_that_of_one(model, images, boxes):
     whole = run(SESSMetric(TWO_SCALES), model, images, boxes)
     one, other = SESSMetric(TWO_SCALES), SESSMetric(TWO_SCALES)
-    one.update(model, images[4:], TARGETS[4:], boxes[4:])
+    one.update(model, images[4:], TARGETS[4:], boxes[4:], numbers=[4, 5])
     other.update(model, images[:4], TARGETS[:4], boxes[:4])
     one.merge_state(other)
     assert one.compute() == pytest.approx(whole, abs=1e-6)
@@ -567,7 +578,7 @@ def test_two_processes_states_merge_into_that_of_one(model, images, boxes):
 def test_uneven_processes_are_gathered_also_where_one_saw_no_sample(model, images, boxes):
     processes = [SESSMetric(TWO_SCALES) for _ in range(3)]
     processes[1].update(model, images[:4], TARGETS[:4], boxes[:4])
-    processes[2].update(model, images[4:], TARGETS[4:], boxes[4:])
+    processes[2].update(model, images[4:], TARGETS[4:], boxes[4:], numbers=[4, 5])
     metric, whole = gathered(processes), SESSMetric(TWO_SCALES)
     assert metric.compute() == pytest.approx(run(whole, model, images, boxes), abs=1e-6)
     for name, curves in whole.curves().items():
