@@ -10,8 +10,6 @@ from torch.utils._pytree import tree_leaves
 
 
 def pytest_configure(config):
-    # Not in pyproject.toml: there it would import the package before jaxtyping's checks are in place.
-    config.addinivalue_line("filterwarnings", "error::sess_lightning.types.SESSWarning")
     # The models are small: on shared cores, threads would wait for each other longer than they work.
     torch.set_num_threads(1)
 

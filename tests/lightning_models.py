@@ -124,10 +124,10 @@ class Classifier(LightningModule):
         return self.loss(batch)
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.loss(batch))
+        self.log("val_loss", self.loss(batch), batch_size=len(batch[0]))
 
     def test_step(self, batch, batch_idx):
-        self.log("test_loss", self.loss(batch))
+        self.log("test_loss", self.loss(batch), batch_size=len(batch[0]))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)

@@ -212,6 +212,7 @@ def test_of_a_loader_of_unknown_length_the_first_samples_are_taken(tmp_path):
     assert len(spy.images) == 6
 
 
+@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
 def test_the_same_samples_are_explained_in_every_epoch_though_the_loader_shuffles(tmp_path):
     callback, spy = spying(num_samples=5)
     fit(tmp_path, callback, val=squares(shuffle=True), max_epochs=3, num_sanity_val_steps=0)
@@ -271,7 +272,7 @@ class Apart(Classifier):
     """Validates without its own forward, so that what is counted are the explanations' forwards."""
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", 0.5)
+        self.log("val_loss", 0.5, batch_size=1)
 
 
 @pytest.mark.parametrize(("target", "samples"), [("label", 32), ("predicted", 32)])
@@ -631,6 +632,7 @@ def test_errors_are_raised_where_asked_for(tmp_path):
         fit(tmp_path, SESSCallback(Broken(), on_error="raise"))
 
 
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")
 def test_an_interrupt_ends_the_training_and_the_module_is_given_back(tmp_path):
     broken = Broken(error=KeyboardInterrupt)
     module, handler = Talkative(), signal.getsignal(signal.SIGINT)
@@ -843,6 +845,7 @@ def test_the_state_is_loadable_with_weights_only(tmp_path):
     assert run["key"] == own["key"]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_resumed_training_goes_on_as_if_it_had_never_stopped(tmp_path):
     def callbacks(folder):
         checkpoint = ModelCheckpoint(tmp_path / folder, monitor="sess/overall", mode="max", save_last=True)
@@ -865,6 +868,8 @@ def test_a_resumed_training_goes_on_as_if_it_had_never_stopped(tmp_path):
     assert [row["epoch"] for row in resumed.logger.rows if "sess/overall" in row] == [2]
 
 
+@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_killed_and_resumed_run_shows_the_same_panel_though_the_loader_shuffles(tmp_path, shelf):
     def callbacks():
         return quick(num_images=3), ModelCheckpoint(tmp_path / "kept", save_last=True)
@@ -883,6 +888,7 @@ def test_a_killed_and_resumed_run_shows_the_same_panel_though_the_loader_shuffle
     assert its.logger.of("sess/failed") == [0]
 
 
+@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
 def test_pictures_are_in_the_checkpoint_only_where_the_loader_shuffles(tmp_path):
     ordered, shuffled = quick(), quick()
     fit(tmp_path, ordered)
@@ -891,6 +897,7 @@ def test_pictures_are_in_the_checkpoint_only_where_the_loader_shuffles(tmp_path)
     assert sum(len(fields["labels"]) for fields, _ in shuffled.state_dict()["kept"].values()) == 4
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_counters_go_on_after_a_resume(tmp_path):
     def callbacks():
         checkpoint = ModelCheckpoint(tmp_path / "kept", save_last=True)
@@ -904,10 +911,14 @@ def test_counters_go_on_after_a_resume(tmp_path):
     assert its.logger.of("sess/failed") == [2]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_checkpoint_of_other_settings_can_be_resumed(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "first", save_last=True)
     fit(tmp_path, quick(), checkpoint)
-    its = fit(tmp_path, quick(num_samples=8), max_epochs=2, ckpt_path=checkpoint.last_model_path)
+    its = fit(
+        tmp_path, quick(num_samples=8), ModelCheckpoint(tmp_path / "second", save_last=True), max_epochs=2,
+        ckpt_path=checkpoint.last_model_path,
+    )  # fmt: skip
     assert its.logger.of("sess/n") == [8]
 
 
@@ -1001,6 +1012,7 @@ def shelf(monkeypatch):
     return shelf
 
 
+@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
 def test_the_panel_shows_the_same_samples_in_every_epoch(tmp_path, shelf):
     fit(tmp_path, quick(num_images=3, prefix="why"), val=squares(shuffle=True, read=boxed), max_epochs=2)
     (first_key, first_when, first), (second_key, second_when, second) = shelf.shown

@@ -135,6 +135,7 @@ def train(folder, case, *callbacks):
     return ledger, its
 
 
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_that_a_training_holds_differs_with_the_callback(tmp_path, case):
     without, _ = train(tmp_path / "without", case)

@@ -94,6 +94,7 @@ def test_a_logger_that_only_pretends_leaves_no_trace(tmp_path):
     assert epochs(tmp_path / "csv" / "version_0" / "sess") == [0]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_training_resumed_in_a_new_folder_goes_on_with_the_page(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "kept", save_last=True)
     fit(tmp_path, quick(), checkpoint, logger=CSVLogger(tmp_path, name="csv"), max_epochs=2)
@@ -120,6 +121,7 @@ def test_validate_has_a_page_of_its_own(tmp_path):
     assert epochs(tmp_path / "sess" / "validate") == [0]
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 def test_a_page_that_cannot_be_written_costs_a_warning_not_the_run(tmp_path):
     csv = CSVLogger(tmp_path, name="csv", version=0)
     folder = tmp_path / "csv" / "version_0" / "sess"
