@@ -608,11 +608,11 @@ class SESSCallback(Callback):
         """Compare the run with those before, now that its accuracy is known."""
         metrics, run, earlier = trainer.callback_metrics, self._run, self._runs
         key = self.alarm if isinstance(self.alarm, str) else find_accuracy(metrics, self.prefix)
-        known = key is not None and key in metrics
+        accuracy = metrics.get(key) if key is not None else None
         if run is not None:
-            run = replace(run, accuracy=float(metrics[key])) if known else run
+            run = replace(run, accuracy=float(accuracy)) if accuracy is not None else run
             self._runs = remembered(earlier, run)
-        if known and trainer.state.fn == "fit":
+        if accuracy is not None and trainer.state.fn == "fit":
             if run is not None:
                 self._selection = select(self._selection, run.accuracy, run.quality, self._count)
             # log() is refused here; ModelCheckpoint, whose turn is the last, finds the key all the same.
