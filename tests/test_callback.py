@@ -1223,6 +1223,7 @@ def test_a_checkpoint_keeps_the_best_explained_epoch_of_those_as_accurate(tmp_pa
     assert first.best_model_path.endswith("epoch=1.ckpt")
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_selection_goes_on_after_a_resume_and_past_epochs_without_a_run(tmp_path):
     def part(epochs, path=None):
         kept = selecting(tmp_path / "kept")
@@ -1250,6 +1251,7 @@ PROMISED = (
 )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("killed", [False, True])
 def test_wandb_keeps_every_key_at_its_epoch_and_step_also_when_resumed(tmp_path, wandb_logger, killed):
     def part(epochs, path=None):

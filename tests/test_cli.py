@@ -50,6 +50,11 @@ def test_every_config_of_the_paper_makes_an_experiment(path, roots, parser):
         assert not experiment.method.antialias
 
 
+@pytest.fixture(autouse=True)
+def _own_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sess-lightning"])  # Or Lightning wonders about pytest's arguments.
+
+
 def test_there_is_a_config_for_every_row():
     names = {path.stem for path in CONFIGS}
     backbones, methods = ("resnet50", "vgg16"), ("gradcam", "guidedbp", "groupcam")
@@ -129,7 +134,6 @@ def test_validate_explains_the_model_of_a_checkpoint(tmp_path, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(cli, "ExplainedCLI", Kept)
-    monkeypatch.setattr(sys, "argv", ["sess-lightning"])  # Or Lightning wonders about pytest's arguments.
     fitted = fit(tmp_path / "fit")
     fitted.save_checkpoint(tmp_path / "fitted.ckpt")
     cli.main([

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -233,17 +233,17 @@ class SESSMetric(PerSample):
             self.predicted.append(predicted)
             self.ends.append(ends)
 
-    def _explained(self, model: nn.Module, images: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, float]]:
-        """Yield every method's maps, and the seconds they took."""
+    def _explained(self, model: nn.Module, images: Tensor, targets: Tensor) -> list[tuple[Tensor, float]]:
+        """Return every method's maps, and the seconds they took."""
         if self.clock is None:
             own, *others = self.methods.values()
-            for each in own.maps_beside(model, images, targets, others):
-                yield each, torch.nan
-            return
+            return [(each, torch.nan) for each in own.maps_beside(model, images, targets, others)]
+        found = []
         for method in self.methods.values():
             started = self.clock(images.device)
             (each,) = method.maps_beside(model, images, targets)
-            yield each, self.clock(images.device) - started
+            found.append((each, self.clock(images.device) - started))
+        return found
 
     def _ends(
         self, model: nn.Module, images: Tensor, blurred: Tensor, targets: Tensor
