@@ -127,7 +127,11 @@ def _test(root, test):
     with (root / "told.txt").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        return int(pytest.main(["-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-p", "no:warnings", test]))
+        return int(
+            pytest.main(
+                ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-p", "no:warnings", "-o", "addopts=", test]
+            )
+        )
 
 
 def main():
