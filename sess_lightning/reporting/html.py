@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from sess_lightning.reporting.charts import LEFT, RIGHT, WIDTH, Line, Point, curve_frame, line_chart
-from sess_lightning.reporting.records import RunRecord, picture, read
+from sess_lightning.reporting.records import RunRecord, outlines, picture, whole
 
 MAX_BYTES = 10_000_000
 FIGURES = {
@@ -53,55 +53,79 @@ def write_report(folder: str | Path, path: str | Path, max_bytes: int = MAX_BYTE
         FileNotFoundError: If there are no records.
         ValueError: If ``max_bytes`` has no room for a single run.
     """
-    records = read(folder)
-    if not records:
+    runs = outlines(folder)
+    if not runs:
         raise FileNotFoundError(f"write_report: no records of a validation run in {folder}.")
-    every = 1
-    while len(page := _page(records, folder, every).encode()) > max_bytes:
-        if every >= len(records):
-            raise ValueError(f"write_report: one run takes {len(page)} bytes; raise max_bytes={max_bytes}.")
-        every = max(every + 1, every * len(page) // max_bytes)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".new")
-    draft.write_bytes(page)
+    draft, every = path.with_name(path.name + ".new"), 1
+    while (size := _write(draft, _page(runs, folder, every))) > max_bytes:
+        if every >= len(runs):
+            draft.unlink()
+            raise ValueError(f"write_report: one run takes {size} bytes; raise max_bytes={max_bytes}.")
+        every = max(every + 1, every * size // max_bytes)
     return draft.replace(path)
 
 
-def _page(records: Sequence[RunRecord], folder: str | Path, every: int) -> str:
+def _write(path: Path, parts: Iterable[str]) -> int:
+    with path.open("wb") as file:
+        return sum(file.write(part.encode()) for part in parts)
+
+
+def _page(runs: Sequence[tuple[RunRecord, int]], folder: str | Path, every: int) -> Iterator[str]:
+    """Yield the page part by part: of a long training, the whole would be too much to hold."""
+    records = [record for record, _ in runs]
     last, own = records[-1], _own(records[-1])
     methods = _methods(records)
     x_name, places = _places(records)
-    told = {id(record) for record in (records[0], *records[::-1][::every])}
-    chosen = [i for i, record in enumerate(records) if id(record) in told]
-    names = {name for i in chosen for s in records[i].panel for name in s.pictures.values()}
-    data = {
-        "runs": [_run(records[i], own, methods, places[i]) for i in chosen],
-        "pictures": {name: base64.b64encode(picture(folder, name)).decode() for name in sorted(names)},
-        "styles": {own: "own"} | {name: _style(name, methods) for name in methods},
-        "plot": {"left": LEFT, "width": WIDTH - LEFT - RIGHT},
-    }
+    chosen = sorted({0, *range(len(runs) - 1, -1, -every)})
     room = files("sess_lightning.reporting") / "page"
-    css, script = ((room / name).read_text("utf-8") for name in ("report.css", "report.js"))
-    partly = f", {len(chosen)} of {len(records)} runs to keep the page small" if every > 1 else ""
-    return Template((room / "report.html").read_text("utf-8")).substitute(
-        policy=f"default-src 'none'; img-src data:; style-src {_hash(css)}; script-src {_hash(script)}; "
-        "base-uri 'none'; form-action 'none'",
-        css=css,
-        script=script,
-        title=escape(f"{last.settings.get('model', 'Model')}: explanations by {own}"),
-        when=escape(f"{len(records)} validation run{'s' * (len(records) > 1)}, last after {_when(last)}"),
-        alerts="".join(_alerts(records)),
-        tiles="".join(_tiles(records, own, methods)),
-        charts="".join(_charts(records, own, methods, x_name, places)),
-        partly=escape(partly),
-        latest=len(chosen) - 1,
-        frames=curve_frame("Insertion: pixels appear", "insertion")
-        + curve_frame("Deletion: pixels vanish", "deletion"),
-        settings=_settings(records),
-        # No "<" may stand in a script element: a name could end it.
-        data=json.dumps(data, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c"),
+    css, script, page = (
+        (room / name).read_text("utf-8") for name in ("report.css", "report.js", "report.html")
     )
+    partly = f", {len(chosen)} of {len(records)} runs to keep the page small" if every > 1 else ""
+    content: dict[str, str | Iterable[str]] = {
+        "policy": f"default-src 'none'; img-src data:; style-src {_hash(css)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'",
+        "css": css,
+        "script": script,
+        "title": escape(f"{last.settings.get('model', 'Model')}: explanations by {own}"),
+        "when": escape(f"{len(records)} validation run{'s' * (len(records) > 1)}, last after {_when(last)}"),
+        "alerts": _alerts(records),
+        "tiles": _tiles(records, own, methods),
+        "charts": _charts(records, own, methods, x_name, places),
+        "partly": escape(partly),
+        "latest": str(len(chosen) - 1),
+        "frames": curve_frame("Insertion: pixels appear", "insertion")
+        + curve_frame("Deletion: pixels vanish", "deletion"),
+        "settings": _settings(records),
+        "data": _data([(runs[i][1], places[i]) for i in chosen], folder, own, methods),
+    }
+    for i, part in enumerate(re.split(r"\$(\w+)", page)):
+        told = content[part] if i % 2 else part
+        yield from [told] if isinstance(told, str) else told
+
+
+def _data(
+    runs: Sequence[tuple[int, float]], folder: str | Path, own: str, methods: Sequence[str]
+) -> Iterator[str]:
+    """Yield the text of what the page's script shows."""
+    names: dict[str, None] = {}
+    yield '{"runs":['
+    for i, (place, at) in enumerate(runs):
+        record = whole(folder, place)
+        names |= dict.fromkeys(name for sample in record.panel for name in sample.pictures.values())
+        yield "," * (i > 0) + _json(_run(record, own, methods, at))
+    yield '],"pictures":{'
+    for i, name in enumerate(names):
+        yield "," * (i > 0) + f"{_json(name)}:{_json(base64.b64encode(picture(folder, name)).decode())}"
+    styles = {own: "own"} | {name: _style(name, methods) for name in methods}
+    yield f'}},"styles":{_json(styles)},"plot":{_json({"left": LEFT, "width": WIDTH - LEFT - RIGHT})}}}'
+
+
+def _json(value: Any) -> str:
+    # No "<" may stand in a script element: a name could end it.
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _hash(text: str) -> str:
@@ -209,7 +233,15 @@ def _charts(
     records: Sequence[RunRecord], own: str, methods: Sequence[str], x_name: str, places: Sequence[float]
 ) -> Iterable[str]:
     ticks = _sparse([(x, str(getattr(record, x_name))) for x, record in zip(places, records, strict=True)])
-    drawn: list[tuple[str, list[Line], tuple[float, float] | None, str]] = []
+    shown = (each for each in _lines(records, own, methods, places) if each[1])
+    for number, (name, lines, bounds, note) in enumerate(shown):
+        yield line_chart(name, lines, ticks, x_name=x_name, bounds=bounds, note=note, number=number)
+
+
+def _lines(
+    records: Sequence[RunRecord], own: str, methods: Sequence[str], places: Sequence[float]
+) -> Iterable[tuple[str, list[Line], tuple[float, float] | None, str]]:
+    """Yield each chart's name, lines, bounds and note."""
 
     def line(name: str, key: str, style: str, kind: str = "scalars") -> list[Line]:
         points = [
@@ -227,25 +259,20 @@ def _charts(
             lines += line(other, f"{other}/{figure}", _style(other, methods))
         few = [f"{other}{_few(records[-1], other, figure)}" for other in methods]
         note = ", ".join([better, *(each for each in few if "(n=" in each)])
-        drawn.append((name, lines, None if figure == "overall" else (0.0, 1.0), note))
+        yield name, lines, None if figure == "overall" else (0.0, 1.0), note
         if figure in ("overall", "pointing_game"):
             paired = line(f"{own} − base", f"minus_base/{figure}", "own")
             short = name.partition(" =")[0]
-            drawn.append((f"{short}: {own} − base", paired, None, "same images, above 0 is better"))
+            yield f"{short}: {own} − base", paired, None, "same images, above 0 is better"
     known = {*FIGURES, *COUNTS}
     keys = dict.fromkeys(key for record in records for key in record.scalars)
     for key in keys:
         figure = key.rpartition("/")[2]
         if figure not in known and "_ci_" not in figure and not figure.endswith("_n"):
-            drawn.append((key, line("", key, "own"), None, ""))
+            yield key, line("", key, "own"), None, ""
     metrics = dict.fromkeys(key for record in records for key in record.metrics if not key.endswith("_step"))
-    drawn += [
-        (key, line("", key, "metric", "metrics"), None, "logged by the model")
-        for key in sorted(metrics, key=_rank)[:OWN_METRICS]
-    ]
-    shown = [each for each in drawn if each[1]]
-    for number, (name, lines, bounds, note) in enumerate(shown):
-        yield line_chart(name, lines, ticks, x_name=x_name, bounds=bounds, note=note, number=number)
+    for key in sorted(metrics, key=_rank)[:OWN_METRICS]:
+        yield key, line("", key, "metric", "metrics"), None, "logged by the model"
 
 
 def _sparse(ticks: Sequence[tuple[float, str]], most: int = 7) -> list[tuple[float, str]]:

@@ -6,8 +6,9 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from sess_lightning.reporting.panels import Panel, Picture
 
 RUNS = "runs.jsonl"
+PICTURE = re.compile(r"[0-9a-f]{16}\.jpg")
 SIDE = 256
 """Longest side of a kept picture, px."""
 PICTURE_BYTES = 16_000
@@ -92,15 +94,32 @@ def read(folder: str | Path) -> list[RunRecord]:
     A run supersedes those of its own epoch and step, and after: they come from a branch that was left when
     the training was resumed from an earlier checkpoint. What a killed process wrote half is skipped.
     """
-    path = Path(folder) / RUNS
-    found = [_parsed(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-    records: list[RunRecord] = []
-    for record in found:
-        if record is not None:
-            when = record.epoch, record.step
-            kept = (each for each in records if each.run == record.run and (each.epoch, each.step) < when)
-            records = [*kept, record]
-    return records
+    return [whole(folder, place) for _, place in outlines(folder)]
+
+
+def outlines(folder: str | Path) -> list[tuple[RunRecord, int]]:
+    """Return the runs of ``read`` without curves, panel and tables, and where in the file each begins."""
+    path, found, place = Path(folder) / RUNS, list[tuple[RunRecord, int]](), 0
+    names: dict[str, str] = {}  # All runs share the names of their figures.
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                if record := _parsed(line, names):
+                    run, when = record.run, (record.epoch, record.step)
+                    found = [(r, at) for r, at in found if r.run == run and (r.epoch, r.step) < when]
+                    found.append((replace(record, curves={}, panel=(), tables={}), place))
+                place += len(line)
+    return found
+
+
+def whole(folder: str | Path, place: int) -> RunRecord:
+    """Return the run that begins at byte ``place`` of the records."""
+    with (Path(folder) / RUNS).open("rb") as file:
+        file.seek(place)
+        record = _parsed(file.readline(), {})
+    if record is None:
+        raise ValueError(f"whole: no run begins at byte {place} of {folder}.")
+    return record
 
 
 def carry(source: str | Path, folder: str | Path, run: str) -> None:
@@ -115,8 +134,13 @@ def carry(source: str | Path, folder: str | Path, run: str) -> None:
 
 def picture(folder: str | Path, name: str) -> bytes:
     """Return a kept JPEG; empty where it is gone."""
-    path = Path(folder) / Path(name).name  # Whatever a record says, nothing outside the folder is read.
-    return path.read_bytes() if path.is_file() else b""
+    if not PICTURE.fullmatch(name):
+        return b""  # Whatever a record says, nothing outside the folder is read.
+    try:
+        with open(f"{folder}/{name}", "rb") as file:  # noqa: PTH123  # A Path would intern every name.
+            return file.read()
+    except FileNotFoundError:
+        return b""
 
 
 def keep_sample(folder: str | Path, panel: Panel) -> Sample:
@@ -155,11 +179,13 @@ def jpeg(picture: Picture, side: int = SIDE, limit: int = PICTURE_BYTES) -> byte
         side = side * 3 // 4
 
 
-def _parsed(line: bytes) -> RunRecord | None:
+def _parsed(line: bytes, names: dict[str, str]) -> RunRecord | None:
     try:
         values = json.loads(line)
         for name in ("scalars", "metrics"):  # What was not finite is None there.
-            values[name] = {key: value for key, value in values[name].items() if value is not None}
+            values[name] = {
+                names.setdefault(key, key): value for key, value in values[name].items() if value is not None
+            }
         return RunRecord(**{**values, "panel": [Sample(**each) for each in values["panel"]]})
     except (ValueError, TypeError, KeyError):
         return None

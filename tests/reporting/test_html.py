@@ -2,6 +2,7 @@ import base64
 import hashlib
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
 
 import pytest
@@ -201,6 +202,16 @@ def test_a_page_that_would_be_too_large_shows_fewer_runs_and_says_so(tmp_path):
     assert len(page.all("circle")) >= 20
     with pytest.raises(ValueError, match="raise max_bytes=9"):
         write_report(tmp_path / "records", tmp_path / "report.html", max_bytes=9)
+
+
+def test_a_long_trainings_page_is_never_held_whole(tmp_path):
+    heavy_runs(tmp_path / "records", 20, 4)
+    write_report(tmp_path / "records", tmp_path / "report.html")
+    tracemalloc.start()
+    path = write_report(tmp_path / "records", tmp_path / "report.html")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 10
 
 
 def test_the_page_is_replaced_in_one_stroke(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -137,3 +139,12 @@ def test_a_figure_of_curves_has_a_line_per_method():
 
 def test_curves_with_gaps_are_drawn():
     assert curve_figure({"SESS": torch.full((2, 29), torch.nan)}, "after epoch 3").shape == (396, 990, 3)
+
+
+def test_a_figure_of_curves_leaves_nothing_to_the_garbage_collector():
+    curves = {"SESS": torch.rand(2, 29)}
+    curve_figure(curves)
+    gc.collect()
+    curve_figure(curves)
+    assert gc.isenabled()
+    assert gc.collect() == 0

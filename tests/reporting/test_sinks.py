@@ -188,7 +188,8 @@ def test_wandb_gets_a_new_table_every_run_and_its_pictures_beside(wandb_logger, 
         "sample: a\\|b\nscore: 0.250\nhit: ",
         "sample: c\nscore: 0.500\nhit: miss",
     ]
-    assert Image.open(folder / "files" / pictures["filenames"][0]).size == (40, 32)
+    with Image.open(folder / "files" / pictures["filenames"][0]) as picture:
+        assert picture.size == (40, 32)
     assert second["sess/samples"]["nrows"] == 1
 
 
