@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sess_lightning.batching import OFF_GPU
 from sess_lightning.benchmarks import PictureFolder, Sample, read_picture
-from sess_lightning.engine import chunked, prefilter, windows
+from sess_lightning.engine import chunked, windows
 from sess_lightning.lending import explaining, folded
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.metrics.functional import curve_auc, deletion_curve, insertion_curve, pointing_hits
@@ -39,6 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "bf16": {"scoring": "bf16"},
     "112 px": {"scoring_size": 112},
+    "coarse to fine, 0.5": {"coarse_to_fine": 0.5},
+    "coarse to fine, 0.3": {"coarse_to_fine": 0.3},
 }
 RATIOS = (0.9, 0.99)
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -73,18 +75,19 @@ def measure(model: nn.Module, sample: Sample, num_scales: int) -> Iterator[dict[
     method = SESS(GradCAM(), num_scales=num_scales)
     plan = method.plan(model, (image.shape[2], image.shape[3]))
     with explaining(model), torch.no_grad():
-        ranked = {name: replace(method, **option).score_windows(model, image, target, plan)[0]
-                  for name, option in OPTIONS.items()}  # fmt: skip
         parts = list(chunked(windows(image, plan), OFF_GPU))
     floor = clocked(lambda: bare(model, parts))[1]
     ends = {}
     for ratio in RATIOS:
         plain: Tensor | None = None
+        whole: set[int] = set()
         for name, option in OPTIONS.items():
             variant = replace(method, prefilter_ratio=ratio, **option)
             maps, seconds = clocked(lambda variant=variant: variant(model, image, target))
             plain = maps if plain is None else plain
-            kept, same = (set(prefilter(ranked[each], ratio).tolist()) for each in (name, "none"))
+            with explaining(model):
+                kept = {*variant.kept_windows(model, image, target, plan)[0].tolist()}
+            whole = whole or kept
             insertion = insertion_curve(model, image, maps, target, ends=ends.get("insertion", (None, None)))
             deletion = deletion_curve(model, image, maps, target, ends=ends.get("deletion", (None, None)))
             ends = {key: (curve[:, 0], curve[:, -1])
@@ -94,7 +97,7 @@ def measure(model: nn.Module, sample: Sample, num_scales: int) -> Iterator[dict[
                 "ratio": ratio,
                 "option": name,
                 "cost": seconds / floor,
-                "kept_in_common": len(kept & same) / len(kept),
+                "kept_in_common": len(kept & whole) / len(kept),
                 "correlation": float(torch.corrcoef(torch.stack([maps.flatten(), plain.flatten()]))[0, 1]),
                 "mean_map_error": float((maps - plain).abs().mean()),
                 "insertion": float(curve_auc(insertion)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -38,6 +38,10 @@ class Plan(NamedTuple):
 
     def __len__(self) -> int:
         return sum(map(len, self.boxes))
+
+    def first(self, scales: int) -> Plan:
+        """Return the part that the first ``scales`` are; its windows come first in the whole as well."""
+        return Plan(self.size, self.window, self.scales[:scales], self.boxes[:scales])
 
 
 def scale_sides(window: int, num_scales: int) -> list[int]:
@@ -211,6 +215,25 @@ def crop(
         return (cut @ columns.matrices[columns.strip_of[which]][:, None].mT).to(image.dtype)
 
 
+def window_means(maps: Float[Tensor, "B H W"], rows: Strips, columns: Strips) -> Float[Tensor, "B P"]:
+    """Return the mean of each map over each window that ``crop`` would cut out of it."""
+    with full_precision(maps.device):
+        across = rows.matrices.mean(1)[rows.strip_of] @ maps
+        return (across * columns.matrices.mean(1)[columns.strip_of]).sum(-1)
+
+
+def descent(plan: Plan, share: float) -> tuple[int, int]:
+    """Return how many scales are scored whole, and how many windows of the others, if ``share`` of all are.
+
+    At least the first scale, and as many more as take three fifths of those windows.
+    """
+    total, counts = max(1, round(share * len(plan))), [*accumulate(map(len, plan.boxes))]
+    scales = max(1, sum(count <= 0.6 * total for count in counts))
+    if share == 1:
+        scales = len(counts)
+    return scales, max(0, total - counts[scales - 1])
+
+
 def kept_count(count: int, ratio: float) -> int:
     """Return how many of ``count`` windows the pre-filter keeps, in Python floats as the authors do.
 
@@ -229,10 +252,13 @@ def prefilter(scores: Float[Tensor, "*B P"], ratio: float) -> Int[Tensor, "*B K"
         scores: Scores or log-scores; NaN ranks last.
         ratio: Share of windows to drop, in [0, 1).
     """
-    ranked = (
-        torch.where(scores.isnan(), -torch.inf, scores).sort(dim=-1, descending=True, stable=True).indices
-    )
-    return ranked[..., : kept_count(scores.shape[-1], ratio)]
+    return ranked(scores)[..., : kept_count(scores.shape[-1], ratio)]
+
+
+def ranked(scores: Float[Tensor, "*B P"]) -> Int[Tensor, "*B P"]:
+    """Return the numbers of the windows by falling score; of equal ones the earlier first, NaN last."""
+    known = torch.where(scores.isnan(), -torch.inf, scores)
+    return known.sort(dim=-1, descending=True, stable=True).indices
 
 
 def channel_weights(log_scores: Float[Tensor, "*B P"]) -> Float[Tensor, "*B P"]:

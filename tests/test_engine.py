@@ -15,6 +15,7 @@ from sess_lightning.engine import (
     chunked,
     crop,
     crop_strips,
+    descent,
     fuse,
     kept_count,
     plan_windows,
@@ -25,6 +26,7 @@ from sess_lightning.engine import (
     sides_of,
     smooth,
     window_boxes,
+    window_means,
     windows,
 )
 from sess_lightning.ops import resize
@@ -270,6 +272,23 @@ def test_smooth_is_an_11_px_gaussian_of_sigma_5():
     smoothed = smooth(spike)[0]
     torch.testing.assert_close(smoothed[10:21, 10:21], expected)
     assert smoothed[:10].sum() == smoothed[:, 21:].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("scales", "share", "expected"),
+    [(10, 0.3, (4, 11)), (10, 0.2, (3, 7)), (6, 0.5, (3, 7)), (1, 0.1, (1, 0)), (6, 0.01, (1, 0)),
+     (6, 1.0, (6, 0))],
+)  # fmt: skip
+def test_a_descent_takes_three_fifths_of_its_windows_from_the_coarser_scales(scales, share, expected):
+    plan = plan_windows((224, 224), 224, 224, tuple(scale_sides(224, scales)))  # 1, 4, 4, 4, 9, 9, 9, ...
+    assert descent(plan, share) == expected
+
+
+def test_window_means_are_those_of_the_crops():
+    plan = plan_windows((60, 80), 40, 40, (60, 70))
+    maps, strips = torch.rand(2, 60, 80), crop_strips(plan, True, torch.device("cpu"))
+    cut = torch.stack([crop(each[None], *strips, torch.arange(len(plan))) for each in maps])
+    torch.testing.assert_close(window_means(maps, *strips), cut.mean((2, 3, 4)))
 
 
 def test_shrunk_keeps_every_window_where_it_was():

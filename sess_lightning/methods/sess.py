@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -18,21 +18,32 @@ from sess_lightning.engine import (
     channel_weights,
     crop,
     crop_strips,
+    descent,
     fuse,
     kept_count,
     plan_windows,
-    prefilter,
+    ranked,
     shrunk,
     sides_of,
     smooth,
+    window_means,
     windows,
 )
 from sess_lightning.introspection import check_inputs, classify, input_window, log_scores
 from sess_lightning.lending import borrowed, explaining
+from sess_lightning.methods.cam import GradCAM
 from sess_lightning.ops import min_max, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
 Scoring: TypeAlias = Literal["full", "bf16"]
+
+
+class _Scored(NamedTuple):
+    """The windows that were scored, in the plan's order, and their maps where scoring gave them."""
+
+    which: Int[Tensor, "T S"]
+    logs: Float[Tensor, "T S"]
+    maps: Float[Tensor, "T S h w"] | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,10 @@ class SESS(SaliencyMethod):
             in full precision. Cheaper at a high ``prefilter_ratio`` only.
         scoring_size: Side, px, at which windows are ranked; those kept are explained and weighted at full
             size. For networks that take any size; None is the window.
+        coarse_to_fine: Share of the windows to score, in (0, 1]: all of the coarser scales, and of the finer
+            ones those where the coarser maps lie; the others count as filtered. None scores all.
+        guide: Whose maps say where that is, from the forwards that score; None is ``base`` where one forward
+            gives both, else ``GradCAM()``.
     """
 
     base: SaliencyMethod
@@ -84,6 +99,8 @@ class SESS(SaliencyMethod):
     batch_size: int | None = None
     scoring: Scoring = "full"
     scoring_size: int | None = None
+    coarse_to_fine: float | None = None
+    guide: SaliencyMethod | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, SaliencyMethod):
@@ -100,6 +117,21 @@ class SESS(SaliencyMethod):
             )
         if self.scoring not in ("full", "bf16"):
             raise ValueError(f'SESS: scoring must be "full" or "bf16", got {self.scoring!r}.')
+        if self.coarse_to_fine is not None:
+            if not 0 < self.coarse_to_fine <= 1:
+                raise ValueError(
+                    "SESS: coarse_to_fine must be in (0, 1], a share of the windows, got "
+                    f"{self.coarse_to_fine}."
+                )
+            if self._scores_cheaply:
+                raise ValueError(
+                    "SESS: coarse_to_fine scores fewer windows, scoring and scoring_size all of them more "
+                    "cheaply; choose one."
+                )
+        if self.guide is not None and not self.guide.single_forward:
+            raise ValueError(
+                f"SESS: guide must give scores and maps in one forward, as GradCAM does, got {self.guide}."
+            )
         for name in ("window", "stride", "batch_size", "scoring_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -138,11 +170,18 @@ class SESS(SaliencyMethod):
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return how many forwards of windows one map of an image of ``size`` costs, cheap or not."""
         plan = self.plan(model, size)
-        count, window = len(plan), plan.window
-        if self._extracts_all:
-            return count
-        kept = kept_count(count, self.prefilter_ratio)
-        return count + kept * self.base.count_forwards(model, (window, window))
+        scored, kept = self._counts(plan)
+        if self._one_forward:
+            return scored
+        return scored + kept * self.base.count_forwards(model, (plan.window, plan.window))
+
+    def _counts(self, plan: Plan) -> tuple[int, int]:
+        """Return how many windows are scored, and how many are kept."""
+        scored = len(plan)
+        if self.coarse_to_fine is not None:
+            scales, fine = descent(plan, self.coarse_to_fine)
+            scored = len(plan.first(scales)) + fine
+        return scored, min(scored, kept_count(len(plan), self.prefilter_ratio))
 
     def explain(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
@@ -189,7 +228,7 @@ class SESS(SaliencyMethod):
 
     def gives(self, other: SaliencyMethod, model: nn.Module, size: tuple[int, int]) -> bool:
         """Return True for the base, where windows take one forward and the first is the untouched image."""
-        if not self._extracts_all or not other.single_forward or other != self.base:
+        if not self._one_forward or not other.single_forward or other != self.base:
             return False
         plan = self.plan(model, size)
         return plan.size == plan.scales[0] == (plan.window, plan.window)
@@ -209,31 +248,30 @@ class SESS(SaliencyMethod):
     def fused(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"], plan: Plan
     ) -> tuple[Float[Tensor, "T H W"], Float[Tensor, "T P"], Float[Tensor, "T h w"] | None]:
-        """Return equation 2 before its min-max, every window's log-score, and the first window's map.
+        """Return equation 2 before its min-max, the windows' log-scores, and the first window's map.
 
         There is one target per image, or several for a single image. The first window's map is as the base
-        extracts it; None where windows are explained after the pre-filter only.
+        extracts it; None where windows are explained after the pre-filter only. Windows that were not scored
+        have minus infinity.
         """
-        size, first_maps = batch_limit(self.batch_size, images), None
-        if self._extracts_all:
-            cut = windows(images, plan, self.antialias)
-            maps, logs = self._extracted(model, cut, targets, len(images), len(plan), size)
-            first_maps = maps[:, 0]
-            kept = self._kept(logs)
+        size, scored = batch_limit(self.batch_size, images), self._scored(model, images, targets, plan)
+        places = self._places(scored, plan)
+        kept, weighing = scored.which.gather(1, places), scored.logs.gather(1, places)
+        logs = scored.logs.new_full((len(targets), len(plan)), -torch.inf)
+        logs = logs.scatter(1, scored.which, scored.logs)
+        if scored.maps is not None:
             stream: Iterator[Tensor] = chain.from_iterable(
-                own[which] for own, which in zip(maps, kept, strict=True)
+                own[which] for own, which in zip(scored.maps, places, strict=True)
             )
         else:
-            logs = self.score_windows(model, images, targets, plan)
-            kept = self._kept(logs)
             expanded = images.expand(len(targets), -1, -1, -1)
-            found = self._kept_extractions(model, expanded, targets, plan, kept, size)
+            found = self._kept_extractions(self.base, model, expanded, targets, plan, kept, size)
             if self._scores_cheaply:  # Held, few as they are: they are weighted by their own best score.
                 found = iter(held := [*found])
-                own_logs = torch.cat([each.log_scores for each in held])
-                logs = logs.scatter(1, kept, own_logs.view_as(kept))
+                weighing = torch.cat([each.log_scores for each in held]).view_as(kept)
+                logs = logs.scatter(1, kept, weighing)
             stream = chain.from_iterable(each.maps for each in found)
-        weights = channel_weights(logs.gather(1, kept))
+        weights = channel_weights(weighing)
         if not self.channel_weights:
             weights = torch.ones_like(weights)
         first = next(stream)
@@ -243,37 +281,85 @@ class SESS(SaliencyMethod):
             fuse(islice(stream, len(which)), weight, strips, which, theta=self.theta, fusion=self.fusion)
             for weight, which in zip(weights, kept, strict=True)
         ]
-        return torch.stack(fused), logs, first_maps
+        return torch.stack(fused), logs, None if scored.maps is None else scored.maps[:, 0]
+
+    @torch.no_grad()
+    def kept_windows(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"], plan: Plan
+    ) -> Int[Tensor, "T K"]:
+        """Return the numbers of the windows that are kept, rising; as for ``fused``."""
+        scored = self._scored(model, images, targets, plan)
+        return scored.which.gather(1, self._places(scored, plan))
+
+    def _places(self, scored: _Scored, plan: Plan) -> Int[Tensor, "T K"]:
+        # In the plan's order: where all are kept, the windows need not be cut one by one.
+        return ranked(scored.logs)[:, : self._counts(plan)[1]].sort(dim=-1).values
 
     @property
-    def _extracts_all(self) -> bool:
-        """Whether one forward of each window gives its score and its map."""
-        return self.base.single_forward and not self._scores_cheaply
+    def _one_forward(self) -> bool:
+        """Whether the forward that scores a window gives its map as well."""
+        guided = self.coarse_to_fine is not None
+        return self._guide == self.base if guided else self.base.single_forward and not self._scores_cheaply
+
+    @property
+    def _guide(self) -> SaliencyMethod:
+        if self.guide is not None:
+            return self.guide
+        return self.base if self.base.single_forward else GradCAM(activation=self.activation)
 
     @property
     def _scores_cheaply(self) -> bool:
         return self.scoring != "full" or self.scoring_size is not None
 
-    def _kept(self, log_scores: Float[Tensor, "T P"]) -> Int[Tensor, "T K"]:
-        # In the plan's order: where all are kept, the windows need not be cut one by one.
-        return prefilter(log_scores, self.prefilter_ratio).sort(dim=-1).values
+    def _scored(self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan) -> _Scored:
+        every = torch.arange(len(plan), device=images.device).expand(len(targets), -1)
+        if self.coarse_to_fine is not None:
+            return self._descended(model, images, targets, plan, every)
+        if self._one_forward:
+            logs, maps = self._extracted(self.base, model, images, targets, plan)
+            return _Scored(every, logs, maps)
+        return _Scored(every, self.score_windows(model, images, targets, plan), None)
+
+    def _descended(
+        self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan, every: Int[Tensor, "T P"]
+    ) -> _Scored:
+        """Score the coarser scales, and those of the other windows over which the fused map is highest."""
+        assert self.coarse_to_fine is not None
+        guide = self._guide
+        scales, fine = descent(plan, self.coarse_to_fine)
+        coarse = plan.first(scales)
+        logs, maps = self._extracted(guide, model, images, targets, coarse)
+        which = every[:, : len(coarse)]
+        if fine:
+            strips = canvas_strips(coarse, size_of(maps), images.device)
+            weighted = zip(maps, channel_weights(logs), which, strict=True)
+            pointing = torch.stack([fuse(own, weights, strips, each) for own, weights, each in weighted])
+            promise = window_means(pointing, *crop_strips(plan, self.antialias, images.device))
+            chosen = len(coarse) + ranked(promise[:, len(coarse) :])[:, :fine].sort(dim=-1).values
+            expanded, size = images.expand(len(targets), -1, -1, -1), batch_limit(self.batch_size, images)
+            found = [*self._kept_extractions(guide, model, expanded, targets, plan, chosen, size)]
+            finer = torch.cat([each.maps for each in found]).unflatten(0, chosen.shape)
+            which, maps = torch.cat([which, chosen], 1), torch.cat([maps, finer], 1)
+            logs = torch.cat([logs, torch.cat([each.log_scores for each in found]).view_as(chosen)], 1)
+        return _Scored(which, logs, maps if guide == self.base else None)
 
     def _extracted(
-        self, model: nn.Module, cut: Iterator[Tensor], targets: Tensor, images: int, windows: int, size: int
-    ) -> tuple[Float[Tensor, "T P h w"], Float[Tensor, "T P"]]:
-        """Return all windows' maps and log-scores: of each image for its target, or of one for each."""
-        if images == len(targets):
-            of_window = targets.repeat_interleave(windows)
+        self, method: SaliencyMethod, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan
+    ) -> tuple[Float[Tensor, "T P"], Float[Tensor, "T P h w"]]:
+        """Return all windows' log-scores and maps: of each image for its target, or of one for each."""
+        cut, size = windows(images, plan, self.antialias), batch_limit(self.batch_size, images)
+        if len(images) == len(targets):
+            of_window = targets.repeat_interleave(len(plan))
             found = in_batches(
-                lambda part, which: self.base.extract(model, stacked(part), of_window[which]), cut, size
+                lambda part, which: method.extract(model, stacked(part), of_window[which]), cut, size
             )
             maps, logs = (torch.cat(each) for each in zip(*found, strict=True))
-            return maps.unflatten(0, (-1, windows)), logs.unflatten(0, (-1, windows))
+            return logs.unflatten(0, (-1, len(plan))), maps.unflatten(0, (-1, len(plan)))
         shared = [
-            *in_batches(lambda part, _: self.base.extract_classes(model, stacked(part), targets), cut, size)
+            *in_batches(lambda part, _: method.extract_classes(model, stacked(part), targets), cut, size)
         ]
         maps = torch.cat([torch.stack([each.maps for each in part]) for part in shared], 1)
-        return maps, torch.cat([torch.stack([each.log_scores for each in part]) for part in shared], 1)
+        return torch.cat([torch.stack([each.log_scores for each in part]) for part in shared], 1), maps
 
     @torch.no_grad()
     def score_windows(
@@ -292,6 +378,7 @@ class SESS(SaliencyMethod):
 
     def _kept_extractions(
         self,
+        method: SaliencyMethod,
         model: nn.Module,
         images: Tensor,
         targets: Tensor,
@@ -299,10 +386,10 @@ class SESS(SaliencyMethod):
         kept: Int[Tensor, "B K"],
         size: int,
     ) -> Iterator[Extraction]:
-        """Yield what the base says about the kept windows, image by image, in full batches."""
+        """Yield what a method says about the kept windows, image by image, in full batches."""
         of_window = targets.repeat_interleave(kept.shape[1])
         return in_batches(
-            lambda part, which: self.base.extract(model, stacked(part), of_window[which]),
+            lambda part, which: method.extract(model, stacked(part), of_window[which]),
             self._kept_windows(images, plan, kept, size),
             size,
         )

@@ -11,7 +11,7 @@ from formula import TARGET_LAYERS, build, equation_2, picture
 from sess_lightning.engine import canvas_strips, channel_weights, fuse, prefilter, shrunk, windows
 from sess_lightning.lending import explaining
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
-from sess_lightning.ops import blur
+from sess_lightning.ops import blur, resize
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz") if not path.stem.startswith("causal"))
@@ -266,6 +266,68 @@ def test_a_scoring_size_above_the_window_is_refused(tiny, images, targets):
         SESS(GradCAM("features.5"), scoring_size=225)(tiny, images, targets)
 
 
+@base_cases
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_coarse_to_fine_that_scores_all_changes_nothing(base, ratio, tiny, images, targets):
+    plain = SESS(base, num_scales=3, prefilter_ratio=ratio, batch_size=4)
+    got = replace(plain, coarse_to_fine=1.0).explain(tiny, images, targets)
+    torch.testing.assert_close(got, plain.explain(tiny, images, targets), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.8])
+@pytest.mark.parametrize("size", [(224, 224), (224, 300)], ids=["square", "wide"])
+def test_coarse_to_fine_descends_where_the_coarser_maps_lie(ratio, size, tiny, targets):
+    image, target = picture(*size, 3)[None], targets[:1]
+    method = SESS(GradCAM("features.5"), num_scales=4, prefilter_ratio=ratio, coarse_to_fine=0.7)
+    plan = method.plan(tiny, size)
+    every = torch.stack(list(windows(image, plan)))
+    with explaining(tiny):
+        maps, logs = GradCAM("features.5").extract(tiny, every, target.expand(len(plan)))
+    scored, coarse = {224: (9, 5), 300: (13, 6)}[size[1]]  # Of 13 and 18 windows.
+
+    def fused(which):
+        strips = canvas_strips(plan, (7, 7), image.device)
+        return fuse(maps[which], channel_weights(logs[which]), strips, which)
+
+    pointing, means = fused(torch.arange(coarse)), []
+    for (height, width), boxes in zip(plan.scales, plan.boxes, strict=True):
+        larger = resize(pointing[None, None], (height, width), antialias=True)[0, 0]
+        means += [float(larger[y0:y1, x0:x1].mean()) for x0, y0, x1, y1 in boxes]
+    fine = sorted(range(coarse, len(plan)), key=lambda i: -means[i])[: scored - coarse]
+    assert sorted(fine) != list(range(coarse, scored))
+    seen = torch.tensor([*range(coarse), *sorted(fine)])
+    kept = min(scored, len(plan) - int(len(plan) * ratio))
+    best = seen[logs[seen].argsort(descending=True)[:kept]].sort().values
+    expected = fused(best)
+    expected = (expected - expected.amin()) / (expected.amax() - expected.amin())
+    off = (method(tiny, image, target)[0] - expected).abs() > 1e-5
+    assert off.sum() <= 16  # A pixel that rounding moves off zero takes part in the mean.
+    assert method.count_forwards(tiny, size) == scored
+
+
+@base_cases
+def test_coarse_to_fine_costs_the_forwards_it_counts(base, tiny, images, targets):
+    sizes = []
+    method = SESS(base, num_scales=4, prefilter_ratio=0.8, coarse_to_fine=0.6, batch_size=4)
+    method(tiny, images, targets)  # What finds the guide's layer is paid once.
+    tiny.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    method(tiny, images, targets)
+    expected = {"GradCAM": 8, "GuidedBackprop": 8 + 3, "GroupCAM": 8 + 3 * (2 + 8)}[type(base).__name__]
+    assert method.count_forwards(tiny, (224, 224)) == expected
+    assert sum(sizes) == 2 * expected
+
+
+@base_cases
+def test_coarse_to_fine_descends_for_each_class_of_an_image(base, tiny, images):
+    method = SESS(base, num_scales=4, prefilter_ratio=0.8, coarse_to_fine=0.6)
+    targets = torch.tensor([2, 0, 4])
+    together = method.explain_classes(tiny, images[:1], targets)
+    for i in range(3):
+        alone = method.explain(tiny, images[:1], targets[i : i + 1])
+        torch.testing.assert_close(together.maps[i], alone.maps[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(together.scores[i], alone.scores[0], atol=1e-5, rtol=1e-4)
+
+
 def test_the_window_is_the_size_the_model_was_built_for_else_the_shorter_side(tiny):
     method = SESS(GradCAM("features.5"), num_scales=2)
     assert method.plan(tiny, (96, 128)).scales == ((96, 128), (123, 164))
@@ -322,6 +384,11 @@ def test_methods_print_compare_hash_and_pickle():
         ({"batch_size": 0}, ValueError, "SESS: batch_size must be at least 1, got 0"),
         ({"scoring_size": 0}, ValueError, "SESS: scoring_size must be at least 1, got 0"),
         ({"scoring": "fp16"}, ValueError, 'SESS: scoring must be "full" or "bf16", got \'fp16\''),
+        ({"coarse_to_fine": 0.0}, ValueError, r"coarse_to_fine must be in \(0, 1\], .* got 0.0"),
+        ({"coarse_to_fine": 1.5}, ValueError, r"coarse_to_fine must be in \(0, 1\], .* got 1.5"),
+        ({"coarse_to_fine": 0.5, "guide": GroupCAM()}, ValueError, "guide must give scores and maps in one"),
+        ({"coarse_to_fine": 0.5, "scoring": "bf16"}, ValueError, "more cheaply; choose one"),
+        ({"coarse_to_fine": 0.5, "scoring_size": 112}, ValueError, "more cheaply; choose one"),
         ({"stride": 0}, ValueError, "SESS: stride must be at least 1, got 0"),
         ({"window": 0}, ValueError, "SESS: window must be at least 1, got 0"),
     ],

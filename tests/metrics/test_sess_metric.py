@@ -395,6 +395,7 @@ BESIDE = {"base": GradCAM(), "red": Channel(0)}
     [
         ({}, False),
         ({"prefilter_ratio": 0.7}, False),
+        ({"coarse_to_fine": 0.8}, False),
         ({"smoothing": True, "channel_weights": False}, False),
         ({"scales": (48, 32)}, True),
         ({"window": 24}, True),
