@@ -21,15 +21,14 @@ from typing_extensions import override
 
 from sess_lightning.alarm import constant_guess, describe, find_accuracy, findings
 from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
-from sess_lightning.engine import smooth
+from sess_lightning.gallery import Exhibit, Legend, exhibits
 from sess_lightning.introspection import check_inputs, classify, predict
 from sess_lightning.lending import borrowed, explaining, keep_metrics, keep_rng, muted
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.metrics.functional import curve_auc
-from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
-from sess_lightning.ops import min_max, size_of, upsample
-from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
+from sess_lightning.metrics.sess_metric import Samples, Summary
+from sess_lightning.ops import size_of, wait_for
+from sess_lightning.reporting.panels import Panel
 from sess_lightning.reporting.sinks import ReportSink, Sink, report_folder, sink_for
 from sess_lightning.runs import Run, drift, record, remembered
 from sess_lightning.sampling import SHARED, Budget, Choice, afford, find_order, numbering, spread_in_batch
@@ -41,15 +40,6 @@ WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.
 LITERATURE_TOLERANCE, LITERATURE_SIDE = 15.0, 224
 GRID = 16
 """Side of the small maps by which runs are compared."""
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """A panel's sample: all that is needed to draw it once the run is over."""
-
-    batch: Batch
-    maps: dict[str, Tensor]
-    figures: Tensor
 
 
 @dataclass(frozen=True)
@@ -171,18 +161,17 @@ class SESSCallback(Callback):
         self._selection, self._count = Selection(), float("inf")
         self.num_rows, self.show_names = num_rows, show_names
         self._seen: dict[int, tuple[Batch, int]] = {}
-        self._here: list[tuple[Batch, int] | None] = []
-        self._tables: dict[str, list[dict[str, Any]]] = {}
+        self._here: list[Batch | None] = []
         self._loaded: dict[str, int] | None = None
         self._metric: SESSMetric | None = None
         self._budget: Budget | None = None
         self._choice: Choice | None = None
-        self._own = ""
+        self._legend = Legend("", target)
         self._sinks: list[Sink] = []
         self._sink_failures: Counter[Sink] = Counter()
         self._kept: dict[int, _Kept] = {}
         self._saved: dict[str, Any] = {}
-        self._panel: list[_Sample] = []
+        self._panel: list[Exhibit] = []
         self._taken = 0
         self._last: dict[str, float] = {}
         self._error: str | None = None
@@ -344,7 +333,7 @@ class SESSCallback(Callback):
     def _measure(self, pl_module: LightningModule) -> None:
         """Make the metric, also on a process that no batch will reach: it gathers from the others."""
         method, compare = self.methods(pl_module)
-        self._own = type(method).__name__
+        self._legend = Legend(type(method).__name__, self.target, shows_ids=self.show_names)
         self._metric = SESSMetric(method, compare=compare, grid=GRID).to(pl_module.device)
 
     def _watch(
@@ -384,8 +373,11 @@ class SESSCallback(Callback):
         if order is None and trainer.is_global_zero and not trainer.testing:
             self._kept = _restored(self._saved, budget, batch)
         owners = (trainer.datamodule, loaders, pl_module)  # type: ignore[attr-defined]
-        self._names = self.class_names or find_class_names(*owners)
-        self._normalisation = self.normalisation or find_normalisation(*owners)
+        self._legend = replace(
+            self._legend,
+            class_names=(self.class_names or find_class_names(*owners)) if self.show_names else None,
+            normalisation=self.normalisation or find_normalisation(*owners),
+        )
         shares, forwards = world, budget.forwards
         if order is not None:
             shares, forwards = 1, forwards + SHARED * (world - 1)
@@ -401,7 +393,7 @@ class SESSCallback(Callback):
             f"pictures: {', '.join(sink.name for sink in self._sinks) or 'none'}."
         )
         self._settings = {
-            "name": self._own,
+            "name": self._legend.own,
             "method": str(method),
             "forwards per map": per_map,
             "samples": budget.samples * shares,
@@ -499,21 +491,11 @@ class SESSCallback(Callback):
         assert self._metric is not None
         assert self._budget is not None
         total = self._budget.samples if self._choice is None else len(self._choice.items)
-        first = self._taken - len(samples)
-        shown = min(self.num_images, total)
-        found = {name or self._own: each for name, each in self._metric.latest.items()}
-        own = [found[name] for name in (self._own, "base") if name in found]
-        for i in range(len(samples)):
-            if (first + i + 1) * shown // total == (first + i) * shown // total:
-                continue
-            predicted, score = self._metric.predicted[-1][i], self._metric.ends[-1][i, 0]
-            figures = [samples.labels[i].to(predicted), predicted, score]
-            for each in own:
-                figures += [curve_auc(each.insertion[i]), curve_auc(each.deletion[i]), each.hits[i]]
-            maps: dict[str, Tensor] = {
-                name: found[name].maps[i] for name in ("base", self._own) if name in found
-            }
-            self._panel.append(_Sample(samples.take([i]), maps, torch.stack([f.double() for f in figures])))
+        first, shown = self._taken - len(samples), min(self.num_images, total)
+        which = [
+            i for i in range(len(samples)) if (first + i + 1) * shown // total > (first + i) * shown // total
+        ]
+        self._panel += exhibits(self._metric, samples, which, self._legend.own)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_due(trainer):
@@ -523,28 +505,28 @@ class SESSCallback(Callback):
             self._fail(trainer, pl_module)
             return
         assert self._metric is not None
-        values: dict[str, float] = {}
-        curves: dict[str, Tensor] = {}
-        # Guarded apart: both gather from all processes, whatever happens to the first on one of them.
+        with self._guarded(trainer):  # Under way while the figures are computed; awaited in _show.
+            if self._sinks:
+                self._panel = [each.sent() for each in self._panel]
+        summary: Summary | None = None
+        drifts: dict[str, Tensor] = {}
         with self._guarded(trainer), keep_rng():
-            values = self._metric.compute()
-        with self._guarded(trainer), keep_rng():
-            curves = self._metric.curves()
-        if not values and self._error is None:
-            with self._guarded(trainer):
+            summary = self._metric.summary()
+            if not summary.values:
                 raise RuntimeError(f"no sample came by in validation loader {self.dataloader_idx}.")
+            drifts = self._compare(trainer, summary.samples)
+        if summary is None or not summary.values:
             self._fail(trainer, pl_module)
             return
-        with self._guarded(trainer), keep_rng():
-            values |= self._compare(trainer, self._metric.samples())
         self._failures = 0
         if self._error is None:
+            values = summary.values | {name: float(each.nanmean()) for name, each in drifts.items()}
             self._last = {name: value for name, value in values.items() if np.isfinite(value)}
             with self._guarded(trainer):
                 for name, value in _chosen(self._last).items():
                     self._log(pl_module, name, value)
         if self._error is None and self._last and self._sinks:
-            self._show(trainer, curves)
+            self._show(trainer, summary, drifts)
         self._failed += self._error is not None
         self._log(pl_module, "failed", float(self._failed))
 
@@ -559,38 +541,23 @@ class SESSCallback(Callback):
         name, value = f"{self.prefix}/{name}", float(value)
         pl_module.log(name, value, logger=logger, on_step=False, on_epoch=True, batch_size=1)
 
-    def _compare(self, trainer: Trainer, samples: Samples) -> dict[str, float]:
+    def _compare(self, trainer: Trainer, samples: Samples) -> dict[str, Tensor]:
         """Return how alike the maps are to those of earlier runs."""
         # Of equal numbers the first is this process' own; others' samples have no name and no picture here.
-        self._here = [self._seen.pop(number, None) for number in samples.numbers.tolist()]
+        found = (self._seen.pop(number, None) for number in samples.numbers.tolist())
+        self._here = [each and each[0].take([each[1]]) for each in found]
         self._run = record(self._when(trainer), self._key(samples), samples)
-        drifts = drift(self._runs, self._run)
-        if self._sinks:
-            rows = [
-                {"why": why, "sample": self._title(i), **sample_row(samples, drifts, i, self._name),
-                 **self._picture(i, samples.small[i])}
-                for why, i in standing_out(samples, drifts, self.num_rows)
-            ]  # fmt: skip
-            self._tables = {"classes": class_rows(samples, self._name), "samples": rows}
-        return {name: float(each.nanmean()) for name, each in drifts.items()}
+        return drift(self._runs, self._run)
 
-    def _sample(self, i: int) -> Batch | None:
-        """Return what is known here of sample ``i`` of all processes."""
-        found = self._here[i]
-        return found and found[0].take([found[1]])
-
-    def _title(self, i: int) -> str:
-        sample = self._sample(i)
-        return sample.ids[0] if self.show_names and sample and sample.ids else f"sample {i + 1}"
-
-    def _picture(self, i: int, small: Tensor) -> dict[str, Picture]:
-        """Return the sample under its small map; nothing if no pictures are sent, or it is elsewhere."""
-        sample = self._sample(i)
-        if not self.num_images or sample is None:
-            return {}
-        picture = displayed(sample.images, self._normalisation)[0]
-        large = upsample(small[None], size_of(sample.images))
-        return {"picture": overlay(picture, min_max(large)[0])}
+    def _rows(self, samples: Samples, drifts: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the samples that stand out, with pictures of those that are here."""
+        for why, i in standing_out(samples, drifts, self.num_rows):
+            here, legend = self._here[i], self._legend
+            row: dict[str, Any] = {"why": why, "sample": legend.title(here, i)}
+            row |= sample_row(samples, drifts, i, legend.name)
+            if self.num_images and here is not None:
+                row["picture"] = legend.picture(here, samples.small[i])
+            yield row
 
     def _when(self, trainer: Trainer) -> dict[str, int]:
         """Return epoch and step: those of Lightning's own validation rows, so that pictures stand beside."""
@@ -626,21 +593,27 @@ class SESSCallback(Callback):
             logged = ", ".join(sorted(metrics))
             text = f"alarm={key!r} is not among the logged keys ({logged}); the alarm is off."
         elif found := findings(earlier, run, constant_guess(run.key)):
-            text = describe(found, run, key, [self._title(i) for i in range(len(run.small))])
+            text = describe(found, run, key, [*map(self._legend.title, self._here, range(len(run.small)))])
         self._alarmed = bool(text)
         if text and trainer.is_global_zero:
             self._warn(trainer, text)
             for sink in self._sinks if key in metrics else ():
                 sink.alert("Clever Hans?", text)
 
-    def _show(self, trainer: Trainer, curves: Mapping[str, Tensor]) -> None:
+    def _show(self, trainer: Trainer, summary: Summary, drifts: Mapping[str, Tensor]) -> None:
         self._shown = when = self._when(trainer)
         panels: list[Panel] = []
-        with self._guarded(trainer), keep_rng():
-            panels = [self._draw(i, sample) for i, sample in enumerate(self._panel)]
+        tables: dict[str, list[dict[str, Any]]] = {}
+        with self._guarded(trainer, "panel is missing"), keep_rng():
+            wait_for(trainer.strategy.root_device)
+            panels = [each.panel(i, self._legend) for i, each in enumerate(self._panel)]
+        with self._guarded(trainer, "tables are missing"), keep_rng():
+            tables["classes"] = class_rows(summary.samples, self._legend.name)
+            tables["samples"] = [*self._rows(summary.samples, drifts)]
+        own = self._legend.own
         named = {
-            f"{name or self._own} (n={self._last.get(f'{name}/curves_n'.lstrip('/'), 0):.0f})": curve
-            for name, curve in curves.items()
+            f"{name or own} (n={self._last.get(f'{name}/curves_n'.lstrip('/'), 0):.0f})": curve
+            for name, curve in summary.curves.items()
         }
         for sink in list(self._sinks):
             # Some loggers draw from the global generators; each may fail alone.
@@ -649,7 +622,7 @@ class SESSCallback(Callback):
                 if panels:
                     sink.panels(f"{self.prefix}/panel", panels, when)
                 sink.curves(f"{self.prefix}/curves", named, when)
-                for name, rows in self._tables.items():
+                for name, rows in tables.items():
                     if rows:
                         sink.table(f"{self.prefix}/{name}", rows, when)
                 sink.scalars(f"{self.prefix}/scalars", self._last, when)
@@ -672,39 +645,6 @@ class SESSCallback(Callback):
             with self._guarded(trainer), keep_rng():
                 sink.close(metrics, self._shown)
         self._shown = None
-
-    def _draw(self, number: int, sample: _Sample) -> Panel:
-        picture = displayed(sample.batch.images, self._normalisation)[0]
-        label, predicted, score, *rest = sample.figures.tolist()
-        lines = [
-            f"label: {self._name(label)}",
-            f"prediction: {self._name(predicted)}",
-            f"score of the {'label' if self.target == 'label' else 'prediction'}: {score:.3f}",
-        ]
-        for name, at in zip((self._own, "base"), range(0, len(rest), 3), strict=False):
-            insertion, deletion, hit = rest[at : at + 3]
-            played = "" if hit == NO_TRIAL else ", hit" if hit else ", miss"
-            lines.append(f"{name}: insertion {insertion:.3f}, deletion {deletion:.3f}{played}")
-        height, width = sample.batch.size or picture.shape[:2]
-        scale = torch.tensor([picture.shape[1] / width, picture.shape[0] / height]).repeat(2)
-        boxes = (sample.batch.boxes[0] * scale).tolist() if sample.batch.boxes is not None else []
-        # As in the paper, the seams of SESS are smoothed for pictures, never for scores.
-        shown = {
-            name: min_max(smooth(saliency[None]))[0] if name == "SESS" else saliency
-            for name, saliency in sample.maps.items()
-        }
-        return Panel(
-            image=picture,
-            overlays={name: overlay(picture, saliency) for name, saliency in shown.items()},
-            caption="\n".join(lines),
-            boxes=[tuple(box) for box in boxes if box[2] > box[0] and box[3] > box[1]],
-            label=self._name(label),
-            title=sample.batch.ids[0] if self.show_names and sample.batch.ids else f"sample {number + 1}",
-        )
-
-    def _name(self, index: float) -> str:
-        names = self._names if self.show_names else None
-        return names[int(index)] if names and 0 <= int(index) < len(names) else f"class {int(index)}"
 
     @contextmanager
     def _guarded(self, trainer: Trainer, lost: str = "explanations are left out") -> Iterator[None]:

@@ -25,7 +25,7 @@ from sess_lightning.engine import kept_count
 from sess_lightning.introspection import check_inputs
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.ops import size_of
+from sess_lightning.ops import size_of, wait_for
 from sess_lightning.types import SaliencyMethod
 
 SCALES = tuple(range(1, 13))
@@ -393,17 +393,12 @@ def alternate(
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
     for i in range(rounds):
         for name in runs if i % 2 == 0 else reversed(runs):
-            _wait(device)
+            wait_for(device)
             start = clock()
             runs[name]()
-            _wait(device)
+            wait_for(device)
             seconds[name].append(clock() - start)
     return seconds
-
-
-def _wait(device: torch.device | str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:

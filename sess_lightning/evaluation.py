@@ -36,7 +36,7 @@ from sess_lightning.journal import Journal, read_journals
 from sess_lightning.lending import explaining
 from sess_lightning.methods import SESS, Blurred, CentreGaussian, RandomMap
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.ops import resize, size_of
+from sess_lightning.ops import resize, size_of, wait_for
 from sess_lightning.results import Results, per_class, per_sample
 from sess_lightning.types import SaliencyMethod
 
@@ -125,8 +125,7 @@ def _never() -> bool:
 
 
 def _read_clock(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    wait_for(device)
     return time.perf_counter()
 
 

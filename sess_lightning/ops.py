@@ -26,6 +26,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
+def wait_for(device: torch.device | str) -> None:
+    """Wait until a device has done what it was asked for; a CPU always has."""
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def size_of(images: Tensor) -> tuple[int, int]:
     """Return (height, width)."""
     return images.shape[-2], images.shape[-1]

@@ -67,7 +67,7 @@ def sampled(folder, options):
     mine = callback(**settings)
     its = validate(folder, mine, val=data, **options)
     ids = [int(i) for kept in mine._kept.values() for i in kept.samples.ids]
-    shown = [int(sample.batch.ids[0]) for sample in mine._panel]
+    shown = [int(each.sample.ids[0]) for each in mine._panel]
     return {"scalars": figures(its), "ids": ids, "shown": shown}
 
 

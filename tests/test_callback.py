@@ -38,8 +38,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 from wandb_reader import history, offline, records, run_folder
 
-from sess_lightning import SESS, SESSCallback
+from sess_lightning import SESS, SESSCallback, SESSMetric
+from sess_lightning import callback as callback_module
 from sess_lightning.callback import WORST
+from sess_lightning.gallery import Exhibit
 from sess_lightning.methods import CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics.functional import curve_auc, deletion_curve, insertion_curve, pointing_hits
 from sess_lightning.reporting.panels import displayed
@@ -928,7 +930,8 @@ def test_without_a_logger_pictures_and_figures_become_files(tmp_path):
     names = ["epoch=000-step=000003.png", "epoch=001-step=000007.png"]
     assert sorted(path.name for path in (folder / "panel").iterdir()) == names
     assert sorted(path.name for path in (folder / "curves").iterdir()) == names
-    assert Image.open(folder / "panel" / names[0]).size == (3 * 228 + 300, 26 + 2 * 230)
+    with Image.open(folder / "panel" / names[0]) as sheet:
+        assert sheet.size == (3 * 228 + 300, 26 + 2 * 230)
     assert (folder / "scalars.csv").read_text().startswith("epoch,step,name,value\n0,3,n,4.0\n")
     assert (
         (folder / "curves.csv")
@@ -976,6 +979,32 @@ def test_a_logger_that_fails_three_times_gets_no_more_pictures(tmp_path, monkeyp
     assert "shelf failed three times in a row and gets no more pictures" in told[3]
     assert its.logger.of("sess/failed") == [1, 2, 3, 3, 3]
     assert len(its.logger.of("sess/n")) == 5
+
+
+def test_tables_that_cannot_be_made_cost_nothing_else(tmp_path, monkeypatch, shelf):
+    def fail(*_):
+        raise ValueError("no such row")
+
+    monkeypatch.setattr("sess_lightning.callback.standing_out", fail)
+    with pytest.warns(SESSWarning, match="no such row .* this run's tables are missing"):
+        its = fit(tmp_path, spying(on_error="warn")[0])
+    assert len(shelf.shown) == len(shelf.drawn) == 1
+    assert len(its.logger.of("sess/overall")) == 1
+
+
+def test_the_panel_travels_to_the_host_while_the_figures_are_computed(tmp_path, monkeypatch, shelf):
+    done = []
+
+    def noting(owner, name):
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: done.append(name) or own(*given))
+
+    noting(Exhibit, "sent")
+    noting(SESSMetric, "summary")
+    noting(callback_module, "wait_for")
+    noting(Exhibit, "panel")
+    fit(tmp_path, spying(num_images=2)[0])
+    assert done == ["sent", "sent", "summary", "wait_for", "panel", "panel"]
 
 
 def test_a_fast_dev_run_runs_it_without_files(tmp_path):

@@ -7,8 +7,10 @@ import torch
 from formula import picture
 from torchvision.models import resnet18
 
+from sess_lightning.gallery import Exhibit
 from sess_lightning.methods import SESS, GradCAM, GroupCAM, GuidedBackprop
 from sess_lightning.metrics.functional import deletion_curve, insertion_curve
+from sess_lightning.ops import wait_for
 from sess_lightning.types import Batch
 
 METHODS = [
@@ -63,6 +65,15 @@ def test_no_curve_waits_for_the_device(curve, given, waiting_is_an_error):
     maps = torch.rand(2, 64, 90, device="cuda")
     waiting_is_an_error()
     curve(model, images, maps, targets, steps=4, batch_size=4)
+
+
+def test_a_panels_maps_are_whole_once_their_device_has_been_waited_for():
+    maps = torch.rand(512, 512, device="cuda")
+    for _ in range(3):
+        sent = Exhibit(Batch(torch.zeros(1, 3, 2, 2), torch.tensor([0])), {"SESS": maps * 2}, maps[0]).sent()
+        wait_for("cuda")
+        assert sent.maps["SESS"].is_pinned()
+        assert torch.equal(sent.maps["SESS"], maps.cpu() * 2)
 
 
 def test_a_batch_is_whole_once_it_is_back_on_the_host():

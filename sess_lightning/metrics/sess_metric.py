@@ -84,6 +84,20 @@ class Samples(NamedTuple):
     small: Float[Tensor, "N G G"]
 
 
+class Summary(NamedTuple):
+    """All that a metric has to tell.
+
+    Attributes:
+        values: As ``compute`` gives them.
+        curves: As ``curves`` gives them.
+        samples: As ``samples`` gives them.
+    """
+
+    values: dict[str, float]
+    curves: dict[str, Float[Tensor, "2 T"]]
+    samples: Samples
+
+
 class SESSMetric(PerSample):
     """Explains a model's images and scores the maps, beside other methods on the same images.
 
@@ -313,6 +327,27 @@ class SESSMetric(PerSample):
         A figure is left out where there is nothing to tell: no Pointing Game without regions, no difficult
         subset without marks.
         """
+        return self._values()
+
+    def summary(self) -> Summary:
+        """Return ``compute``, ``curves`` and ``samples`` at the price of one gathering from all processes."""
+        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
+            return Summary(self._values(), self._curves(), self._samples())
+
+    def curves(self) -> dict[str, Float[Tensor, "2 T"]]:
+        """Return each method's mean insertion and deletion curve over the samples that have one.
+
+        As with ``compute``, all processes' samples are in it, so every process must call it.
+        """
+        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
+            return self._curves()
+
+    def samples(self) -> Samples:
+        """Return what is known of each sample; as with ``compute``, every process must call it."""
+        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
+            return self._samples()
+
+    def _values(self) -> dict[str, float]:
         if not len(self.targets):
             return {}
         targets, ends, predicted = (self._held(name) for name in ("targets", "ends", "predicted"))
@@ -352,24 +387,17 @@ class SESSMetric(PerSample):
             values["region_share"] = float(share.nanmean())
         return values
 
-    def samples(self) -> Samples:
-        """Return what is known of each sample; as with ``compute``, every process must call it."""
-        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
-            area = curve_auc(self._held("curves_0"))
-            small = self._held("small") if self.grid else torch.empty(len(area), 0, 0)
-            return Samples(
-                self._numbers().sort().values, self._held("targets"), self._held("predicted"),
-                self._held("ends")[:, 0], area[:, 0], area[:, 1], self._held("hits_0"), self._held("mass_0"),
-                self._held("share"), small,
-            )  # fmt: skip
+    def _curves(self) -> dict[str, Tensor]:
+        return {name: self._held(f"curves_{i}").nanmean(0) for i, name in enumerate(self.methods)}
 
-    def curves(self) -> dict[str, Float[Tensor, "2 T"]]:
-        """Return each method's mean insertion and deletion curve over the samples that have one.
-
-        As with ``compute``, all processes' samples are in it, so every process must call it.
-        """
-        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
-            return {name: self._held(f"curves_{i}").nanmean(0) for i, name in enumerate(self.methods)}
+    def _samples(self) -> Samples:
+        area = curve_auc(self._held("curves_0"))
+        small = self._held("small") if self.grid else torch.empty(len(area), 0, 0)
+        return Samples(
+            self._numbers().sort().values, self._held("targets"), self._held("predicted"),
+            self._held("ends")[:, 0], area[:, 0], area[:, 1], self._held("hits_0"), self._held("mass_0"),
+            self._held("share"), small,
+        )  # fmt: skip
 
     def _held(self, state: str) -> Tensor:
         """Return a state's rows in the order of the images' numbers, those of an image together."""

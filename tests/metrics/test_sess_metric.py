@@ -592,6 +592,21 @@ def test_uneven_processes_are_gathered_also_where_one_saw_no_sample(model, image
     assert len(metric.targets) == 0  # Its own state is back.
 
 
+def test_a_summary_is_all_that_is_told_at_the_price_of_one_gathering(model, images, boxes):
+    processes, asked = [SESSMetric(TWO_SCALES, grid=4) for _ in range(2)], []
+    processes[0].update(model, images[:4], TARGETS[:4], boxes[:4])
+    processes[1].update(model, images[4:], TARGETS[4:], boxes[4:], numbers=[4, 5])
+    metric = gathered(processes)
+    answer = metric.dist_sync_fn
+    metric.dist_sync_fn = lambda tensor, group: asked.append(tensor) or answer(tensor, group)
+    summary, whole = metric.summary(), len(asked)
+    assert summary.values == metric.compute()
+    assert len(asked) == 2 * whole > 0
+    for name, curves in metric.curves().items():
+        torch.testing.assert_close(summary.curves[name], curves, equal_nan=True)
+    torch.testing.assert_close(summary.samples, metric.samples(), equal_nan=True)
+
+
 def test_the_latest_maps_and_curves_are_at_hand(model, images, boxes):
     metric = SESSMetric(TWO_SCALES)
     run(metric, model, images, boxes, (slice(0, 4), slice(4, 6)))
