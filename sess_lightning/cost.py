@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from sess_lightning.callback import SESSCallback
-from sess_lightning.engine import kept_count
 from sess_lightning.introspection import check_inputs
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM
 from sess_lightning.metrics import SESSMetric
@@ -30,6 +29,7 @@ from sess_lightning.types import SaliencyMethod
 
 SCALES = tuple(range(1, 13))
 RATIOS = (0.0, 0.5, 0.9, 0.99)
+SHARES = (0.3, 0.5)
 SAMPLES = (8, 16, 32, 64, 128)
 MOST_RECORDED = 512
 """Images of a part that are kept for its floor; the floor of a part with more is taken in proportion."""
@@ -274,7 +274,7 @@ def _knobs(
         other = asked.methods(model)[0]
         seconds = told.seconds
         if isinstance(other, SESS):
-            count, some = _counts(model, size, other)
+            count, some = other.counts(other.plan(model, size))
             seconds = count * window + some * kept
         each = parts[UPDATE].seconds - told.seconds + seconds
         forwards = other.count_forwards(model, size)
@@ -294,15 +294,11 @@ def _knobs(
             yield knob(f"num_scales={n}", having(replace(method, num_scales=n, scales=None)))
         for r in RATIOS:
             yield knob(f"prefilter_ratio={r}", having(replace(method, prefilter_ratio=r)))
+        if method.scoring == "full" and method.scoring_size is None:
+            for share in SHARES:
+                yield knob(f"coarse_to_fine={share}", having(replace(method, coarse_to_fine=share)))
     for n in SAMPLES:
         yield knob(f"num_samples={n}", having(method, n))
-
-
-def _counts(model: nn.Module, size: tuple[int, int], method: SESS) -> tuple[int, int]:
-    """Return how many windows are scored and, where that takes more than the scoring forward, explained."""
-    count = len(method.plan(model, size))
-    once = method.count_forwards(model, size) == count
-    return count, 0 if once else kept_count(count, method.prefilter_ratio)
 
 
 def _prices(
@@ -312,12 +308,13 @@ def _prices(
     if not isinstance(method, SESS):
         return 0.0, 0.0
     told = parts[str(method)]
-    count, kept = _counts(model, size, method)
+    plan = method.plan(model, size)
+    count, kept = method.counts(plan)
     if not kept:
         return told.seconds / count, 0.0
     if method.base.single_forward:  # Cheap scores: what was kept cost what the base costs on a window.
-        window = method.plan(model, size).window
-        explained = parts[f"{method.base}, alone"].seconds * window**2 / (size[0] * size[1])
+        share = plan.window**2 / (size[0] * size[1])
+        explained = parts[f"{method.base}, alone"].seconds * share
         return max(0.0, told.seconds - kept * explained) / count, explained
     scored = told.floor / told.forwards
     return scored, max(0.0, told.seconds - count * scored) / kept

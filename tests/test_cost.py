@@ -8,7 +8,17 @@ from lightning_models import filled_net, small_net
 from torch import nn
 
 from sess_lightning import SESS, SESSCallback, cli
-from sess_lightning.cost import CURVES, RATIOS, SAMPLES, SCALES, UPDATE, alternate, measure_cost, peak_bytes
+from sess_lightning.cost import (
+    CURVES,
+    RATIOS,
+    SAMPLES,
+    SCALES,
+    SHARES,
+    UPDATE,
+    alternate,
+    measure_cost,
+    peak_bytes,
+)
 from sess_lightning.methods import GradCAM, GuidedBackprop
 from sess_lightning.weights import Network
 
@@ -55,6 +65,8 @@ def test_knobs_tell_the_forwards_of_every_setting(costs):
         1, 5, 9, 13, 22, 31, 40, 49, 65, 81, 97, 122,
     ]  # fmt: skip
     assert {knobs[f"prefilter_ratio={r}"].forwards for r in RATIOS} == {5}  # One forward scores and explains.
+    assert [knobs[f"coarse_to_fine={share}"].forwards for share in SHARES] == [2, 2]  # Of 1 + 4.
+    assert knobs["coarse_to_fine=0.3"].seconds == pytest.approx(2 / 5 * costs.parts[0].seconds)
     assert {f"num_samples={n}" for n in SAMPLES} < knobs.keys()
     assert knobs["num_scales=2"].run_seconds == costs.run.run_seconds
     assert knobs["num_scales=6"].seconds == pytest.approx(31 / 5 * costs.parts[0].seconds)
@@ -77,6 +89,7 @@ def test_a_filter_saves_what_comes_after_the_score(images):
     assert own.peak > own.floor_peak > 0
     filtered = [knobs[f"prefilter_ratio={r}"] for r in RATIOS]
     assert [knob.forwards for knob in filtered] == [18, 14, 10, 10]
+    assert [knobs[f"coarse_to_fine={share}"].forwards for share in SHARES] == [3 + 3, 4 + 4]
     assert filtered[0].seconds == pytest.approx(own.seconds)
     assert filtered[1].seconds < own.seconds
     # What max_forwards does not pay for is told as no sample.

@@ -170,13 +170,17 @@ class SESS(SaliencyMethod):
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return how many forwards of windows one map of an image of ``size`` costs, cheap or not."""
         plan = self.plan(model, size)
-        scored, kept = self._counts(plan)
-        if self._one_forward:
+        scored, explained = self.counts(plan)
+        if not explained:
             return scored
-        return scored + kept * self.base.count_forwards(model, (plan.window, plan.window))
+        return scored + explained * self.base.count_forwards(model, (plan.window, plan.window))
 
-    def _counts(self, plan: Plan) -> tuple[int, int]:
-        """Return how many windows are scored, and how many are kept."""
+    def counts(self, plan: Plan) -> tuple[int, int]:
+        """Return how many windows are scored, and how many the base then explains by forwards of its own."""
+        scored, kept = self._scored_and_kept(plan)
+        return scored, 0 if self._one_forward else kept
+
+    def _scored_and_kept(self, plan: Plan) -> tuple[int, int]:
         scored = len(plan)
         if self.coarse_to_fine is not None:
             scales, fine = descent(plan, self.coarse_to_fine)
@@ -293,7 +297,7 @@ class SESS(SaliencyMethod):
 
     def _places(self, scored: _Scored, plan: Plan) -> Int[Tensor, "T K"]:
         # In the plan's order: where all are kept, the windows need not be cut one by one.
-        return ranked(scored.logs)[:, : self._counts(plan)[1]].sort(dim=-1).values
+        return ranked(scored.logs)[:, : self._scored_and_kept(plan)[1]].sort(dim=-1).values
 
     @property
     def _one_forward(self) -> bool:

@@ -15,6 +15,7 @@ OPTIONS = {
     "160 px": {"scoring_size": 160},
     "112 px": {"scoring_size": 112},
     "bf16, 112 px": {"scoring": "bf16", "scoring_size": 112},
+    "coarse to fine, 0.3": {"coarse_to_fine": 0.3},
 }
 
 
