@@ -264,7 +264,7 @@ class SESSCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ring the alarm, and hand over the user's figures: all that the module logs is known by now."""
         if not trainer.sanity_checking:
-            with self._guarded(trainer), keep_rng():
+            with self._guarded(trainer):
                 self._weigh(trainer)
             self._run = None
         self._close(trainer)
@@ -342,7 +342,7 @@ class SESSCallback(Callback):
         if self._error is not None or not (trainer.sanity_checking or self._is_due(trainer)):
             return
         batches = float(counts[self.dataloader_idx] if isinstance(counts, list) else counts)
-        with self._guarded(trainer), keep_rng(), keep_metrics(pl_module):
+        with self._guarded(trainer), keep_metrics(pl_module):
             if self._metric is None:
                 self._measure(pl_module)
             if self._budget is None:
@@ -510,7 +510,7 @@ class SESSCallback(Callback):
                 self._panel = [each.sent() for each in self._panel]
         summary: Summary | None = None
         drifts: dict[str, Tensor] = {}
-        with self._guarded(trainer), keep_rng():
+        with self._guarded(trainer):
             summary = self._metric.summary()
             if not summary.values:
                 raise RuntimeError(f"no sample came by in validation loader {self.dataloader_idx}.")
@@ -604,10 +604,10 @@ class SESSCallback(Callback):
         self._shown = when = self._when(trainer)
         panels: list[Panel] = []
         tables: dict[str, list[dict[str, Any]]] = {}
-        with self._guarded(trainer, "panel is missing"), keep_rng():
+        with self._guarded(trainer, "panel is missing"):
             wait_for(trainer.strategy.root_device)
             panels = [each.panel(i, self._legend) for i, each in enumerate(self._panel)]
-        with self._guarded(trainer, "tables are missing"), keep_rng():
+        with self._guarded(trainer, "tables are missing"):
             tables["classes"] = class_rows(summary.samples, self._legend.name)
             tables["samples"] = [*self._rows(summary.samples, drifts)]
         own = self._legend.own
@@ -616,9 +616,9 @@ class SESSCallback(Callback):
             for name, curve in summary.curves.items()
         }
         for sink in list(self._sinks):
-            # Some loggers draw from the global generators; each may fail alone.
+            # Each may fail alone.
             self._sink_failures[sink] += 1
-            with self._guarded(trainer, f"pictures are missing in {sink.name}"), keep_rng():
+            with self._guarded(trainer, f"pictures are missing in {sink.name}"):
                 if panels:
                     sink.panels(f"{self.prefix}/panel", panels, when)
                 sink.curves(f"{self.prefix}/curves", named, when)
@@ -642,18 +642,19 @@ class SESSCallback(Callback):
             if not name.startswith(f"{self.prefix}/")
         }
         for sink in self._sinks:
-            with self._guarded(trainer), keep_rng():
+            with self._guarded(trainer):
                 sink.close(metrics, self._shown)
         self._shown = None
 
     @contextmanager
     def _guarded(self, trainer: Trainer, lost: str = "explanations are left out") -> Iterator[None]:
-        """Turn any error into a warning; only its text is kept, for an exception holds on to tensors."""
+        """Turn any error into a warning, of which only the text is kept, and keep the random generators."""
         started = time.perf_counter()
         try:
-            yield
+            with keep_rng():  # Some loggers, too, draw from the global generators.
+                yield
         except Exception as error:
-            self._error = f"{type(error).__name__}: {error}"
+            self._error = f"{type(error).__name__}: {error}"  # Not the error: it holds on to tensors.
             if self.on_error == "raise":
                 raise
             self._warn(trainer, f"{self._error} Training goes on; this run's {lost}. {_remedy(error)}")

@@ -157,7 +157,8 @@ def test_explain_writes_a_picture_of_image_base_and_sess(tmp_path, capsys, tiny_
     cli.main([*given, "--size", "64", "--target", "b", "--out", str(out)])
     printed = capsys.readouterr().out
     assert "target: b" in printed
-    assert Image.open(out).width > 3 * 64
+    with Image.open(out) as drawn:
+        assert drawn.width > 3 * 64
 
 
 def test_explaining_a_class_of_unknown_name_says_so(tmp_path, tiny_network):
