@@ -125,7 +125,7 @@ class Costs:
             "Ratios are to the bare forward of the same images, channels last, in batches as large.",
             "A run is the callback's: samples, base and floors. Forwards are exact, the seconds of a run and",
             "of a knob estimated from the parts. A pre-filter saves no forward where scores and maps come",
-            "out of the same one (the CAM family).",
+            "out of the same one (the CAM family); coarse_to_fine does, and may keep other windows.",
         ]
         return "\n".join([*told, "", *_aligned(heads[0], parts), "", *_aligned(heads[1], knobs), *notes])
 
