@@ -161,7 +161,7 @@ class SESSCallback(Callback):
         self._selection, self._count = Selection(), float("inf")
         self.num_rows, self.show_names = num_rows, show_names
         self._seen: dict[int, tuple[Batch, int]] = {}
-        self._here: list[Batch | None] = []
+        self._here: list[tuple[Batch, int] | None] = []
         self._loaded: dict[str, int] | None = None
         self._metric: SESSMetric | None = None
         self._budget: Budget | None = None
@@ -174,7 +174,7 @@ class SESSCallback(Callback):
         self._panel: list[Exhibit] = []
         self._taken = 0
         self._last: dict[str, float] = {}
-        self._error: str | None = None
+        self._broken, self._flawed = False, False
         self._failures, self._failed = 0, 0
         self._settings: dict[str, Any] = {}
         self._shown: dict[str, int] | None = None
@@ -322,8 +322,8 @@ class SESSCallback(Callback):
         # what is logged here later would overwrite it.
         for name, worst in WORST.items():
             self._log(pl_module, name, self._last.get(name, worst), logger=False)
-        self._error, self._panel, self._taken, self._shown, self._seconds = None, [], 0, None, 0.0
-        self._run, self._seen, self._here = None, {}, []
+        self._broken, self._flawed, self._panel, self._taken, self._shown = False, False, [], 0, None
+        self._run, self._seen, self._here, self._seconds = None, {}, [], 0.0
         with self._guarded(trainer):
             if self._metric is None:
                 self._measure(pl_module)
@@ -339,7 +339,7 @@ class SESSCallback(Callback):
     def _watch(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, counts: Any
     ) -> None:
-        if self._error is not None or not (trainer.sanity_checking or self._is_due(trainer)):
+        if self._broken or not (trainer.sanity_checking or self._is_due(trainer)):
             return
         batches = float(counts[self.dataloader_idx] if isinstance(counts, list) else counts)
         with self._guarded(trainer), keep_metrics(pl_module):
@@ -500,14 +500,14 @@ class SESSCallback(Callback):
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_due(trainer):
             return
-        # A process that fails must not leave the others waiting in a collective.
-        if not trainer.strategy.reduce_boolean_decision(self._error is None, all=True):
+        panel, self._panel = self._panel, []
+        with self._guarded(trainer, "panel is missing"):  # Under way while the figures are computed.
+            self._panel = [each.sent() for each in panel] if self._sinks else panel
+        # A process that fails must not leave the others waiting in a collective: all go on, or none.
+        if not trainer.strategy.reduce_boolean_decision(not self._broken, all=True):
             self._fail(trainer, pl_module)
             return
         assert self._metric is not None
-        with self._guarded(trainer):  # Under way while the figures are computed; awaited in _show.
-            if self._sinks:
-                self._panel = [each.sent() for each in self._panel]
         summary: Summary | None = None
         drifts: dict[str, Tensor] = {}
         with self._guarded(trainer):
@@ -515,19 +515,19 @@ class SESSCallback(Callback):
             if not summary.values:
                 raise RuntimeError(f"no sample came by in validation loader {self.dataloader_idx}.")
             drifts = self._compare(trainer, summary.samples)
-        if summary is None or not summary.values:
+        if not trainer.strategy.reduce_boolean_decision(not self._broken, all=True):
             self._fail(trainer, pl_module)
             return
+        assert summary is not None
         self._failures = 0
-        if self._error is None:
-            values = summary.values | {name: float(each.nanmean()) for name, each in drifts.items()}
-            self._last = {name: value for name, value in values.items() if np.isfinite(value)}
-            with self._guarded(trainer):
-                for name, value in _chosen(self._last).items():
-                    self._log(pl_module, name, value)
-        if self._error is None and self._last and self._sinks:
+        values = summary.values | {name: float(each.nanmean()) for name, each in drifts.items()}
+        self._last = {name: value for name, value in values.items() if np.isfinite(value)}
+        with self._guarded(trainer, "figures are missing"):
+            for name, value in _chosen(self._last).items():
+                self._log(pl_module, name, value)
+        if self._sinks and self._last:
             self._show(trainer, summary, drifts)
-        self._failed += self._error is not None
+        self._failed += self._flawed
         self._log(pl_module, "failed", float(self._failed))
 
     def _fail(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -544,15 +544,19 @@ class SESSCallback(Callback):
     def _compare(self, trainer: Trainer, samples: Samples) -> dict[str, Tensor]:
         """Return how alike the maps are to those of earlier runs."""
         # Of equal numbers the first is this process' own; others' samples have no name and no picture here.
-        found = (self._seen.pop(number, None) for number in samples.numbers.tolist())
-        self._here = [each and each[0].take([each[1]]) for each in found]
+        self._here = [self._seen.pop(number, None) for number in samples.numbers.tolist()]
         self._run = record(self._when(trainer), self._key(samples), samples)
         return drift(self._runs, self._run)
+
+    def _sample(self, i: int) -> Batch | None:
+        """Return what is known here of sample ``i`` of all processes."""
+        found = self._here[i]
+        return found and found[0].take([found[1]])
 
     def _rows(self, samples: Samples, drifts: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
         """Yield the rows of the samples that stand out, with pictures of those that are here."""
         for why, i in standing_out(samples, drifts, self.num_rows):
-            here, legend = self._here[i], self._legend
+            here, legend = self._sample(i), self._legend
             row: dict[str, Any] = {"why": why, "sample": legend.title(here, i)}
             row |= sample_row(samples, drifts, i, legend.name)
             if self.num_images and here is not None:
@@ -593,7 +597,9 @@ class SESSCallback(Callback):
             logged = ", ".join(sorted(metrics))
             text = f"alarm={key!r} is not among the logged keys ({logged}); the alarm is off."
         elif found := findings(earlier, run, constant_guess(run.key)):
-            text = describe(found, run, key, [*map(self._legend.title, self._here, range(len(run.small)))])
+            text = describe(
+                found, run, key, [self._legend.title(self._sample(i), i) for i in range(len(run.small))]
+            )
         self._alarmed = bool(text)
         if text and trainer.is_global_zero:
             self._warn(trainer, text)
@@ -605,7 +611,7 @@ class SESSCallback(Callback):
         panels: list[Panel] = []
         tables: dict[str, list[dict[str, Any]]] = {}
         with self._guarded(trainer, "panel is missing"):
-            wait_for(trainer.strategy.root_device)
+            wait_for(trainer.lightning_module.device)
             panels = [each.panel(i, self._legend) for i, each in enumerate(self._panel)]
         with self._guarded(trainer, "tables are missing"):
             tables["classes"] = class_rows(summary.samples, self._legend.name)
@@ -647,17 +653,22 @@ class SESSCallback(Callback):
         self._shown = None
 
     @contextmanager
-    def _guarded(self, trainer: Trainer, lost: str = "explanations are left out") -> Iterator[None]:
-        """Turn any error into a warning, of which only the text is kept, and keep the random generators."""
+    def _guarded(self, trainer: Trainer, lost: str = "") -> Iterator[None]:
+        """Turn any error into a warning, and keep the host's random generators.
+
+        Without ``lost``, which is what it costs, an error costs the run.
+        """
         started = time.perf_counter()
         try:
             with keep_rng():  # Some loggers, too, draw from the global generators.
                 yield
         except Exception as error:
-            self._error = f"{type(error).__name__}: {error}"  # Not the error: it holds on to tensors.
+            self._flawed, self._broken = True, self._broken or not lost
             if self.on_error == "raise":
                 raise
-            self._warn(trainer, f"{self._error} Training goes on; this run's {lost}. {_remedy(error)}")
+            # The text only: an exception holds on to tensors.
+            self._warn(trainer, f"{type(error).__name__}: {error} Training goes on; this run's "
+                       f"{lost or 'explanations are left out'}. {_remedy(error)}")  # fmt: skip
         finally:
             self._seconds += time.perf_counter() - started
 

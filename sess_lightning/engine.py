@@ -225,12 +225,12 @@ def window_means(maps: Float[Tensor, "B H W"], rows: Strips, columns: Strips) ->
 def descent(plan: Plan, share: float) -> tuple[int, int]:
     """Return how many scales are scored whole, and how many windows of the others, if ``share`` of all are.
 
-    At least the first scale, and as many more as take three fifths of those windows.
+    At least the first scale, and as many more as take three fifths of those windows; scales rise.
     """
     total, counts = max(1, round(share * len(plan))), [*accumulate(map(len, plan.boxes))]
+    if total == counts[-1]:
+        return len(counts), 0
     scales = max(1, sum(count <= 0.6 * total for count in counts))
-    if share == 1:
-        scales = len(counts)
     return scales, max(0, total - counts[scales - 1])
 
 

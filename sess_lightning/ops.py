@@ -28,7 +28,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def wait_for(device: torch.device | str) -> None:
     """Wait until a device has done what it was asked for; a CPU always has."""
-    if torch.device(device).type != "cpu":
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type == torch.device(device).type:
         torch.accelerator.synchronize(device)
 
 

@@ -14,6 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_models import Classifier, boxed, pair, squares
 from PIL import Image
 
+from sess_lightning.gallery import Exhibit
+from sess_lightning.metrics import SESSMetric
 from sess_lightning.reporting.sinks import FileSink
 from sess_lightning.types import Explanation, SaliencyMethod
 
@@ -93,6 +95,19 @@ def full_disk():
 
 
 @contextmanager
+def figures_fail_on_one_process():
+    own = SESSMetric._samples
+
+    def samples(metric):
+        if on_last():
+            raise MemoryError("out of luck")
+        return own(metric)
+
+    with mock.patch.object(SESSMetric, "_samples", samples):
+        yield
+
+
+@contextmanager
 def file_in_the_way(folder):
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,6 +158,15 @@ FAULTS = {
     "maps are flat": Fault(None, {**FINE, "flat": 4}, {"method": Red(flat=True)}),
     "batches cannot be read": Fault("TypeError: The batch is a dict with keys", LOST, read=nameless),
     "the adapter fails on one process": Fault("KeyError: 'no such column'", LOST, {"batch_adapter": fussy}),
+    "figures fail on one process": Fault(
+        "MemoryError: out of luck", LOST, around=lambda folder: figures_fail_on_one_process()
+    ),
+    "the panel cannot be sent": Fault(
+        "RuntimeError: no pinned memory Training goes on; this run's panel is missing", UNSEEN, logger=False,
+        around=lambda folder: mock.patch.object(
+            Exhibit, "sent", side_effect=RuntimeError("no pinned memory")
+        ),
+    ),
     "boxes are missing in some batches": Fault(
         None, {**FINE, "pointing_game_n": 2, "skipped": 2}, read=sometimes_boxed
     ),

@@ -81,8 +81,8 @@ DEFECTS = (
     ),
     Defect(
         "a StopIteration slips through and ends the validation", "callback.py",
-        "        except Exception as error:\n            self._error",
-        "        except RuntimeError as error:\n            self._error",
+        "        except Exception as error:\n            self._flawed",
+        "        except RuntimeError as error:\n            self._flawed",
         "tests/test_callback.py::test_weights_are_bit_identical_though_every_explanation_fails",
     ),
     Defect(

@@ -128,14 +128,25 @@ class SESS(SaliencyMethod):
                     "SESS: coarse_to_fine scores fewer windows, scoring and scoring_size all of them more "
                     "cheaply; choose one."
                 )
-        if self.guide is not None and not self.guide.single_forward:
-            raise ValueError(
-                f"SESS: guide must give scores and maps in one forward, as GradCAM does, got {self.guide}."
-            )
+            if self.scales is not None and list(self.scales) != sorted(self.scales):
+                raise ValueError(f"SESS: coarse_to_fine needs scales that rise, got {self.scales}.")
+        if self.guide is not None:
+            self._check_guide(self.guide)
         for name in ("window", "stride", "batch_size", "scoring_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"SESS: {name} must be at least 1, got {value}.")
+
+    def _check_guide(self, guide: SaliencyMethod) -> None:
+        if not isinstance(guide, SaliencyMethod):
+            raise TypeError(f"SESS: guide must be a saliency method such as GradCAM(), got {guide!r}.")
+        if self.coarse_to_fine is None:
+            raise ValueError("SESS: guide says where coarse_to_fine descends; give that as well.")
+        if not guide.single_forward or guide.activation != self.activation:
+            raise ValueError(
+                "SESS: guide must give scores and maps in one forward, as GradCAM does, and read logits as "
+                f"the base does, activation={self.activation!r}; got {guide}."
+            )
 
     @property
     def activation(self) -> Activation:  # type: ignore[override]
@@ -258,7 +269,7 @@ class SESS(SaliencyMethod):
         extracts it; None where windows are explained after the pre-filter only. Windows that were not scored
         have minus infinity.
         """
-        size, scored = batch_limit(self.batch_size, images), self._scored(model, images, targets, plan)
+        scored = self._scored(model, images, targets, plan)
         places = self._places(scored, plan)
         kept, weighing = scored.which.gather(1, places), scored.logs.gather(1, places)
         logs = scored.logs.new_full((len(targets), len(plan)), -torch.inf)
@@ -268,8 +279,7 @@ class SESS(SaliencyMethod):
                 own[which] for own, which in zip(scored.maps, places, strict=True)
             )
         else:
-            expanded = images.expand(len(targets), -1, -1, -1)
-            found = self._kept_extractions(self.base, model, expanded, targets, plan, kept, size)
+            found = self._extractions(self.base, model, images, targets, plan, kept)
             if self._scores_cheaply:  # Held, few as they are: they are weighted by their own best score.
                 found = iter(held := [*found])
                 weighing = torch.cat([each.log_scores for each in held]).view_as(kept)
@@ -302,8 +312,9 @@ class SESS(SaliencyMethod):
     @property
     def _one_forward(self) -> bool:
         """Whether the forward that scores a window gives its map as well."""
-        guided = self.coarse_to_fine is not None
-        return self._guide == self.base if guided else self.base.single_forward and not self._scores_cheaply
+        if self.coarse_to_fine is not None:
+            return self._guide == self.base
+        return self.base.single_forward and not self._scores_cheaply
 
     @property
     def _guide(self) -> SaliencyMethod:
@@ -327,12 +338,22 @@ class SESS(SaliencyMethod):
     def _descended(
         self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan, every: Int[Tensor, "T P"]
     ) -> _Scored:
-        """Score the coarser scales, and those of the other windows over which the fused map is highest."""
+        """Score the coarser scales, and those of the other windows over which the fused map is highest.
+
+        Where it is flat, the first of them are taken.
+        """
         assert self.coarse_to_fine is not None
         guide = self._guide
         scales, fine = descent(plan, self.coarse_to_fine)
         coarse = plan.first(scales)
-        logs, maps = self._extracted(guide, model, images, targets, coarse)
+        try:
+            logs, maps = self._extracted(guide, model, images, targets, coarse)
+        except ValueError as error:
+            if guide in (self.base, self.guide):
+                raise
+            raise ValueError(
+                f"SESS: coarse_to_fine descends by {guide} here, which fails; give another guide. {error}"
+            ) from error
         which = every[:, : len(coarse)]
         if fine:
             strips = canvas_strips(coarse, size_of(maps), images.device)
@@ -340,8 +361,7 @@ class SESS(SaliencyMethod):
             pointing = torch.stack([fuse(own, weights, strips, each) for own, weights, each in weighted])
             promise = window_means(pointing, *crop_strips(plan, self.antialias, images.device))
             chosen = len(coarse) + ranked(promise[:, len(coarse) :])[:, :fine].sort(dim=-1).values
-            expanded, size = images.expand(len(targets), -1, -1, -1), batch_limit(self.batch_size, images)
-            found = [*self._kept_extractions(guide, model, expanded, targets, plan, chosen, size)]
+            found = [*self._extractions(guide, model, images, targets, plan, chosen)]
             finer = torch.cat([each.maps for each in found]).unflatten(0, chosen.shape)
             which, maps = torch.cat([which, chosen], 1), torch.cat([maps, finer], 1)
             logs = torch.cat([logs, torch.cat([each.log_scores for each in found]).view_as(chosen)], 1)
@@ -380,32 +400,31 @@ class SESS(SaliencyMethod):
         logs = log_scores(logits.flatten(0, 1), of_window.flatten(), self.activation)
         return logs.view(-1, len(plan))
 
-    def _kept_extractions(
+    def _extractions(
         self,
         method: SaliencyMethod,
         model: nn.Module,
         images: Tensor,
         targets: Tensor,
         plan: Plan,
-        kept: Int[Tensor, "B K"],
-        size: int,
+        some: Int[Tensor, "T K"],
     ) -> Iterator[Extraction]:
-        """Yield what a method says about the kept windows, image by image, in full batches."""
-        of_window = targets.repeat_interleave(kept.shape[1])
+        """Yield what a method says about some windows, image by image, in full batches."""
+        of_window, size = targets.repeat_interleave(some.shape[1]), batch_limit(self.batch_size, images)
         return in_batches(
             lambda part, which: method.extract(model, stacked(part), of_window[which]),
-            self._kept_windows(images, plan, kept, size),
+            self._some_windows(images.expand(len(targets), -1, -1, -1), plan, some, size),
             size,
         )
 
-    def _kept_windows(
-        self, images: Tensor, plan: Plan, kept: Int[Tensor, "B K"], size: int
+    def _some_windows(
+        self, images: Tensor, plan: Plan, some: Int[Tensor, "T K"], size: int
     ) -> Iterator[Float[Tensor, "C w w"]]:
-        if kept.shape[1] == len(plan):
+        if some.shape[1] == len(plan):
             return windows(images, plan, self.antialias)
         rows, columns = crop_strips(plan, self.antialias, images.device)
         return chain.from_iterable(
             crop(image, rows, columns, which)
-            for image, some in zip(images, kept, strict=True)
-            for which in some.split(size)
+            for image, own in zip(images, some, strict=True)
+            for which in own.split(size)
         )

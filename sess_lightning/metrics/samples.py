@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ class PerSample(Metric):
         """Return a state's rows, (N, *shape)."""
         held = getattr(self, name)
         return dim_zero_cat(held) if len(held) else self._empty[name].to(self.device)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold the rows of all processes; each has its own back at the end, whatever happened."""
+        self.sync(self.dist_sync_fn, should_sync=self._to_sync)
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced)
 
     def take_rows(self) -> dict[str, Tensor]:
         """Return the rows of all states, and forget them."""

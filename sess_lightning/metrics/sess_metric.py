@@ -331,7 +331,7 @@ class SESSMetric(PerSample):
 
     def summary(self) -> Summary:
         """Return ``compute``, ``curves`` and ``samples`` at the price of one gathering from all processes."""
-        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
+        with self.gathered():
             return Summary(self._values(), self._curves(), self._samples())
 
     def curves(self) -> dict[str, Float[Tensor, "2 T"]]:
@@ -339,12 +339,12 @@ class SESSMetric(PerSample):
 
         As with ``compute``, all processes' samples are in it, so every process must call it.
         """
-        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
+        with self.gathered():
             return self._curves()
 
     def samples(self) -> Samples:
         """Return what is known of each sample; as with ``compute``, every process must call it."""
-        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync):
+        with self.gathered():
             return self._samples()
 
     def _values(self) -> dict[str, float]:

@@ -59,17 +59,20 @@ def write_report(folder: str | Path, path: str | Path, max_bytes: int = MAX_BYTE
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft, every = path.with_name(path.name + ".new"), 1
-    while (size := _write(draft, _page(runs, folder, every))) > max_bytes:
-        if every >= len(runs):
-            draft.unlink()
-            raise ValueError(f"write_report: one run takes {size} bytes; raise max_bytes={max_bytes}.")
-        every = max(every + 1, every * size // max_bytes)
-    return draft.replace(path)
+    try:
+        while (size := _write(draft, _page(runs, folder, every))) > max_bytes:
+            if every >= len(runs):
+                raise ValueError(f"write_report: one run takes {size} bytes; raise max_bytes={max_bytes}.")
+            every = max(every + 1, every * size // max_bytes)
+        return draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _write(path: Path, parts: Iterable[str]) -> int:
     with path.open("wb") as file:
-        return sum(file.write(part.encode()) for part in parts)
+        # A file's name may hold what is no text.
+        return sum(file.write(part.encode(errors="replace")) for part in parts)
 
 
 def _page(runs: Sequence[tuple[RunRecord, int]], folder: str | Path, every: int) -> Iterator[str]:

@@ -127,8 +127,9 @@ def carry(source: str | Path, folder: str | Path, run: str) -> None:
     for record in read(source):
         if record.run == run:
             for name in {name for sample in record.panel for name in sample.pictures.values()}:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                (Path(folder) / Path(name).name).write_bytes(picture(source, name))
+                if data := picture(source, name):
+                    Path(folder).mkdir(parents=True, exist_ok=True)
+                    (Path(folder) / name).write_bytes(data)
             append(folder, record)
 
 
@@ -186,8 +187,9 @@ def _parsed(line: bytes, names: dict[str, str]) -> RunRecord | None:
             values[name] = {
                 names.setdefault(key, key): value for key, value in values[name].items() if value is not None
             }
+        values |= {"epoch": int(values["epoch"]), "step": int(values["step"])}
         return RunRecord(**{**values, "panel": [Sample(**each) for each in values["panel"]]})
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

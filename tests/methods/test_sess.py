@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from formula import TARGET_LAYERS, build, equation_2, picture
+from torch import nn
 
 from sess_lightning.engine import canvas_strips, channel_weights, fuse, prefilter, shrunk, windows
 from sess_lightning.lending import explaining
-from sess_lightning.methods import SESS, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
+from sess_lightning.methods import SESS, CentreGaussian, GradCAM, Gradient, GroupCAM, GuidedBackprop
 from sess_lightning.ops import blur, resize
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -328,6 +329,13 @@ def test_coarse_to_fine_descends_for_each_class_of_an_image(base, tiny, images):
         torch.testing.assert_close(together.scores[i], alone.scores[0], atol=1e-5, rtol=1e-4)
 
 
+def test_a_model_that_the_guide_cannot_explain_is_refused_by_the_guides_name(targets):
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
+    method = SESS(Gradient(), num_scales=2, coarse_to_fine=0.5)
+    with pytest.raises(ValueError, match=r"descends by GradCAM\(\) here, which fails; give another guide"):
+        method(plain, torch.rand(2, 3, 32, 32), targets)
+
+
 def test_the_window_is_the_size_the_model_was_built_for_else_the_shorter_side(tiny):
     method = SESS(GradCAM("features.5"), num_scales=2)
     assert method.plan(tiny, (96, 128)).scales == ((96, 128), (123, 164))
@@ -387,6 +395,14 @@ def test_methods_print_compare_hash_and_pickle():
         ({"coarse_to_fine": 0.0}, ValueError, r"coarse_to_fine must be in \(0, 1\], .* got 0.0"),
         ({"coarse_to_fine": 1.5}, ValueError, r"coarse_to_fine must be in \(0, 1\], .* got 1.5"),
         ({"coarse_to_fine": 0.5, "guide": GroupCAM()}, ValueError, "guide must give scores and maps in one"),
+        (
+            {"coarse_to_fine": 0.5, "guide": GradCAM(activation="sigmoid")},
+            ValueError,
+            "activation='softmax'; got GradCAM",
+        ),
+        ({"coarse_to_fine": 0.5, "guide": "GradCAM"}, TypeError, "guide must be a saliency method such as"),
+        ({"guide": GradCAM()}, ValueError, "guide says where coarse_to_fine descends; give that as well"),
+        ({"coarse_to_fine": 0.5, "scales": (300, 224)}, ValueError, "coarse_to_fine needs scales that rise"),
         ({"coarse_to_fine": 0.5, "scoring": "bf16"}, ValueError, "more cheaply; choose one"),
         ({"coarse_to_fine": 0.5, "scoring_size": 112}, ValueError, "more cheaply; choose one"),
         ({"stride": 0}, ValueError, "SESS: stride must be at least 1, got 0"),

@@ -607,6 +607,19 @@ def test_a_summary_is_all_that_is_told_at_the_price_of_one_gathering(model, imag
     torch.testing.assert_close(summary.samples, metric.samples(), equal_nan=True)
 
 
+def test_a_summary_that_fails_gives_the_process_its_own_rows_back(model, images, monkeypatch):
+    processes = [SESSMetric(TWO_SCALES) for _ in range(2)]
+    for process in processes:
+        process.update(model, images[:2], TARGETS[:2])
+    metric = gathered(processes)
+    monkeypatch.setattr(metric, "_curves", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        metric.summary()
+    assert [len(each) for each in metric.targets] == [2]
+    metric.reset()
+    assert metric.targets == []
+
+
 def test_the_latest_maps_and_curves_are_at_hand(model, images, boxes):
     metric = SESSMetric(TWO_SCALES)
     run(metric, model, images, boxes, (slice(0, 4), slice(4, 6)))

@@ -202,6 +202,13 @@ def test_a_page_that_would_be_too_large_shows_fewer_runs_and_says_so(tmp_path):
     assert len(page.all("circle")) >= 20
     with pytest.raises(ValueError, match="raise max_bytes=9"):
         write_report(tmp_path / "records", tmp_path / "report.html", max_bytes=9)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["records", "report.html"]
+
+
+def test_a_files_name_that_is_no_text_does_not_cost_the_page(tmp_path):
+    append(tmp_path, RunRecord("a", 0, 1, alerts=["look at a\udce9b.jpg"], settings={"model": "\udce9"}))
+    told = Page(write_report(tmp_path, tmp_path / "report.html")).all("div", role="status")
+    assert "look at a?b.jpg" in told[0][1]
 
 
 def test_a_long_trainings_page_is_never_held_whole(tmp_path):

@@ -9,6 +9,7 @@ from sess_lightning.reporting.records import (
     PICTURE_BYTES,
     RUNS,
     RunRecord,
+    Sample,
     append,
     carry,
     jpeg,
@@ -120,3 +121,25 @@ def test_a_small_smooth_picture_keeps_its_size_and_colours():
     found = np.asarray(Image.open(io.BytesIO(jpeg(smooth))))
     assert found.shape == (64, 64, 3)
     assert np.abs(found.astype(int) - smooth).mean() < 2
+
+
+def test_lines_that_are_no_runs_are_skipped(tmp_path):
+    append(tmp_path, RunRecord("a", 0, 1))
+    whole = (tmp_path / "runs.jsonl").read_text()
+    wrong = [
+        whole.replace('"epoch": 0', '"epoch": null'),
+        whole.replace('"scalars": {}', '"scalars": []'),
+        "[]\n",
+    ]
+    assert whole not in wrong
+    (tmp_path / "runs.jsonl").write_text("".join([*wrong, whole]))
+    assert read(tmp_path) == [RunRecord("a", 0, 1, panel=[])]
+
+
+def test_pictures_that_are_gone_are_not_carried(tmp_path):
+    lost = [Sample("t", "", "", [], [1, 1], {"image": name}) for name in ("0" * 16 + ".jpg", "runs.jsonl")]
+    append(tmp_path / "old", RunRecord("a", 0, 1, panel=lost))
+    append(tmp_path / "new", RunRecord("b", 0, 1))
+    carry(tmp_path / "old", tmp_path / "new", "a")
+    assert [each.name for each in (tmp_path / "new").iterdir()] == ["runs.jsonl"]
+    assert len((tmp_path / "new" / "runs.jsonl").read_text().splitlines()) == 2
