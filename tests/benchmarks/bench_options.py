@@ -1,6 +1,6 @@
 """Cheap scores at r = 0.9 and 0.99: SESS + Grad-CAM against the bare forward of all its windows.
 
-What the options cost in quality is measured by examples/windows.py, on real pictures and weights.
+What the options cost in quality is measured by examples/under_the_floor.py, on real pictures and weights.
 """
 
 from measuring import ZERO, Bench, network, noise
