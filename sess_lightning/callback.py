@@ -533,6 +533,7 @@ class SESSCallback(Callback):
     def _fail(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count a run that failed on some process; all processes come here, or none."""
         self._failures, self._failed = self._failures + 1, self._failed + 1
+        self._run = None  # What some processes found of it is not remembered by them alone.
         self._log(pl_module, "failed", float(self._failed))
         if self._failures >= 3:
             self._warn(trainer, "three runs failed in a row; SESSCallback is off until the next start.")
