@@ -23,6 +23,7 @@ FIGURES = {
     "deletion": ("Deletion", "lower is better"),
     "pointing_game": ("Pointing Game", "higher is better"),
     "pointing_game_difficult": ("Pointing Game, difficult", "higher is better"),
+    "relevance_mass": ("Relevance mass: share inside the object", "higher is better"),
     "insertion_normalised": ("Insertion, normalised", "higher is better"),
     "deletion_normalised": ("Deletion, normalised", "lower is better"),
 }
@@ -225,7 +226,7 @@ def _few(record: RunRecord, name: str, figure: str) -> str:
     """Say on how many images a figure stands, if fewer than the method's own."""
     number = record.scalars.get(f"{name}/curves_n")
     few = number is not None and number < record.scalars.get("curves_n", 0)
-    return f" (n={number:.0f})" if few and not figure.startswith("pointing") else ""
+    return f" (n={number:.0f})" if few and not figure.startswith(("pointing", "relevance")) else ""
 
 
 def _rank(name: str) -> tuple[bool, str]:
@@ -263,9 +264,9 @@ def _lines(
         few = [f"{other}{_few(records[-1], other, figure)}" for other in methods]
         note = ", ".join([better, *(each for each in few if "(n=" in each)])
         yield name, lines, None if figure == "overall" else (0.0, 1.0), note
-        if figure in ("overall", "pointing_game"):
+        if figure in ("overall", "pointing_game", "relevance_mass"):
             paired = line(f"{own} − base", f"minus_base/{figure}", "own")
-            short = name.partition(" =")[0]
+            short = re.split("[=:]", name)[0].strip()
             yield f"{short}: {own} − base", paired, None, "same images, above 0 is better"
     known = {*FIGURES, *COUNTS}
     keys = dict.fromkeys(key for record in records for key in record.scalars)

@@ -33,8 +33,10 @@ def _scalars(overall):
     for method, gap in (("", 0.0), ("base/", 0.05), ("random/", 0.1)):
         for key, value in (("overall", overall), ("insertion", 0.5), ("deletion", 0.5 - overall)):
             scalars |= _around(f"{method}{key}", value - gap, 0.02)
+        scalars |= _around(f"{method}relevance_mass", 0.6 - gap, 0.02)
         if method:
             scalars |= _around(f"minus_{method}overall", gap, 0.01)
+            scalars |= _around(f"minus_{method}relevance_mass", gap, 0.01)
     return scalars
 
 

@@ -124,8 +124,14 @@ def test_there_is_a_chart_for_each_figure_with_all_methods_and_one_for_each_metr
         "Overall: SESS − base",
         "Insertion",
         "Deletion",
+        "Relevance mass: share inside the object",
+        "Relevance mass: SESS − base",
         "val/acc",
     ]
+    # Fewer curves are drawn for floors, but mass is measured on all samples.
+    assert [text for _, text in page.all("figcaption")][2:5] == [
+        "higher is better, random (n=2)", "lower is better, random (n=2)", "higher is better",
+    ]  # fmt: skip
     assert page.all("desc")[0][1] == (
         "First and last values: "
         "SESS epoch 0, step 50: 0.100 [0.080, 0.120], epoch 3, step 200: 0.300 [0.280, 0.320]; "
