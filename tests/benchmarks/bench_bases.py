@@ -22,7 +22,7 @@ def to_the_input(model, batches):
 
 
 def main():
-    bench = Bench(__file__, __doc__, networks={"nargs": "+", "default": ["resnet18", "resnet50"]})
+    bench = Bench(__file__, __doc__, networks={"nargs": "+", "default": ["resnet18", "resnet50", "vgg16"]})
     image = noise()
     for name in ["resnet18"] if bench.quick else bench.args.networks:
         model, n = network(name), 2 if bench.quick else 6

@@ -20,7 +20,7 @@ def bare_peak(model, batch_size):
 
 
 def main():
-    bench = Bench(__file__, __doc__, networks={"nargs": "+", "default": ["resnet18", "resnet50"]})
+    bench = Bench(__file__, __doc__, networks={"nargs": "+", "default": ["resnet18", "resnet50", "vgg16"]})
     image, n = noise(375, 500), 3 if bench.quick else 12
     for name in ["resnet18"] if bench.quick else bench.args.networks:
         model = network(name)
