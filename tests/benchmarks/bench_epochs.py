@@ -78,8 +78,8 @@ def main():
         case = f"{epochs} epochs, {kind}"
         bench.note(case, "MiB after epoch 20", later[0] / 1024)
         bench.note(case, "MiB at the end", later[-1] / 1024)
-        # A quarter of a percent of what is resident, over all epochs: noise of the allocator. W&B holds its
-        # hundred latest artifacts, three of which an epoch brings.
+        # A quarter of a percent of what is resident, over all epochs: noise of the allocator. W&B caches its
+        # last hundred tables, two of which an epoch brings; those it drops wait for a full collection.
         bench.note(case, "KiB an epoch", slope, most=8 if kind == "with the callback" else None)
         half = np.array(resident.kib[epochs // 2 :])
         bench.note(case, "KiB an epoch, second half", np.polyfit(np.arange(len(half)), half, 1)[0])
