@@ -6,7 +6,7 @@ import tracemalloc
 from html.parser import HTMLParser
 
 import pytest
-from runs import NASTY, write_runs
+from recorded import NASTY, write_runs
 
 from sess_lightning.reporting.html import write_report
 from sess_lightning.reporting.records import PICTURE_BYTES, RunRecord, append, read

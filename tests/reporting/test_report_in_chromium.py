@@ -4,7 +4,7 @@ import base64
 
 import pytest
 from browser import CHROMIUM, DRIVER, END, HOME, LEFT, Browser
-from runs import NASTY, write_runs
+from recorded import NASTY, write_runs
 
 from sess_lightning.reporting.html import write_report
 from sess_lightning.reporting.records import picture, read

@@ -3,7 +3,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning_models import Recorder, fit, validate
-from runs import shade
+from recorded import shade
 
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
