@@ -264,7 +264,7 @@ class SESSCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ring the alarm, and hand over the user's figures: all that the module logs is known by now."""
         if not trainer.sanity_checking:
-            with self._guarded(trainer):
+            with self._guarded(trainer, "comparison with earlier runs is missing"):
                 self._weigh(trainer)
             self._run = None
         self._close(trainer)
@@ -649,7 +649,7 @@ class SESSCallback(Callback):
             if not name.startswith(f"{self.prefix}/")
         }
         for sink in self._sinks:
-            with self._guarded(trainer):
+            with self._guarded(trainer, f"figures are missing in {sink.name}"):
                 sink.close(metrics, self._shown)
         self._shown = None
 
