@@ -182,8 +182,6 @@ class SESS(SaliencyMethod):
         """Return how many forwards of windows one map of an image of ``size`` costs, cheap or not."""
         plan = self.plan(model, size)
         scored, explained = self.counts(plan)
-        if not explained:
-            return scored
         return scored + explained * self.base.count_forwards(model, (plan.window, plan.window))
 
     def counts(self, plan: Plan) -> tuple[int, int]:

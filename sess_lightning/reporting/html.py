@@ -31,7 +31,6 @@ COUNTS = {
     "n": "explained", "misclassified": "misclassified", "flat": "flat maps", "nan": "not finite",
     "skipped": "without object", "failed": "failed runs",
 }  # fmt: skip
-TABLES = {"per_class": "By class", "worst": "Worst explained"}
 STYLES = {"base": "base", "random": "random", "centre": "centre"}
 FURTHER = 5
 """Styles for methods of other names."""
@@ -328,7 +327,7 @@ def _cell(record: RunRecord, key: str) -> str:
 def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return {
-        "caption": TABLES.get(name, name.replace("_", " ").capitalize()),
+        "caption": name.replace("_", " ").capitalize(),
         "columns": [column.replace("_", " ") for column in columns],
         "rows": [[_word(row.get(column)) for column in columns] for row in rows],
     }

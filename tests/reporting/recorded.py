@@ -58,8 +58,8 @@ def write_runs(folder, count=4, samples=2, name="cat"):
             curves={"SESS (n=8)": [rising, rising[::-1]], "base (n=8)": [rising[::-1], rising]},
             panel=[keep_sample(folder, _panel(epoch, i, name, overall)) for i in range(samples)],
             tables={
-                "per_class": [{"class": name, "trials": 4, "pointing_game": 0.25 * (epoch % 4)}],
-                "worst": [{"sample": f"{name} 1", "overall": -0.125, "why": None}],
+                "classes": [{"class": name, "trials": 4, "pointing_game": 0.25 * (epoch % 4)}],
+                "samples": [{"sample": f"{name} 1", "overall": -0.125, "why": None}],
             },
             settings={"name": "SESS", "method": "SESS(GradCAM())", "model": name, "seconds": 1.5},
         )

@@ -162,9 +162,9 @@ def test_every_run_is_there_with_its_pictures_curves_and_tables(tmp_path, page):
         "0.000 [−0.020, 0.020]", "+0.100 [+0.090, +0.110]",
     ]  # fmt: skip
     assert runs[3]["tables"] == [
-        {"caption": "By class", "columns": ["class", "trials", "pointing game"],
+        {"caption": "Classes", "columns": ["class", "trials", "pointing game"],
          "rows": [["cat", "4", "0.750"]]},
-        {"caption": "Worst explained", "columns": ["sample", "overall", "why"],
+        {"caption": "Samples", "columns": ["sample", "overall", "why"],
          "rows": [["cat 1", "−0.125", "–"]]},
     ]  # fmt: skip
     kept = {path.name: path.read_bytes() for path in (tmp_path / "records").glob("*.jpg")}
