@@ -123,6 +123,7 @@ def test_a_small_smooth_picture_keeps_its_size_and_colours():
     assert np.abs(found.astype(int) - smooth).mean() < 2
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_lines_that_are_no_runs_are_skipped(tmp_path):
     append(tmp_path, RunRecord("a", 0, 1))
     whole = (tmp_path / "runs.jsonl").read_text()
