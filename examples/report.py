@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sess_lightning.reporting.html import write_report
+from sess_lightning.reporting.report.page import write_report
 
 BROWSERS = ("chromium", "google-chrome", "chromium-browser")
 

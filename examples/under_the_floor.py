@@ -28,9 +28,10 @@ from finetune_imagenet import mobilenet_v2
 from torch import Tensor, nn
 
 from sess_lightning.batching import OFF_GPU
-from sess_lightning.benchmarks import PictureFolder, Sample, read_picture
-from sess_lightning.engine import chunked, windows
-from sess_lightning.lending import explaining, folded
+from sess_lightning.engine.windows import chunked, windows
+from sess_lightning.evaluation.datasets import PictureFolder, Sample, read_picture
+from sess_lightning.introspection.folding import folded
+from sess_lightning.introspection.lending import explaining
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.metrics.functional import curve_auc, deletion_curve, insertion_curve, pointing_hits
 from sess_lightning.metrics.statistics import Mean, interval, resample

@@ -20,13 +20,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from sess_lightning.engine import canvas_strips, channel_weights, chunked, prefilter, windows
-from sess_lightning.introspection import classify
-from sess_lightning.lending import explaining
+from sess_lightning.engine.fusion import canvas_strips, channel_weights
+from sess_lightning.engine.windows import chunked, prefilter, windows
+from sess_lightning.evaluation.weights import Network, load_network
+from sess_lightning.introspection.lending import explaining
+from sess_lightning.introspection.logits import classify
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import size_of
 from sess_lightning.reporting.panels import displayed, overlay
-from sess_lightning.weights import Network, load_network
 
 
 class Layer(NamedTuple):

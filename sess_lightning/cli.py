@@ -19,20 +19,22 @@ from PIL import Image
 from torch import nn
 from typing_extensions import override
 
-from sess_lightning.benchmarks import Benchmark, Sample, read_picture
-from sess_lightning.callback import SESSCallback
-from sess_lightning.comparison import compare
-from sess_lightning.cost import Costs, measure_cost
-from sess_lightning.engine import smooth
-from sess_lightning.evaluation import Experiment, evaluate, evaluate_with
-from sess_lightning.introspection import classify
-from sess_lightning.lending import explaining, folded
+from sess_lightning.callback.callback import SESSCallback
+from sess_lightning.cost.measure import Costs, measure_cost
+from sess_lightning.engine.fusion import smooth
+from sess_lightning.evaluation.comparison import compare
+from sess_lightning.evaluation.datasets import Benchmark, Sample, read_picture
+from sess_lightning.evaluation.experiment import Experiment
+from sess_lightning.evaluation.results import Results
+from sess_lightning.evaluation.runner import evaluate, evaluate_with
+from sess_lightning.evaluation.weights import Network, load_network
+from sess_lightning.introspection.folding import folded
+from sess_lightning.introspection.lending import explaining
+from sess_lightning.introspection.logits import classify
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
 from sess_lightning.reporting.panels import Panel, displayed, overlay, sheet
-from sess_lightning.results import Results
 from sess_lightning.types import SaliencyMethod
-from sess_lightning.weights import Network, load_network
 
 USAGE = """usage: sess-lightning COMMAND ...
 

@@ -7,7 +7,7 @@ import torch
 from formula import build
 
 from sess_lightning import evaluation
-from sess_lightning.benchmarks import VOC07
+from sess_lightning.evaluation.datasets import VOC07
 from sess_lightning.methods import SESS, GradCAM, RandomMap
 
 

@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_models import Classifier, boxed, pair, squares
 from PIL import Image
 
-from sess_lightning.gallery import Exhibit
+from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.reporting.sinks import FileSink
+from sess_lightning.reporting.files import FileSink
 from sess_lightning.types import Explanation, SaliencyMethod
 
 

@@ -44,12 +44,12 @@ class Defect:
 
 DEFECTS = (
     Defect(
-        "the last window sticks out instead of being pulled inside", "engine.py",
+        "the last window sticks out instead of being pulled inside", "engine/windows.py",
         "stride), length - window]", "stride), length - window + 1]",
         "tests/test_engine.py::test_window_boxes_pulls_the_last_window_inside_the_border",
     ),
     Defect(
-        "equation 2 divides by all windows, not by those above theta", "engine.py",
+        "equation 2 divides by all windows, not by those above theta", "engine/fusion.py",
         'count += len(part) if fusion == "average" else voting.ne_(0).sum(0)', "count += len(part)",
         "tests/test_engine.py::test_fuse_is_equation_2",
     ),
@@ -70,23 +70,23 @@ DEFECTS = (
         "tests/metrics/test_functional.py::test_curve_auc_is_the_trapezoid_rule_by_hand",
     ),
     Defect(
-        "torch's generator is not given back", "lending.py",
+        "torch's generator is not given back", "introspection/lending.py",
         "        torch.set_rng_state(cpu)\n", "",
         "tests/test_callback.py::test_weights_are_bit_identical_though_every_explanation_fails",
     ),
     Defect(
-        "buffers keep what an explanation's forward wrote", "lending.py",
+        "buffers keep what an explanation's forward wrote", "introspection/lending.py",
         "                    tensor.copy_(copy)\n", "                    pass\n",
         "tests/test_callback.py::test_what_the_users_forward_logs_and_counts_is_not_disturbed",
     ),
     Defect(
-        "a StopIteration slips through and ends the validation", "callback.py",
+        "a StopIteration slips through and ends the validation", "callback/callback.py",
         "        except Exception as error:\n            self._flawed",
         "        except RuntimeError as error:\n            self._flawed",
         "tests/test_callback.py::test_weights_are_bit_identical_though_every_explanation_fails",
     ),
     Defect(
-        "every process takes itself for the first one", "sampling.py",
+        "every process takes itself for the first one", "callback/sampling.py",
         "size, step, sampler.rank)", "size, step, 0)",
         "tests/test_sampling.py::test_the_samples_depend_neither_on_processes_nor_on_batches",
     ),

@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sess_lightning.alarm import constant_guess, describe, find_accuracy, findings
+from sess_lightning.callback.alarm import constant_guess, describe, find_accuracy, findings
+from sess_lightning.callback.history import Run, drift, record, remembered
 from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
-from sess_lightning.runs import Run, drift, record, remembered
 
 N = 24
 SHARE = 0.2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from layouts import photograph, write_coco, write_imagenet, write_own, write_voc
 
-from sess_lightning.benchmarks import (
+from sess_lightning.evaluation.datasets import (
     COCO14,
     VOC07,
     VOC_CLASSES,

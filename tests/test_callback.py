@@ -39,14 +39,14 @@ from torchmetrics import MeanMetric
 from wandb_reader import history, offline, records, run_folder
 
 from sess_lightning import SESS, SESSCallback, SESSMetric
-from sess_lightning import callback as callback_module
-from sess_lightning.callback import WORST
-from sess_lightning.gallery import Exhibit
+from sess_lightning.callback import callback as callback_module
+from sess_lightning.callback.callback import WORST
+from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.methods import CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics.functional import curve_auc, deletion_curve, insertion_curve, pointing_hits
 from sess_lightning.reporting.panels import displayed
-from sess_lightning.reporting.records import read
-from sess_lightning.reporting.sinks import Sink
+from sess_lightning.reporting.report.records import read
+from sess_lightning.reporting.sink import Sink
 from sess_lightning.types import Batch, Explanation, SaliencyMethod, SESSWarning
 
 QUICK = SESS(GradCAM(), num_scales=2)
@@ -985,7 +985,7 @@ def test_tables_that_cannot_be_made_cost_nothing_else(tmp_path, monkeypatch, she
     def fail(*_):
         raise ValueError("no such row")
 
-    monkeypatch.setattr("sess_lightning.callback.standing_out", fail)
+    monkeypatch.setattr("sess_lightning.callback.callback.standing_out", fail)
     with pytest.warns(SESSWarning, match="no such row .* this run's tables are missing"):
         its = fit(tmp_path, spying(on_error="warn")[0])
     assert len(shelf.shown) == len(shelf.drawn) == 1
@@ -1037,7 +1037,7 @@ class Shelf(Sink):
 @pytest.fixture
 def shelf(monkeypatch):
     shelf = Shelf()
-    monkeypatch.setattr("sess_lightning.callback.sink_for", lambda logger, folder: shelf)
+    monkeypatch.setattr("sess_lightning.callback.callback.sink_for", lambda logger, folder: shelf)
     return shelf
 
 

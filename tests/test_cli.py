@@ -11,10 +11,11 @@ from lightning_models import fit, validate
 from PIL import Image
 from torch import nn
 
-from sess_lightning import cli, weights
+from sess_lightning import cli
+from sess_lightning.evaluation import weights
+from sess_lightning.evaluation.weights import fit_names, load_network, read_state
 from sess_lightning.methods import SESS
 from sess_lightning.types import SaliencyMethod
-from sess_lightning.weights import fit_names, load_network, read_state
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))
 

@@ -6,7 +6,7 @@ from layouts import write_voc
 from PIL import Image
 
 from sess_lightning import cli
-from sess_lightning.comparison import compare, points, read_run, varied
+from sess_lightning.evaluation.comparison import compare, points, read_run, varied
 from sess_lightning.methods import SESS, GradCAM
 
 

@@ -8,19 +8,10 @@ from lightning_models import filled_net, small_net
 from torch import nn
 
 from sess_lightning import SESS, SESSCallback, cli
-from sess_lightning.cost import (
-    CURVES,
-    RATIOS,
-    SAMPLES,
-    SCALES,
-    SHARES,
-    UPDATE,
-    alternate,
-    measure_cost,
-    peak_bytes,
-)
+from sess_lightning.cost.measure import CURVES, RATIOS, SAMPLES, SCALES, SHARES, UPDATE, measure_cost
+from sess_lightning.cost.measuring import alternate, peak_bytes
+from sess_lightning.evaluation.weights import Network
 from sess_lightning.methods import GradCAM, GuidedBackprop
-from sess_lightning.weights import Network
 
 SIZE = (32, 32)
 

@@ -8,7 +8,7 @@ from torchvision import tv_tensors
 from torchvision.models import ResNet18_Weights
 from torchvision.transforms import v2
 
-from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
+from sess_lightning.callback.batches import check_boxes, find_class_names, find_normalisation, read_batch
 from sess_lightning.types import Batch
 
 IMAGES = torch.zeros(2, 3, 8, 10)

@@ -9,14 +9,18 @@ import pytest
 import torch
 from formula import equation_2, picture
 
-from sess_lightning.engine import (
+from sess_lightning.engine.fusion import (
     canvas_strips,
     channel_weights,
-    chunked,
     crop,
     crop_strips,
-    descent,
     fuse,
+    smooth,
+    window_means,
+)
+from sess_lightning.engine.windows import (
+    chunked,
+    descent,
     kept_count,
     plan_windows,
     prefilter,
@@ -24,9 +28,7 @@ from sess_lightning.engine import (
     scaled_size,
     shrunk,
     sides_of,
-    smooth,
     window_boxes,
-    window_means,
     windows,
 )
 from sess_lightning.ops import resize

@@ -13,8 +13,10 @@ from evaluated import FiveClasses, experiment, run, start
 from formula import build
 from layouts import write_own, write_voc
 
-from sess_lightning.benchmarks import BrokenSampleError, PictureFolder, read_picture
-from sess_lightning.evaluation import Experiment, Results, describe, evaluate, evaluate_with, summarise
+from sess_lightning.evaluation.datasets import BrokenSampleError, PictureFolder, read_picture
+from sess_lightning.evaluation.experiment import Experiment
+from sess_lightning.evaluation.results import Results
+from sess_lightning.evaluation.runner import describe, evaluate, evaluate_with, summarise
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import insertion_curve, pointing_hits
@@ -76,7 +78,7 @@ def test_two_processes_give_exactly_the_figures_of_one(voc, whole, tmp_path):
 
 
 def test_a_finished_run_is_read_not_repeated(voc, whole, monkeypatch):
-    monkeypatch.setattr("sess_lightning.evaluation.assess", None)
+    monkeypatch.setattr("sess_lightning.evaluation.runner.assess", None)
     assert run(voc, whole[1]).figures == whole[0].figures
 
 

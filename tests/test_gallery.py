@@ -1,7 +1,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sess_lightning.gallery import Exhibit
+from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.types import Batch
 
 

@@ -7,7 +7,7 @@ import torch
 from formula import picture
 from torchvision.models import resnet18
 
-from sess_lightning.gallery import Exhibit
+from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.methods import SESS, GradCAM, GroupCAM, GuidedBackprop
 from sess_lightning.metrics.functional import deletion_curve, insertion_curve
 from sess_lightning.ops import wait_for

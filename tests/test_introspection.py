@@ -14,19 +14,10 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import CatMetric
 
-from sess_lightning.introspection import (
-    check_inputs,
-    find_grid,
-    find_target_layer,
-    input_window,
-    log_scores,
-    logits_of,
-    recording,
-    resolve_layer,
-    score,
-    target_logits,
-)
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.hooks import recording
+from sess_lightning.introspection.layers import find_grid, find_target_layer, input_window, resolve_layer
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, log_scores, logits_of, score, target_logits
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
 
 METHODS = [

@@ -8,7 +8,7 @@ import pytest
 from faults import FAULTS
 from processes import SAMPLED
 
-from sess_lightning.callback import WORST
+from sess_lightning.callback.callback import WORST
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from lightning_models import filled_net
 from torch import nn
 
 from sess_lightning import SESS
-from sess_lightning.data import check_boxes, read_batch
+from sess_lightning.callback.batches import check_boxes, read_batch
 from sess_lightning.methods import GradCAM, GuidedBackprop
 from sess_lightning.metrics.functional import deletion_curve, insertion_curve, pointing_hits
 from sess_lightning.types import Batch

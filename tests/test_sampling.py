@@ -6,16 +6,9 @@ from formula import build
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from sess_lightning import SESS
+from sess_lightning.callback.sampling import Order, find_order, numbering, spread, spread_in_batch
+from sess_lightning.cost.budget import Budget, afford
 from sess_lightning.methods import GradCAM, LayerCAM, RandomMap
-from sess_lightning.sampling import (
-    Budget,
-    Order,
-    afford,
-    find_order,
-    numbering,
-    spread,
-    spread_in_batch,
-)
 
 
 class Numbers(Dataset):

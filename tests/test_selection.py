@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sess_lightning.selection import Selection, select, standard_error
+from sess_lightning.callback.selection import Selection, select, standard_error
 
 COUNT = 100.0  # At 0.9 a standard error is 0.031.
 

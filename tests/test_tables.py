@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from sess_lightning.callback.tables import class_rows, sample_row, standing_out, wilson
 from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
-from sess_lightning.tables import class_rows, sample_row, standing_out, wilson
 
 NAN = torch.nan
 SAMPLES = Samples(

@@ -2,7 +2,6 @@
 
 from sess_lightning.methods.adapters import Captum, PytorchGradCAM
 from sess_lightning.methods.augmented import AugmentedGradCAM
-from sess_lightning.methods.baselines import Blurred, CentreGaussian, RandomMap
 from sess_lightning.methods.cam import (
     CAM,
     GradCAM,
@@ -12,6 +11,7 @@ from sess_lightning.methods.cam import (
     SmoothGradCAMPlusPlus,
     XGradCAM,
 )
+from sess_lightning.methods.controls import Blurred, CentreGaussian, RandomMap
 from sess_lightning.methods.excitation import ExcitationBackprop
 from sess_lightning.methods.gradient import Gradient, GuidedBackprop, IntegratedGradients, SmoothGrad
 from sess_lightning.methods.perturbation import RISE, ExtremalPerturbation, GroupCAM, ScoreCAM

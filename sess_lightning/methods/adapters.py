@@ -16,17 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.introspection import (
-    Grid,
-    check_inputs,
-    classify,
-    find_grid,
-    first_tensor,
-    log_scores,
-    resolve_layer,
-    with_first_tensor,
-)
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.hooks import first_tensor, with_first_tensor
+from sess_lightning.introspection.layers import Grid, find_grid, resolve_layer
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, classify, log_scores
 from sess_lightning.ops import min_max, size_of, upsample
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from sess_lightning.introspection import check_inputs
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs
 from sess_lightning.methods.cam import GradCAM
 from sess_lightning.methods.gradient import generator
 from sess_lightning.ops import full_precision, min_max, size_of

@@ -11,18 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.introspection import (
-    check_inputs,
-    classify,
-    find_grid,
-    gradient,
-    head_forward,
-    log_scores,
-    recording,
-    resolve_layer,
-    target_logits,
-)
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.hooks import gradient, head_forward, recording
+from sess_lightning.introspection.layers import find_grid, resolve_layer
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, classify, log_scores, target_logits
 from sess_lightning.methods.gradient import generator
 from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod

@@ -11,16 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from sess_lightning.introspection import (
-    check_inputs,
-    find_grid,
-    gradient,
-    head_forward,
-    log_scores,
-    resolve_layer,
-    target_logits,
-)
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.hooks import gradient, head_forward
+from sess_lightning.introspection.layers import find_grid, resolve_layer
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, log_scores, target_logits
 from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 

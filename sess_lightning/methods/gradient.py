@@ -13,8 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from sess_lightning.introspection import check_inputs, classify, gradient, log_scores, score, target_logits
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.hooks import gradient
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, classify, log_scores, score, target_logits
 from sess_lightning.ops import min_max, upper_percentile
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 

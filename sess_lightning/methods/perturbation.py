@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from sess_lightning.batching import batch_limit, blank_batch, by_image, in_batches
-from sess_lightning.introspection import check_inputs, classify, gradient, log_scores, score, target_logits
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.hooks import gradient
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, classify, log_scores, score, target_logits
 from sess_lightning.methods.cam import layer_evidence
 from sess_lightning.methods.gradient import generator
 from sess_lightning.ops import (

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from sess_lightning.introspection import check_inputs, score
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, score
 from sess_lightning.methods.gradient import IntegratedGradients
 from sess_lightning.ops import min_max, resize, size_of
 from sess_lightning.types import Activation, Explanation, SaliencyMethod

@@ -11,26 +11,29 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sess_lightning.batching import batch_limit, in_batches, stacked
-from sess_lightning.engine import (
+from sess_lightning.engine.fusion import (
     Fusion,
-    Plan,
     canvas_strips,
     channel_weights,
     crop,
     crop_strips,
-    descent,
     fuse,
+    smooth,
+    window_means,
+)
+from sess_lightning.engine.windows import (
+    Plan,
+    descent,
     kept_count,
     plan_windows,
     ranked,
     shrunk,
     sides_of,
-    smooth,
-    window_means,
     windows,
 )
-from sess_lightning.introspection import check_inputs, classify, input_window, log_scores
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.layers import input_window
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, classify, log_scores
 from sess_lightning.methods.cam import GradCAM
 from sess_lightning.ops import min_max, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod

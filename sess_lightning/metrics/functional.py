@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from sess_lightning.batching import batch_limit, blank_batch, by_image, in_batches
-from sess_lightning.introspection import check_inputs, score
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, score
 from sess_lightning.ops import blur, size_of, upsample
 from sess_lightning.types import Activation
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from sess_lightning.batching import batch_limit, in_batches, stacked
-from sess_lightning.introspection import check_inputs, classify, log_scores, predict
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, classify, log_scores, predict
 from sess_lightning.metrics.functional import (
     blurred_baseline,
     curve_auc,

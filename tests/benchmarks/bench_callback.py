@@ -12,7 +12,8 @@ from measuring import Bench, network
 from torch.utils.data import DataLoader, TensorDataset
 
 from sess_lightning import SESS, SESSCallback
-from sess_lightning.cost import forwards_of, measure_cost
+from sess_lightning.cost.measure import measure_cost
+from sess_lightning.cost.measuring import forwards_of
 from sess_lightning.methods import GradCAM
 
 

@@ -3,7 +3,7 @@
 from measuring import ZERO, Bench, network, noise
 
 from sess_lightning import SESSMetric
-from sess_lightning.cost import bare_copy, bare_forward, forwards_of
+from sess_lightning.cost.measuring import bare_copy, bare_forward, forwards_of
 from sess_lightning.methods import CentreGaussian
 
 

@@ -7,7 +7,7 @@ import torch
 from measuring import ZERO, Bench, network, noise
 
 from sess_lightning import SESS
-from sess_lightning.cost import bare_copy, peak_bytes
+from sess_lightning.cost.measuring import bare_copy, peak_bytes
 from sess_lightning.methods import GradCAM
 
 

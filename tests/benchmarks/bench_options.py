@@ -6,7 +6,7 @@ What the options cost in quality is measured by examples/under_the_floor.py, on 
 from measuring import ZERO, Bench, network, noise
 
 from sess_lightning import SESS
-from sess_lightning.cost import bare_copy, bare_forward, forwards_of
+from sess_lightning.cost.measuring import bare_copy, bare_forward, forwards_of
 from sess_lightning.methods import GradCAM
 
 OPTIONS = {

@@ -8,7 +8,7 @@ from pytorch_grad_cam import GradCAM as Package
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from sess_lightning import SESS
-from sess_lightning.cost import forwards_of
+from sess_lightning.cost.measuring import forwards_of
 from sess_lightning.methods import GradCAM
 from sess_lightning.ops import resize
 

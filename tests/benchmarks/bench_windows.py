@@ -4,8 +4,8 @@ import torch
 from measuring import ZERO, Bench, network, noise
 
 from sess_lightning import SESS
-from sess_lightning.cost import bare_copy, bare_forward, forwards_of
-from sess_lightning.lending import folded
+from sess_lightning.cost.measuring import bare_copy, bare_forward, forwards_of
+from sess_lightning.introspection.folding import folded
 from sess_lightning.methods import GradCAM
 
 NETWORKS = {"resnet18": 1.15, "resnet50": 1.10, "vgg16": 1.10}

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torchvision.models import get_model
 
-from sess_lightning.cost import alternate, machine
+from sess_lightning.cost.measuring import alternate, machine
 
 RESULTS = Path(__file__).parents[2] / "examples" / "results" / "benchmarks.csv"
 FIELDS = ["benchmark", "case", "figure", "value", "lowest", "highest", "target", "met",

@@ -8,9 +8,9 @@ from formula import build
 from layouts import photograph
 from PIL import Image
 
+from sess_lightning.evaluation.weights import Network
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
-from sess_lightning.weights import Network
 
 
 def test_the_layers_are_what_sess_fuses(images):

@@ -4,7 +4,8 @@ from formula import TARGET_LAYERS, build, picture
 from torch.nn import functional as F  # noqa: N812
 from torchvision.models import get_model
 
-from sess_lightning.introspection import find_grid, find_target_layer, head_forward
+from sess_lightning.introspection.hooks import head_forward
+from sess_lightning.introspection.layers import find_grid, find_target_layer
 from sess_lightning.methods import SESS, GradCAM
 
 LAYERS = {

@@ -7,7 +7,8 @@ import torch
 from formula import Tiny, fill, picture
 from torch import nn
 
-from sess_lightning.introspection import find_grid, find_target_layer, input_window, recording
+from sess_lightning.introspection.hooks import recording
+from sess_lightning.introspection.layers import find_grid, find_target_layer, input_window
 from sess_lightning.methods import SESS, GradCAM, HiResCAM
 
 TIMM = {

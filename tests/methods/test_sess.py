@@ -9,8 +9,9 @@ import torch
 from formula import TARGET_LAYERS, build, equation_2, picture
 from torch import nn
 
-from sess_lightning.engine import canvas_strips, channel_weights, fuse, prefilter, shrunk, windows
-from sess_lightning.lending import explaining
+from sess_lightning.engine.fusion import canvas_strips, channel_weights, fuse
+from sess_lightning.engine.windows import prefilter, shrunk, windows
+from sess_lightning.introspection.lending import explaining
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, Gradient, GroupCAM, GuidedBackprop
 from sess_lightning.ops import blur, resize
 

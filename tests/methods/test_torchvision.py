@@ -8,7 +8,7 @@ import torchvision
 from formula import picture
 from torchvision.models import get_model, get_model_builder, list_models
 
-from sess_lightning.introspection import find_target_layer
+from sess_lightning.introspection.layers import find_target_layer
 from sess_lightning.methods import SESS, GradCAM
 
 MODELS = list_models(module=torchvision.models)

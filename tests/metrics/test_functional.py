@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
-from sess_lightning.introspection import score
+from sess_lightning.introspection.logits import score
 from sess_lightning.metrics.functional import (
     blurred_baseline,
     box_masks,

@@ -10,7 +10,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from sess_lightning import SESS, SESSMetric
-from sess_lightning.introspection import score
+from sess_lightning.introspection.logits import score
 from sess_lightning.methods import CentreGaussian, GradCAM, RandomMap
 from sess_lightning.metrics.functional import (
     blurred_baseline,

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sess_lightning.reporting.panels import Panel
-from sess_lightning.reporting.records import RunRecord, append, keep_sample
+from sess_lightning.reporting.report.records import RunRecord, append, keep_sample
 
 NASTY = '</script><img src=x onerror="window.hacked=1"><!-- \' & \u2028'
 

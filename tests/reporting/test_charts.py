@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from sess_lightning.reporting.charts import Line, Point, curve_frame, line_chart
+from sess_lightning.reporting.report.charts import Line, Point, curve_frame, line_chart
 
 TICKS = [(0.0, "0"), (1.0, "4")]
 

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from recorded import NASTY, write_runs
 
-from sess_lightning.reporting.html import write_report
-from sess_lightning.reporting.records import PICTURE_BYTES, RunRecord, append, read
+from sess_lightning.reporting.report.page import write_report
+from sess_lightning.reporting.report.records import PICTURE_BYTES, RunRecord, append, read
 
 VOID = {"meta", "input", "img", "br", "link"}
 

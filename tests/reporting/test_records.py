@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from sess_lightning.reporting.panels import Panel
-from sess_lightning.reporting.records import (
+from sess_lightning.reporting.report.records import (
     PICTURE_BYTES,
     RUNS,
     RunRecord,

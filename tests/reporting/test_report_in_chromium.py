@@ -6,8 +6,8 @@ import pytest
 from browser import CHROMIUM, DRIVER, END, HOME, LEFT, Browser
 from recorded import NASTY, write_runs
 
-from sess_lightning.reporting.html import write_report
-from sess_lightning.reporting.records import picture, read
+from sess_lightning.reporting.report.page import write_report
+from sess_lightning.reporting.report.records import picture, read
 
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"

@@ -8,8 +8,8 @@ from recorded import shade
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 from sess_lightning.reporting.panels import Panel
-from sess_lightning.reporting.records import read
-from sess_lightning.reporting.sinks import ReportSink, report_folder
+from sess_lightning.reporting.report.records import read
+from sess_lightning.reporting.report.sink import ReportSink, report_folder
 from sess_lightning.types import SESSWarning
 
 WHEN = {"epoch": 2, "step": 17}

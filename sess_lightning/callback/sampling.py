@@ -7,18 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
-from torch import nn
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
-from sess_lightning.types import SaliencyMethod
-
 GOLDEN, SILVER = 0.618034, 0.414214
-SHARED = 3
-"""Forwards of a run that no sample pays for: the picture of zeros, and finding layers on image and window."""
-FLOOR_SAMPLES = 4
-"""How many samples at least the floors are scored on, when that costs other samples."""
-FURTHER = 2 * (28 - 1)
-"""Forwards of the two curves of one more map, their ends being known."""
 
 
 def spread(count: int, size: int) -> list[int]:
@@ -126,62 +117,3 @@ def find_order(loader: Any, batches: float, rank: int = 0, world: int = 1) -> Or
         length, step = len(cast(Sized, sampler.dataset)), sampler.num_replicas
         return Order(int(min(length, batches * size * step)), size, step, sampler.rank)
     return None
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a validation run will do, on one process or, where the order is known, on all together.
-
-    Attributes:
-        samples: That are explained.
-        floors: Of these, on which the floors' curves are drawn.
-        forwards: Of single images, over all processes.
-    """
-
-    samples: int
-    floors: int
-    forwards: int
-
-
-def afford(
-    method: SaliencyMethod,
-    compare: Mapping[str, SaliencyMethod],
-    model: nn.Module,
-    size: tuple[int, int],
-    *,
-    num_samples: int,
-    available: float,
-    max_forwards: int,
-    fixed: int = 1,
-    shares: int = 1,
-) -> Budget:
-    """Return how many samples ``max_forwards`` pays for.
-
-    Args:
-        method: What explains.
-        compare: What is scored beside it; the floors are those that need no forward.
-        model: What is explained.
-        size: (height, width) of the images.
-        num_samples: Wanted on all processes.
-        available: Samples that there are, in one share.
-        max_forwards: On all processes.
-        fixed: Forwards of each sample before it is explained.
-        shares: Processes that each explain their own number of samples.
-
-    Raises:
-        ValueError: If it does not pay for a single sample.
-    """
-    models = [each for each in compare.values() if each.forwards > 0]
-    each = fixed + 1 + method.count_forwards(model, size) + FURTHER * (1 + len(models))
-    each += sum(other.count_forwards(model, size) for other in models if not method.gives(other, model, size))
-    floors = FURTHER * (len(compare) - len(models))
-    here = max_forwards // shares - SHARED
-    wanted = int(min(-(-num_samples // shares), available))
-    samples = min(wanted, (here - FLOOR_SAMPLES * floors) // each)
-    if samples < 1:
-        raise ValueError(
-            f"max_forwards={max_forwards} does not pay for a single sample, which costs {each} "
-            f"forwards of {size[0]}x{size[1]} px; raise it, or use fewer scales."
-        )
-    on_floors = min(samples, (here - samples * each) // floors) if floors else 0
-    return Budget(samples, on_floors, shares * (SHARED + samples * each + on_floors * floors))

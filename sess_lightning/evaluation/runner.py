@@ -8,21 +8,20 @@ exactly the figures of one.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from typing_extensions import override
 
-from sess_lightning.benchmarks import (
+from sess_lightning.evaluation.datasets import (
     Benchmark,
     BrokenSampleError,
     Sample,
@@ -30,115 +29,12 @@ from sess_lightning.benchmarks import (
     boxes_to_mask,
     read_picture,
 )
-from sess_lightning.engine import scaled_size
-from sess_lightning.introspection import classify, predict
-from sess_lightning.journal import Journal, read_journals
-from sess_lightning.lending import explaining
-from sess_lightning.methods import SESS, Blurred, CentreGaussian, RandomMap
+from sess_lightning.evaluation.experiment import FORMAT, Experiment
+from sess_lightning.evaluation.journal import Journal, read_journals
+from sess_lightning.evaluation.results import Results, per_class, per_sample
+from sess_lightning.introspection.lending import explaining
+from sess_lightning.introspection.logits import classify, predict
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.ops import resize, size_of, wait_for
-from sess_lightning.results import Results, per_class, per_sample
-from sess_lightning.types import SaliencyMethod
-
-FORMAT = 2
-"""Of the records: 2 marks where a new image begins."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What is measured, and how pictures reach the model.
-
-    Attributes:
-        method: The method to score.
-        compare: Methods to score beside it, by name; None is the base of a SESS, and the floors: a random
-            map, a centre Gaussian and the base's map, blurred.
-        size: Side the model was built for, px.
-        target: Explain each class that the labels name (``"label"``), or once per picture what the model
-            ``"predicted"``, which is no trial of the Pointing Game where no label agrees.
-        framing: ``"short"`` resizes the shorter side to ``size`` and floors the longer one (Pointing Game);
-            ``"square"`` warps the picture to a square (insertion and deletion); ``"stored"`` leaves it as is.
-        antialias: Antialias when the picture is made smaller; the Pointing Game's literature does not.
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel.
-        curves: Whether to draw insertion and deletion curves.
-        steps: Number of steps of a curve.
-        tolerance: Of the Pointing Game, px at original resolution.
-        batch_size: Images that go through the model at once.
-        samples: How many pictures to draw at random; None is all.
-        seed: Of the draw.
-    """
-
-    method: SaliencyMethod
-    compare: dict[str, SaliencyMethod] | None = None
-    target: Literal["label", "predicted"] = "label"
-    size: int = 224
-    framing: Literal["short", "square", "stored"] = "short"
-    antialias: bool = False
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    curves: bool = True
-    steps: int = 28
-    tolerance: float = 15.0
-    batch_size: int = 32
-    samples: int | None = None
-    seed: int = 0
-
-    def methods(self) -> dict[str, SaliencyMethod]:
-        """Return what is scored beside the method, by name."""
-        return dict(self.compare) if self.compare is not None else floors(self.method)
-
-    def metric(self) -> SESSMetric:
-        """Return the metric that scores a sample."""
-        compare = self.methods()
-        limits = {} if self.curves else dict.fromkeys(("", *compare), 0)
-        return SESSMetric(
-            self.method,
-            compare=compare,
-            limits=limits,
-            steps=self.steps,
-            tolerance=self.tolerance,
-            batch_size=self.batch_size,
-            clock=_read_clock,
-            distributed_available_fn=_never,  # Processes meet in their records, not in collectives.
-        )
-
-    def images(self, picture: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "1 3 h w"]:
-        """Return a picture as the model takes it."""
-        size = size_of(picture)
-        if self.framing == "short":
-            size = scaled_size(*size, self.size)
-        elif self.framing == "square":
-            size = self.size, self.size
-        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
-        return resize(((picture / 255 - mean) / std)[None], size, self.antialias)
-
-    def chosen(self, count: int) -> list[int]:
-        """Return the numbers of the pictures to take of ``count``, in rising order."""
-        if self.samples is None or self.samples >= count:
-            return list(range(count))
-        drawn = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
-        return sorted(drawn[: self.samples].tolist())
-
-
-def _never() -> bool:
-    return False
-
-
-def _read_clock(device: torch.device) -> float:
-    wait_for(device)
-    return time.perf_counter()
-
-
-def floors(method: SaliencyMethod) -> dict[str, SaliencyMethod]:
-    """Return what a method's figures are read against."""
-    base = method.base if isinstance(method, SESS) else method
-    known = {"base": base} if base is not method else {}
-    return {
-        **known,
-        "blurred": Blurred(base),
-        "random": RandomMap(activation=method.activation),
-        "centre": CentreGaussian(activation=method.activation),
-    }
 
 
 def describe(model: nn.Module, benchmark: Benchmark, experiment: Experiment) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The floors every score is read against: maps that know nothing of the model."""
+"""What every score is read against: controls, which know nothing of the model, and the base, blurred."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.introspection import check_inputs, score
-from sess_lightning.lending import borrowed, explaining
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs, score
 from sess_lightning.ops import blur, min_max, size_of
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
@@ -128,3 +128,20 @@ class Blurred(SaliencyMethod):
         sigma = self.sigma if self.sigma is not None else 12 * min(size_of(images)) / 224
         kernel_size = self.kernel_size if self.kernel_size is not None else 2 * round(sigma * 5 / 3) + 1
         return Explanation(min_max(blur(maps, kernel_size, sigma)), scores)
+
+
+def controls(method: SaliencyMethod, blurred: bool = False) -> dict[str, SaliencyMethod]:
+    """Return what a method is scored beside where the user names nothing: its base and the controls.
+
+    Args:
+        method: What is scored.
+        blurred: Whether to add the base's map, blurred.
+    """
+    base = getattr(method, "base", None)
+    own = base if isinstance(base, SaliencyMethod) else method
+    return {
+        **({"base": own} if own is not method else {}),
+        **({"blurred": Blurred(own)} if blurred else {}),
+        "random": RandomMap(activation=method.activation),
+        "centre": CentreGaussian(activation=method.activation),
+    }

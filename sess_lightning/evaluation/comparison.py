@@ -12,9 +12,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from sess_lightning.journal import read_settings
+from sess_lightning.evaluation.journal import read_settings
+from sess_lightning.evaluation.results import FIGURES, SECONDS, write_table
 from sess_lightning.reporting.panels import Picture
-from sess_lightning.results import FIGURES, SECONDS, write_table
 
 
 class Run(NamedTuple):

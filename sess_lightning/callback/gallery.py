@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sess_lightning.engine import smooth
+from sess_lightning.engine.fusion import smooth
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.metrics.sess_metric import NO_TRIAL

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sess_lightning.benchmarks.coco import coco_boxes
-from sess_lightning.benchmarks.samples import (
+from sess_lightning.evaluation.datasets.coco import coco_boxes
+from sess_lightning.evaluation.datasets.samples import (
     Benchmark,
     Region,
     Sample,

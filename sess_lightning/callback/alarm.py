@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sess_lightning.callback.history import FIGURES, Run, comparable
 from sess_lightning.metrics.statistics import Mean, resample
-from sess_lightning.runs import FIGURES, Run, comparable
 
 LEAST_RISE = 0.02
 """How much accuracy must have risen for a fall of the explanations to be told."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sess_lightning.benchmarks.pascal import read_xml, xml_boxes, xml_size
-from sess_lightning.benchmarks.samples import (
+from sess_lightning.evaluation.datasets.pascal import read_xml, xml_boxes, xml_size
+from sess_lightning.evaluation.datasets.samples import (
     Benchmark,
     BrokenSampleError,
     Region,

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import copy
 import csv
-import platform
-import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from typing_extensions import override
 
-from sess_lightning.callback import SESSCallback
-from sess_lightning.introspection import check_inputs
+from sess_lightning.cost.budget import Budget, afford
+from sess_lightning.cost.measuring import (
+    Forwards,
+    alternate,
+    bare_copy,
+    bare_forward,
+    forwards_of,
+    machine,
+    peak_bytes,
+)
+from sess_lightning.introspection.logits import check_inputs
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM
+from sess_lightning.methods.controls import controls
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.ops import size_of, wait_for
+from sess_lightning.ops import size_of
 from sess_lightning.types import SaliencyMethod
 
 SCALES = tuple(range(1, 13))
+
+
 RATIOS = (0.0, 0.5, 0.9, 0.99)
+
+
 SHARES = (0.3, 0.5)
+
+
 SAMPLES = (8, 16, 32, 64, 128)
-MOST_RECORDED = 512
-"""Images of a part that are kept for its floor; the floor of a part with more is taken in proportion."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +189,23 @@ def measure_cost(
     """
     if rounds < 1:
         raise ValueError(f"measure_cost: rounds must be at least 1, got {rounds}.")
+    if num_samples < 1:
+        raise ValueError(
+            f"measure_cost: num_samples must be a whole number of at least 1, got {num_samples}."
+        )
     method = method if method is not None else SESS(GradCAM())
     targets = (
         targets if targets is not None else torch.zeros(len(images), dtype=torch.int64).to(images.device)
     )
     check_inputs("measure_cost", images, targets)
-    callback = SESSCallback(method, num_samples=num_samples, max_forwards=max_forwards)
-    callback.budget(model, size_of(images))  # Is refused before anything is run.
+    size = size_of(images)
+
+    def budget(method: SaliencyMethod, num_samples: int = num_samples) -> Budget:
+        """Return what the callback would do."""
+        given = {"num_samples": num_samples, "available": float("inf"), "max_forwards": max_forwards}
+        return afford(method, controls(method), model, size, **given)  # type: ignore[arg-type]
+
+    budget(method)  # Is refused before anything is run.
     parts = _measured(model, images, _runs(model, images, method, targets), rounds)
     setting = {
         "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
@@ -198,7 +214,7 @@ def measure_cost(
         "rounds": str(rounds),
         **machine(images.device),
     }
-    return Costs(setting, tuple(parts.values()), tuple(_knobs(model, size_of(images), callback, parts)))
+    return Costs(setting, tuple(parts.values()), tuple(_knobs(model, size, method, budget, parts)))
 
 
 UPDATE, CURVES = "SESSMetric.update", "insertion + deletion"
@@ -262,16 +278,18 @@ def _summed(seen: Mapping[str, Forwards], floors: Mapping[str, list[float]]) -> 
 
 
 def _knobs(
-    model: nn.Module, size: tuple[int, int], callback: SESSCallback, parts: Mapping[str, Part]
+    model: nn.Module,
+    size: tuple[int, int],
+    method: SaliencyMethod,
+    budget: Callable[..., Budget],
+    parts: Mapping[str, Part],
 ) -> Iterator[Knob]:
-    method, compare = callback.methods(model)
     told, curves = parts[str(method)], parts[CURVES]
-    floors = sum(each.forwards == 0 for each in compare.values())
-    further = floors * (curves.forwards - 2) * curves.seconds / curves.forwards
+    blind = sum(each.forwards == 0 for each in controls(method).values())
+    further = blind * (curves.forwards - 2) * curves.seconds / curves.forwards
     window, kept = _prices(model, size, method, parts)
 
-    def knob(name: str, asked: SESSCallback) -> Knob:
-        other = asked.methods(model)[0]
+    def knob(name: str, other: SaliencyMethod, **options: int) -> Knob:
         seconds = told.seconds
         if isinstance(other, SESS):
             count, some = other.counts(other.plan(model, size))
@@ -279,26 +297,24 @@ def _knobs(
         each = parts[UPDATE].seconds - told.seconds + seconds
         forwards = other.count_forwards(model, size)
         try:
-            budget = asked.budget(model, size)
+            run = budget(other, **options)
         except ValueError:  # Not even one sample is paid for.
             return Knob(name, forwards, seconds, 0, 0, 0.0)
-        run = budget.samples * each + budget.floors * further
-        return Knob(name, forwards, seconds, budget.samples, budget.forwards, run)
+        return Knob(
+            name, forwards, seconds, run.samples, run.forwards, run.samples * each + run.floors * further
+        )
 
-    def having(method: SaliencyMethod, num_samples: int = callback.num_samples) -> SESSCallback:
-        return SESSCallback(method, num_samples=num_samples, max_forwards=callback.max_forwards)
-
-    yield knob("", callback)
+    yield knob("", method)
     if isinstance(method, SESS):
         for n in SCALES:
-            yield knob(f"num_scales={n}", having(replace(method, num_scales=n, scales=None)))
+            yield knob(f"num_scales={n}", replace(method, num_scales=n, scales=None))
         for r in RATIOS:
-            yield knob(f"prefilter_ratio={r}", having(replace(method, prefilter_ratio=r)))
+            yield knob(f"prefilter_ratio={r}", replace(method, prefilter_ratio=r))
         if method.scoring == "full" and method.scoring_size is None:
             for share in SHARES:
-                yield knob(f"coarse_to_fine={share}", having(replace(method, coarse_to_fine=share)))
+                yield knob(f"coarse_to_fine={share}", replace(method, coarse_to_fine=share))
     for n in SAMPLES:
-        yield knob(f"num_samples={n}", having(method, n))
+        yield knob(f"num_samples={n}", method, num_samples=n)
 
 
 def _prices(
@@ -318,153 +334,3 @@ def _prices(
         return max(0.0, told.seconds - kept * explained) / count, explained
     scored = told.floor / told.forwards
     return scored, max(0.0, told.seconds - count * scored) / kept
-
-
-@dataclass(frozen=True)
-class Forwards:
-    """What passed through a model.
-
-    Attributes:
-        count: Images.
-        batches: The first of them, channels last, as they came.
-    """
-
-    count: int
-    batches: tuple[Tensor, ...]
-
-    @property
-    def scale(self) -> float:
-        """How many times more images there were than are held."""
-        return self.count / max(1, sum(map(len, self.batches)))
-
-
-def forwards_of(model: nn.Module, run: Callable[[], object]) -> Forwards:
-    """Run something, and return what it showed to the model.
-
-    At most ``MOST_RECORDED`` images are held, and one batch more.
-    """
-    count, batches = 0, []
-
-    def note(_model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal count
-        if count < MOST_RECORDED:
-            held = inputs[0].detach().clone()
-            batches.append(held.contiguous(memory_format=torch.channels_last))
-        count += len(inputs[0])
-
-    handle = model.register_forward_pre_hook(note)
-    try:
-        run()
-    finally:
-        handle.remove()
-    return Forwards(count, tuple(batches))
-
-
-def bare_copy(model: nn.Module) -> nn.Module:
-    """Return a copy that gives the floor: evaluation mode, channels last."""
-    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
-
-
-def bare_forward(model: nn.Module, batches: Sequence[Tensor]) -> Callable[[], None]:
-    """Return what runs the model on batches and does nothing else."""
-
-    def run() -> None:
-        with torch.inference_mode():
-            for batch in batches:
-                model(batch)
-
-    return run
-
-
-def alternate(
-    runs: Mapping[Any, Callable[[], object]],
-    rounds: int,
-    device: torch.device | str = "cpu",
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[Any, list[float]]:
-    """Run everything once a round, to and fro, and return the seconds each took by round.
-
-    What a busy machine does to one it does to its neighbour: compare within a round, take the median over
-    rounds. With a single thread, ``time.process_time`` as ``clock`` leaves out what other processes take.
-    """
-    seconds: dict[Any, list[float]] = {name: [] for name in runs}
-    for i in range(rounds):
-        for name in runs if i % 2 == 0 else reversed(runs):
-            wait_for(device)
-            start = clock()
-            runs[name]()
-            wait_for(device)
-            seconds[name].append(clock() - start)
-    return seconds
-
-
-def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Return the most bytes that tensors made by ``run`` take at a time.
-
-    On CUDA as the allocator counts them, else the storages of all tensors that operators return; what a
-    kernel allocates for itself is not seen there.
-    """
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return int(torch.cuda.max_memory_allocated(device) - before)
-    with _LiveBytes() as live:
-        run()
-    return int(live.peak)
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages from the operator that returns them to their end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    @override
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for given in _storages((args, kwargs)):
-            self._count(given, 0)  # Was there before.
-        out = func(*args, **(kwargs or {}))
-        for made in _storages(out):
-            self._count(made, made.nbytes())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = id(storage)
-        if key in self._known:
-            return
-
-        def gone(_: Any) -> None:
-            self._known.pop(key, None)
-            self.live -= size
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
-def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-def machine(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Return what timings depend on: processor, threads, versions."""
-    import torchvision
-
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": f"{device.type}: {name}",
-        "threads": str(torch.get_num_threads()),
-        "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}",
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

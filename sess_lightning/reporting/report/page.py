@@ -13,8 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from sess_lightning.reporting.charts import LEFT, RIGHT, WIDTH, Line, Point, curve_frame, line_chart
-from sess_lightning.reporting.records import RunRecord, outlines, picture, whole
+from sess_lightning.reporting.report.charts import LEFT, RIGHT, WIDTH, Line, Point, curve_frame, line_chart
+from sess_lightning.reporting.report.records import RunRecord, outlines, picture, whole
 
 MAX_BYTES = 10_000_000
 FIGURES = {
@@ -82,7 +82,7 @@ def _page(runs: Sequence[tuple[RunRecord, int]], folder: str | Path, every: int)
     methods = _methods(records)
     x_name, places = _places(records)
     chosen = sorted({0, *range(len(runs) - 1, -1, -every)})
-    room = files("sess_lightning.reporting") / "page"
+    room = files("sess_lightning.reporting.report") / "page"
     css, script, page = (
         (room / name).read_text("utf-8") for name in ("report.css", "report.js", "report.html")
     )

@@ -4,11 +4,11 @@ Every benchmark reads its real on-disk layout and yields a ``Sample`` per pictur
 class present. Regions are read when a sample is asked for, so that opening a data set is quick.
 """
 
-from sess_lightning.benchmarks.coco import COCO14
-from sess_lightning.benchmarks.folder import PictureFolder
-from sess_lightning.benchmarks.imagenet import ImageNet, read_synsets
-from sess_lightning.benchmarks.pascal import VOC07, VOC_CLASSES
-from sess_lightning.benchmarks.samples import (
+from sess_lightning.evaluation.datasets.coco import COCO14
+from sess_lightning.evaluation.datasets.folder import PictureFolder
+from sess_lightning.evaluation.datasets.imagenet import ImageNet, read_synsets
+from sess_lightning.evaluation.datasets.pascal import VOC07, VOC_CLASSES
+from sess_lightning.evaluation.datasets.samples import (
     Benchmark,
     BrokenSampleError,
     Region,

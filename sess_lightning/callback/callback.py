@@ -19,21 +19,25 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from sess_lightning.alarm import constant_guess, describe, find_accuracy, findings
-from sess_lightning.data import check_boxes, find_class_names, find_normalisation, read_batch
-from sess_lightning.gallery import Exhibit, Legend, exhibits
-from sess_lightning.introspection import check_inputs, classify, predict
-from sess_lightning.lending import borrowed, explaining, keep_metrics, keep_rng, muted
-from sess_lightning.methods import SESS, CentreGaussian, GradCAM, RandomMap
+from sess_lightning.callback.alarm import constant_guess, describe, find_accuracy, findings
+from sess_lightning.callback.batches import check_boxes, find_class_names, find_normalisation, read_batch
+from sess_lightning.callback.gallery import Exhibit, Legend, exhibits
+from sess_lightning.callback.history import Run, drift, record, remembered
+from sess_lightning.callback.sampling import Choice, find_order, numbering, spread_in_batch
+from sess_lightning.callback.selection import Selection, select
+from sess_lightning.callback.tables import class_rows, sample_row, standing_out
+from sess_lightning.cost.budget import SHARED, Budget, afford
+from sess_lightning.introspection.lending import borrowed, explaining, keep_metrics, keep_rng, muted
+from sess_lightning.introspection.logits import check_inputs, classify, predict
+from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.methods.controls import controls
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import Samples, Summary
 from sess_lightning.ops import size_of, wait_for
 from sess_lightning.reporting.panels import Panel
-from sess_lightning.reporting.sinks import ReportSink, Sink, report_folder, sink_for
-from sess_lightning.runs import Run, drift, record, remembered
-from sess_lightning.sampling import SHARED, Budget, Choice, afford, find_order, numbering, spread_in_batch
-from sess_lightning.selection import Selection, select
-from sess_lightning.tables import class_rows, sample_row, standing_out
+from sess_lightning.reporting.publisher import sink_for
+from sess_lightning.reporting.report.sink import ReportSink, report_folder
+from sess_lightning.reporting.sink import Sink
 from sess_lightning.types import Batch, SaliencyMethod, SESSWarning
 
 WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.0, "relevance_mass": 0.0}
@@ -409,7 +413,7 @@ class SESSCallback(Callback):
     def methods(self, model: nn.Module) -> tuple[SaliencyMethod, dict[str, SaliencyMethod]]:
         """Return the method that a run scores on this model, and by name those it scores beside it."""
         method = self.method if self.method is not None else SESS(GradCAM(activation=_activation(model)))
-        return method, dict(self.compare) if self.compare is not None else _comparisons(method)
+        return method, dict(self.compare) if self.compare is not None else controls(method)
 
     def budget(
         self, model: nn.Module, size: tuple[int, int], available: float = float("inf"), shares: int = 1
@@ -715,15 +719,6 @@ def _restored(state: Mapping[str, Any], budget: Budget, batch: Batch) -> dict[in
 def _activation(pl_module: nn.Module) -> Literal["softmax", "sigmoid"]:
     sigmoid = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
     return "sigmoid" if any(isinstance(module, sigmoid) for module in pl_module.modules()) else "softmax"
-
-
-def _comparisons(method: SaliencyMethod) -> dict[str, SaliencyMethod]:
-    base = {"base": method.base} if isinstance(method, SESS) else {}
-    return {
-        **base,
-        "random": RandomMap(activation=method.activation),
-        "centre": CentreGaussian(activation=method.activation),
-    }
 
 
 def _regions(batch: Batch) -> Any:

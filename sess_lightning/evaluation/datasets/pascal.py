@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sess_lightning.benchmarks.samples import (
+from sess_lightning.evaluation.datasets.samples import (
     Benchmark,
     BrokenSampleError,
     Sample,

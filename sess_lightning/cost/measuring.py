@@ -1,0 +1,173 @@
+"""What explaining costs: measured on the user's model, against the bare forward of the very same images."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from sess_lightning.ops import wait_for
+
+MOST_RECORDED = 512
+"""Images of a part that are kept for its floor; the floor of a part with more is taken in proportion."""
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """What passed through a model.
+
+    Attributes:
+        count: Images.
+        batches: The first of them, channels last, as they came.
+    """
+
+    count: int
+    batches: tuple[Tensor, ...]
+
+    @property
+    def scale(self) -> float:
+        """How many times more images there were than are held."""
+        return self.count / max(1, sum(map(len, self.batches)))
+
+
+def forwards_of(model: nn.Module, run: Callable[[], object]) -> Forwards:
+    """Run something, and return what it showed to the model.
+
+    At most ``MOST_RECORDED`` images are held, and one batch more.
+    """
+    count, batches = 0, []
+
+    def note(_model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal count
+        if count < MOST_RECORDED:
+            held = inputs[0].detach().clone()
+            batches.append(held.contiguous(memory_format=torch.channels_last))
+        count += len(inputs[0])
+
+    handle = model.register_forward_pre_hook(note)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return Forwards(count, tuple(batches))
+
+
+def bare_copy(model: nn.Module) -> nn.Module:
+    """Return a copy that gives the floor: evaluation mode, channels last."""
+    return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+
+
+def bare_forward(model: nn.Module, batches: Sequence[Tensor]) -> Callable[[], None]:
+    """Return what runs the model on batches and does nothing else."""
+
+    def run() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model(batch)
+
+    return run
+
+
+def alternate(
+    runs: Mapping[Any, Callable[[], object]],
+    rounds: int,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, list[float]]:
+    """Run everything once a round, to and fro, and return the seconds each took by round.
+
+    What a busy machine does to one it does to its neighbour: compare within a round, take the median over
+    rounds. With a single thread, ``time.process_time`` as ``clock`` leaves out what other processes take.
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
+    for i in range(rounds):
+        for name in runs if i % 2 == 0 else reversed(runs):
+            wait_for(device)
+            start = clock()
+            runs[name]()
+            wait_for(device)
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Return the most bytes that tensors made by ``run`` take at a time.
+
+    On CUDA as the allocator counts them, else the storages of all tensors that operators return; what a
+    kernel allocates for itself is not seen there.
+    """
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with _LiveBytes() as live:
+        run()
+    return int(live.peak)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages from the operator that returns them to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for given in _storages((args, kwargs)):
+            self._count(given, 0)  # Was there before.
+        out = func(*args, **(kwargs or {}))
+        for made in _storages(out):
+            self._count(made, made.nbytes())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = id(storage)
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            self._known.pop(key, None)
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Return what timings depend on: processor, threads, versions."""
+    import torchvision
+
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}",
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

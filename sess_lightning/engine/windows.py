@@ -1,0 +1,192 @@
+"""SESS in the paper's order: scale, slide, pre-filter, fuse, smooth. Pure functions.
+
+Source: Tursun et al., "SESS: Saliency Enhancing with Scaling and Sliding", ECCV 2022, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate, islice
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sess_lightning.batching import stacked
+from sess_lightning.ops import resize
+
+
+class Plan(NamedTuple):
+    """Where every window lies; follows from the image's size and the hyper-parameters alone.
+
+    Attributes:
+        size: (height, width) of the image.
+        window: Side of a window, px.
+        scales: (height, width) of each scaled image.
+        boxes: Per scale, the windows' (x0, y0, x1, y1), half-open.
+    """
+
+    size: tuple[int, int]
+    window: int
+    scales: tuple[tuple[int, int], ...]
+    boxes: tuple[tuple[tuple[int, int, int, int], ...], ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.boxes))
+
+    def first(self, scales: int) -> Plan:
+        """Return the part that the first ``scales`` are; its windows come first in the whole as well."""
+        return Plan(self.size, self.window, self.scales[:scales], self.boxes[:scales])
+
+
+def scale_sides(window: int, num_scales: int) -> list[int]:
+    """Return the shorter sides the paper uses: 224, 288, ..., in proportion for other windows.
+
+    Raises:
+        ValueError: If ``num_scales`` is below 1.
+    """
+    if num_scales < 1:
+        raise ValueError(f"SESS: num_scales must be at least 1, got {num_scales}.")
+    return [window + round(64 * window / 224) * i for i in range(num_scales)]
+
+
+def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Return (height, width) once the shorter side is ``short_side``; the longer one is floored."""
+    if height <= width:
+        return short_side, short_side * width // height
+    return short_side * height // width, short_side
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Return where windows begin along one axis; the last is pulled inside the border."""
+    return [*range(0, length - window, stride), length - window]
+
+
+def window_boxes(height: int, width: int, window: int, stride: int) -> Int[Tensor, "P 4"]:
+    """Return all windows of an image, row by row, as (x0, y0, x1, y1), half-open.
+
+    Raises:
+        ValueError: If a window does not fit the image, or the stride would leave gaps.
+    """
+    return torch.tensor(_boxes(height, width, window, stride))
+
+
+def _boxes(height: int, width: int, window: int, stride: int) -> tuple[tuple[int, int, int, int], ...]:
+    if window < 1 or not 1 <= stride <= window:
+        raise ValueError(
+            f"SESS: stride {stride} with window {window}; use a window >= 1 and 1 <= stride <= window, "
+            "or the windows do not cover the image."
+        )
+    if window > min(height, width):
+        raise ValueError(
+            f"SESS: window {window} exceeds the {height}x{width} scaled image; use scales >= window."
+        )
+    return tuple(
+        (x, y, x + window, y + window)
+        for y in window_starts(height, window, stride)
+        for x in window_starts(width, window, stride)
+    )
+
+
+@lru_cache(maxsize=256)
+def plan_windows(size: tuple[int, int], window: int, stride: int, sides: tuple[int, ...]) -> Plan:
+    """Lay windows over every scale of an image of ``size``.
+
+    Raises:
+        ValueError: If a window does not fit a scale, or the stride would leave gaps.
+    """
+    scales = tuple(scaled_size(*size, side) for side in sides)
+    return Plan(size, window, scales, tuple(_boxes(*scale, window, stride) for scale in scales))
+
+
+@lru_cache(maxsize=256)
+def shrunk(plan: Plan, window: int) -> Plan:
+    """Return the plan of the same windows, each drawn ``window`` px large; borders rounded to whole px."""
+    factor = window / plan.window
+
+    def length(side: int) -> int:
+        return max(window, round(side * factor))
+
+    def start(place: int, side: int) -> int:
+        return min(round(place * factor), length(side) - window)
+
+    starts = [
+        [(start(x0, width), start(y0, height)) for x0, y0, _, _ in boxes]
+        for (height, width), boxes in zip(plan.scales, plan.boxes, strict=True)
+    ]
+    return Plan(
+        plan.size,
+        window,
+        tuple((length(height), length(width)) for height, width in plan.scales),
+        tuple(tuple((x, y, x + window, y + window) for x, y in each) for each in starts),
+    )
+
+
+def windows(
+    images: Float[Tensor, "B C H W"], plan: Plan, antialias: bool = True
+) -> Iterator[Float[Tensor, "C w w"]]:
+    """Yield the windows image by image, scale by scale, row by row; only one scaled image lives at a time."""
+    for image in images:
+        for scale, boxes in zip(plan.scales, plan.boxes, strict=True):
+            scaled = resize(image[None], scale, antialias)[0]
+            for x0, y0, x1, y1 in boxes:
+                yield scaled[:, y0:y1, x0:x1]
+
+
+def chunked(items: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
+    """Stack what comes into full batches of ``chunk``; the last one may be smaller."""
+    items = iter(items)
+    for item in items:
+        yield stacked([item, *islice(items, chunk - 1)])
+
+
+def descent(plan: Plan, share: float) -> tuple[int, int]:
+    """Return how many scales are scored whole, and how many windows of the others, if ``share`` of all are.
+
+    At least the first scale, and as many more as take three fifths of those windows; scales rise.
+    """
+    total, counts = max(1, round(share * len(plan))), [*accumulate(map(len, plan.boxes))]
+    if total == counts[-1]:
+        return len(counts), 0
+    scales = max(1, sum(count <= 0.6 * total for count in counts))
+    return scales, max(0, total - counts[scales - 1])
+
+
+def kept_count(count: int, ratio: float) -> int:
+    """Return how many of ``count`` windows the pre-filter keeps, in Python floats as the authors do.
+
+    Raises:
+        ValueError: If ``ratio`` is not in [0, 1).
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"SESS: prefilter_ratio must be in [0, 1), got {ratio}.")
+    return count - int(count * ratio)
+
+
+def prefilter(scores: Float[Tensor, "*B P"], ratio: float) -> Int[Tensor, "*B K"]:
+    """Return the numbers of the windows with the highest scores; ties keep the earlier window.
+
+    Args:
+        scores: Scores or log-scores; NaN ranks last.
+        ratio: Share of windows to drop, in [0, 1).
+    """
+    return ranked(scores)[..., : kept_count(scores.shape[-1], ratio)]
+
+
+def ranked(scores: Float[Tensor, "*B P"]) -> Int[Tensor, "*B P"]:
+    """Return the numbers of the windows by falling score; of equal ones the earlier first, NaN last."""
+    known = torch.where(scores.isnan(), -torch.inf, scores)
+    return known.sort(dim=-1, descending=True, stable=True).indices
+
+
+def sides_of(scales: Sequence[int] | None, window: int, num_scales: int) -> tuple[int, ...]:
+    """Return the shorter sides: those given, else the paper's ``num_scales``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if scales is not None and not scales:
+        raise ValueError("SESS: scales is empty; give at least one shorter side in px, e.g. scales=(224,).")
+    return tuple(scales) if scales is not None else tuple(scale_sides(window, num_scales))

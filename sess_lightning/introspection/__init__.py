@@ -1,0 +1,47 @@
+"""How a classifier is read (logits, layers, features) and borrowed (lending)."""
+
+from sess_lightning.introspection.hooks import (
+    Tap,
+    first_tensor,
+    gradient,
+    head_forward,
+    recording,
+    with_first_tensor,
+)
+from sess_lightning.introspection.layers import (
+    Grid,
+    find_grid,
+    find_target_layer,
+    input_window,
+    resolve_layer,
+)
+from sess_lightning.introspection.logits import (
+    check_inputs,
+    classify,
+    log_scores,
+    logits_of,
+    predict,
+    score,
+    target_logits,
+)
+
+__all__ = [
+    "Grid",
+    "Tap",
+    "check_inputs",
+    "classify",
+    "find_grid",
+    "find_target_layer",
+    "first_tensor",
+    "gradient",
+    "head_forward",
+    "input_window",
+    "log_scores",
+    "logits_of",
+    "predict",
+    "recording",
+    "resolve_layer",
+    "score",
+    "target_logits",
+    "with_first_tensor",
+]

@@ -1,0 +1,159 @@
+"""What a model is: its logits, its scores, its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from sess_lightning.types import Activation
+
+
+def logits_of(output: Any) -> Float[Tensor, "B N"]:
+    """Return the logits in what a classifier returned: a tensor, a tuple (first), a dict or a ``.logits``.
+
+    Raises:
+        TypeError: If no logits are found.
+        ValueError: If they are not (batch, classes).
+    """
+    found = output
+    if isinstance(output, Mapping) and "logits" in output:
+        found = output["logits"]
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"The model's forward returned {type(output).__name__}; expected logits (B, N) as a tensor, the "
+            'first item of a tuple, a dict\'s "logits" or an attribute `.logits`. Wrap the model so that it '
+            "returns them."
+        )
+    if found.ndim == 1:
+        found = found[:, None]
+    if found.ndim != 2:
+        raise ValueError(
+            f"The model's logits have shape {tuple(found.shape)}; expected (batch, classes). "
+            "For dense outputs, wrap the model so that it pools them."
+        )
+    return found
+
+
+def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Return each target's logit; a head with a single logit speaks for class 1, and negated for class 0.
+
+    Raises:
+        ValueError: If a target is none of the model's classes. Where reading it would wait for the device it
+            is not read: there, such a target's logit is NaN.
+    """
+    classes = max(2, logits.shape[1])
+    if targets.device.type == "cpu" and not all(0 <= target < classes for target in targets.tolist()):
+        raise ValueError(
+            f"targets must be class indices in 0..{classes - 1}, as the model has, got {targets.tolist()}; "
+            "leave out samples without a class, and check that labels and model count classes alike."
+        )
+    if logits.shape[1] == 1:
+        logits = torch.cat([-logits, logits], 1)
+    known = (targets >= 0) & (targets < classes)
+    # Clamped, because out of range is a fault that kills the whole process on a GPU.
+    return torch.where(
+        known, logits.gather(1, targets[:, None].long().clamp(0, classes - 1))[:, 0], torch.nan
+    )
+
+
+def log_scores(
+    logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"], activation: Activation = "softmax"
+) -> Float[Tensor, " B"]:
+    """Return the logarithm of each target's probability, float32.
+
+    Args:
+        logits: Raw outputs.
+        targets: Class indices.
+        activation: ``"softmax"`` for single-label heads, ``"sigmoid"`` for multi-label ones; a head with a
+            single logit is always read with a sigmoid.
+    """
+    logits = logits.to(torch.float32)
+    if activation == "sigmoid" or logits.shape[1] == 1:
+        return F.logsigmoid(target_logits(logits, targets))
+    return target_logits(logits.log_softmax(1), targets)
+
+
+def classify(model: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N"]:
+    """Run one forward and return the logits.
+
+    Raises:
+        ValueError: If the model does not take images with this number of channels.
+    """
+    try:
+        return logits_of(model(images))
+    except RuntimeError as error:
+        if f"got {images.shape[1]} channels" not in str(error):
+            raise
+        raise ValueError(
+            f"images have {images.shape[1]} channels, which the model does not take; give them as the model "
+            f"takes them ({error})."
+        ) from error
+
+
+def predict(logits: Float[Tensor, "B N"]) -> Int[Tensor, " B"]:
+    """Return the class of the highest logit; of a single logit, 1 where it is positive."""
+    return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    images: Float[Tensor, "B C H W"],
+    targets: Int[Tensor, " B"],
+    activation: Activation = "softmax",
+) -> Float[Tensor, " B"]:
+    """Return the log-score of each target: one plain forward."""
+    return log_scores(classify(model, images), targets, activation)
+
+
+def check_inputs(speaker: str, images: Tensor, targets: Tensor) -> None:
+    """Refuse what no method can explain; values are read only where that waits for no device.
+
+    Raises:
+        TypeError: If an argument is not a tensor of the right kind.
+        ValueError: If a shape is wrong, or a picture on the CPU holds NaN or infinity.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise TypeError(
+            f"{speaker}: images must be a floating point tensor as the model takes it, got {_kind(images)}; "
+            "convert and normalise the pictures first."
+        )
+    if images.ndim != 4:
+        raise ValueError(
+            f"{speaker}: images must be (B, C, H, W), got {tuple(images.shape)}; "
+            "use images[None] for a single image."
+        )
+    if 0 in images.shape:
+        raise ValueError(f"{speaker}: images is empty, {tuple(images.shape)}; give at least one image.")
+    if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
+        raise TypeError(
+            f"{speaker}: targets must be an integer tensor of class indices, one per image, got "
+            f"{_kind(targets)}; use targets.long(), or logits.argmax(1) to explain predictions."
+        )
+    if targets.shape != images.shape[:1]:
+        raise ValueError(
+            f"{speaker}: targets must have shape ({images.shape[0]},), one class index per image, "
+            f"got {tuple(targets.shape)}; use one target per image."
+        )
+    if targets.device != images.device:
+        raise ValueError(
+            f"{speaker}: targets are on {targets.device}, images on {images.device}; move them together."
+        )
+    if images.device.type == "cpu" and not images.isfinite().all().tolist():
+        raise ValueError(f"{speaker}: images hold NaN or infinite values; clean the pictures first.")
+
+
+_INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,1 @@
+"""The offline report: one page that replays a training, drawn from its records."""
