@@ -24,8 +24,8 @@ check: $(STAMP)  ## Lint, types, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## Checks and the test suite
-	$(BIN)/python -m pytest
+test: check  ## Checks and the test suite, in two processes of one thread each
+	$(BIN)/python -m pytest -n 2
 
 test-all: check  ## The suite with the big models as well
 	$(BIN)/python -m pytest -m 'not gpu'
@@ -40,7 +40,7 @@ bench: $(STAMP)  ## Cost against the bare forward, into examples/results/benchma
 	for file in tests/benchmarks/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
 
 planted: $(STAMP)  ## Ten defects, put into copies of the package: do the tests notice?
-	$(BIN)/python tests/planted.py
+	$(BIN)/python tests/_support/planted.py
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -23,8 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from _run import Classifier, collate
-from digits import photographs, scans
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image, ImageDraw
@@ -33,6 +31,8 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from _run import Classifier, collate
+from digits import photographs, scans
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 from sess_lightning.types import SESSWarning

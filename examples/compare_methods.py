@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from finetune_imagenet import mobilenet_v2
 from PIL import Image, ImageDraw, ImageFont
 from skimage import data as pictures
 from sklearn.datasets import load_sample_image
 from torchvision.transforms.v2.functional import normalize, resize, to_dtype
 
+from finetune_imagenet import mobilenet_v2
 from sess_lightning import SESS
 from sess_lightning.methods import RISE, GradCAM, GuidedBackprop, ScoreCAM, SmoothGrad
 from sess_lightning.reporting.panels import overlay

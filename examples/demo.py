@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 
+from lightning.pytorch import seed_everything
+
 from _run import EpochTable, add_arguments, make_trainer, report
 from digits import DigitsDataModule, SmallCNN
-from lightning.pytorch import seed_everything
 
 
 def main() -> None:

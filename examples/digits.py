@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from _run import Classifier, collate
 from lightning.pytorch import LightningDataModule
 from skimage import data as skimage_data
 from sklearn.datasets import load_digits, load_sample_image
@@ -26,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
+
+from _run import Classifier, collate
 
 SIZE = 128
 DIGIT_SIZES = (16, 48)  # px, side of a whole scan; its ink is a little smaller

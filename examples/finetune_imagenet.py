@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _run import Classifier, EpochTable, add_arguments, collate, make_trainer, report
 from lightning.pytorch import LightningDataModule, seed_everything
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 from typing_extensions import override
+
+from _run import Classifier, EpochTable, add_arguments, collate, make_trainer, report
 
 
 class Photograph(NamedTuple):

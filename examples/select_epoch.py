@@ -16,16 +16,16 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import clever_hans
 import torch
-from _run import collate
-from clever_hans import TinyCNN
-from digits import PHOTOGRAPHS, SCANS
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from typing_extensions import override
 
+import clever_hans
+from _run import collate
+from clever_hans import TinyCNN
+from digits import PHOTOGRAPHS, SCANS
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 from sess_lightning.types import SESSWarning

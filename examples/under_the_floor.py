@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 import torchvision
-from finetune_imagenet import mobilenet_v2
 from torch import Tensor, nn
 
+from finetune_imagenet import mobilenet_v2
 from sess_lightning.batching import OFF_GPU
 from sess_lightning.engine.windows import chunked, windows
 from sess_lightning.evaluation.datasets import PictureFolder, Sample, read_picture

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from formula import build, picture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from formula import build, picture
 
 
 def pytest_configure(config):

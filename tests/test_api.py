@@ -5,11 +5,11 @@ from dataclasses import fields
 
 import pytest
 import torch
-from formula import picture
-from lightning_models import filled_net
 from torchmetrics import Metric
 
 import sess_lightning
+from formula import picture
+from lightning_models import filled_net
 from sess_lightning import SESS, Deletion, Insertion, PointingGame, SESSCallback, SESSMetric, methods
 from sess_lightning.methods import GradCAM, GroupCAM, GuidedBackprop
 from sess_lightning.types import Batch, Explanation, SaliencyMethod

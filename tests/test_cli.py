@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from formula import build
-from layouts import photograph, write_coco, write_imagenet, write_own, write_voc
-from lightning_models import fit, validate
 from PIL import Image
 from torch import nn
 
+from formula import build
+from layouts import photograph, write_coco, write_imagenet, write_own, write_voc
+from lightning_models import fit, validate
 from sess_lightning import cli
 from sess_lightning.evaluation import weights
 from sess_lightning.evaluation.weights import fit_names, load_network, read_state

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from formula import picture
 from torchvision.models import resnet18
 
+from formula import picture
 from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.methods import SESS, GradCAM, GroupCAM, GuidedBackprop
 from sess_lightning.metrics.functional import deletion_curve, insertion_curve

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from formula import picture
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from formula import picture
 from sess_lightning.ops import (
     blur,
     full_precision,

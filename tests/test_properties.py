@@ -1,12 +1,12 @@
 """Whatever shapes, settings, targets and boxes are given: a good map, or a ValueError that says why not."""
 
 import torch
-from formula import uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_models import filled_net
 from torch import nn
 
+from formula import uniform
+from lightning_models import filled_net
 from sess_lightning import SESS
 from sess_lightning.callback.batches import check_boxes, read_batch
 from sess_lightning.methods import GradCAM, GuidedBackprop

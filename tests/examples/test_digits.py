@@ -7,6 +7,8 @@ pytest.importorskip("sklearn")
 
 import numpy as np
 import torch
+from sklearn.datasets import load_digits
+
 from digits import (
     COOL,
     DIGIT_SIZES,
@@ -21,7 +23,6 @@ from digits import (
     render,
     scans,
 )
-from sklearn.datasets import load_digits
 
 SPLITS = ("train", "val")
 

@@ -3,6 +3,10 @@ import json
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
+
 from finetune_imagenet import (
     MODELS,
     FineTuned,
@@ -12,9 +16,6 @@ from finetune_imagenet import (
     read_training,
     read_validation,
 )
-from PIL import Image
-from torch import nn
-from torchvision.transforms.functional import pil_to_tensor
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 import windows
 from formula import build
 from layouts import photograph
-from PIL import Image
-
 from sess_lightning.evaluation.weights import Network
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max

@@ -6,10 +6,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from formula import Tiny, fill
-from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from torch import nn
 
+from formula import Tiny, fill
+from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from sess_lightning.methods import (
     SESS,
     Captum,

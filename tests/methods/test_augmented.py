@@ -3,10 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from formula import Tiny, fill, picture
-from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from torch import nn
 
+from formula import Tiny, fill, picture
+from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from sess_lightning.methods import AugmentedGradCAM, GradCAM
 from sess_lightning.methods.augmented import Poses, View, take_copies
 from sess_lightning.ops import min_max

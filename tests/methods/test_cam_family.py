@@ -1,9 +1,9 @@
 import pytest
 import torch
-from formula import Tiny, fill, picture
-from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from torch import nn
 
+from formula import Tiny, fill, picture
+from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from sess_lightning.methods import (
     CAM,
     GradCAM,

@@ -6,9 +6,9 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from formula import Tiny, fill, picture
 from torch import nn
 
+from formula import Tiny, fill, picture
 from sess_lightning import methods
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.metrics import SESSMetric

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from formula import build, fill
-from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from formula import build, fill
+from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from sess_lightning.methods import ExcitationBackprop
 from sess_lightning.methods.excitation import excitation
 from sess_lightning.ops import min_max, upsample

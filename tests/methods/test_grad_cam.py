@@ -1,9 +1,9 @@
 import pytest
 import torch
-from formula import TARGET_LAYERS, build, picture
 from torch.nn import functional as F  # noqa: N812
 from torchvision.models import get_model
 
+from formula import TARGET_LAYERS, build, picture
 from sess_lightning.introspection.hooks import head_forward
 from sess_lightning.introspection.layers import find_grid, find_target_layer
 from sess_lightning.methods import SESS, GradCAM

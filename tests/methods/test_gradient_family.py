@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from formula import Tiny, fill
-from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from torch import nn
 
+from formula import Tiny, fill
+from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from sess_lightning.methods import (
     SESS,
     GradCAM,

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from formula import build, picture
 from torch.nn import functional as F  # noqa: N812
 
+from formula import build, picture
 from sess_lightning.methods import GroupCAM
 from sess_lightning.ops import blur, min_max
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from formula import build, picture
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torchvision.models import get_model
 
+from formula import build, picture
 from sess_lightning.methods import GuidedBackprop
 from sess_lightning.methods.gradient import guided_relu
 

@@ -6,9 +6,9 @@ spy fails on the operators that do so, on any device.
 
 import pytest
 import torch
-from formula import picture
 from torchvision.models import resnet18
 
+from formula import picture
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop, RandomMap
 
 METHODS = [

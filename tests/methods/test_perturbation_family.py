@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from formula import Tiny, fill
-from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from torch import nn
 
+from formula import Tiny, fill
+from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from sess_lightning.methods import RISE, ExtremalPerturbation, ScoreCAM
 from sess_lightning.methods.perturbation import Bumps, fading_blur, perturbed, rise_masks
 from sess_lightning.ops import upsample

@@ -3,10 +3,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from formula import Tiny, fill, uniform
-from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from torch import nn
 
+from formula import Tiny, fill, uniform
+from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from sess_lightning.methods import XRAI
 from sess_lightning.methods.regions import grow
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from formula import TARGET_LAYERS, build, equation_2, picture
 from torch import nn
 
+from formula import TARGET_LAYERS, build, equation_2, picture
 from sess_lightning.engine.fusion import canvas_strips, channel_weights, fuse
 from sess_lightning.engine.windows import prefilter, shrunk, windows
 from sess_lightning.introspection.lending import explaining

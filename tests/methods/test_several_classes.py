@@ -1,7 +1,7 @@
 import pytest
 import torch
-from formula import build, picture
 
+from formula import build, picture
 from sess_lightning import SESS, SESSMetric
 from sess_lightning.methods import GradCAM, GuidedBackprop, LayerCAM
 

@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 import torchvision
-from formula import picture
 from torchvision.models import get_model, get_model_builder, list_models
 
+from formula import picture
 from sess_lightning.introspection.layers import find_target_layer
 from sess_lightning.methods import SESS, GradCAM
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from formula import build, picture
-from lightning_models import Counter, filled_net
 from scipy.stats import spearmanr
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
 
+from formula import build, picture
+from lightning_models import Counter, filled_net
 from sess_lightning.introspection.logits import score
 from sess_lightning.metrics.functional import (
     blurred_baseline,

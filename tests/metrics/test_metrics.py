@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from formula import picture
-from lightning_models import filled_net, gathered
 from torch import nn
 from torchmetrics import MetricCollection
 
+from formula import picture
+from lightning_models import filled_net, gathered
 from sess_lightning.metrics import Deletion, Insertion, PointingGame
 from sess_lightning.metrics.functional import curve_auc, deletion_curve, insertion_curve
 

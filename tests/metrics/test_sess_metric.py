@@ -4,11 +4,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from formula import picture
-from lightning_models import Counter, filled_net, gathered
 from torch import nn
 from torchmetrics import MetricCollection
 
+from formula import picture
+from lightning_models import Counter, filled_net, gathered
 from sess_lightning import SESS, SESSMetric
 from sess_lightning.introspection.logits import score
 from sess_lightning.methods import CentreGaussian, GradCAM, RandomMap

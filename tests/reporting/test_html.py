@@ -6,8 +6,8 @@ import tracemalloc
 from html.parser import HTMLParser
 
 import pytest
-from recorded import NASTY, write_runs
 
+from recorded import NASTY, write_runs
 from sess_lightning.reporting.report.page import write_report
 from sess_lightning.reporting.report.records import PICTURE_BYTES, RunRecord, append, read
 

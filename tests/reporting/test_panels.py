@@ -3,9 +3,9 @@ import gc
 import numpy as np
 import pytest
 import torch
+
 from formula import picture
 from lightning_models import MEAN, STD
-
 from sess_lightning.reporting.panels import Panel, curve_figure, displayed, overlay, sheet
 
 GREEN = [0, 255, 0]

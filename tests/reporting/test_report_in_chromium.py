@@ -3,9 +3,9 @@
 import base64
 
 import pytest
+
 from browser import CHROMIUM, DRIVER, END, HOME, LEFT, Browser
 from recorded import NASTY, write_runs
-
 from sess_lightning.reporting.report.page import write_report
 from sess_lightning.reporting.report.records import picture, read
 

@@ -10,13 +10,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb_reader import history, offline, records, run_folder
 
 from sess_lightning.reporting.files import FileSink
 from sess_lightning.reporting.panels import Panel, curve_figure, sheet
 from sess_lightning.reporting.publisher import sink_for
 from sess_lightning.reporting.tensorboard import TensorBoardSink
 from sess_lightning.reporting.wandb import WandbSink
+from wandb_reader import history, offline, records, run_folder
 
 WHEN = {"epoch": 2, "step": 17}
 CURVES = {

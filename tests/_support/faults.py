@@ -11,9 +11,9 @@ from unittest import mock
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning_models import Classifier, boxed, pair, squares
 from PIL import Image
 
+from lightning_models import Classifier, boxed, pair, squares
 from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.reporting.files import FileSink

@@ -4,8 +4,8 @@ import time
 from multiprocessing import get_context
 
 import torch
-from formula import build
 
+from formula import build
 from sess_lightning import evaluation
 from sess_lightning.evaluation.datasets import VOC07
 from sess_lightning.methods import SESS, GradCAM, RandomMap

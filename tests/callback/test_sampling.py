@@ -2,9 +2,9 @@ from collections import Counter
 
 import pytest
 import torch
-from formula import build
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from formula import build
 from sess_lightning import SESS
 from sess_lightning.callback.sampling import Order, find_order, numbering, spread, spread_in_batch
 from sess_lightning.cost.budget import Budget, afford

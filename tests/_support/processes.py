@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from faults import FAULTS, Red
 from lightning.pytorch import Callback
-from lightning_models import Classifier, Squares, boxed, fit, validate
 from torch import multiprocessing
 from torch.utils.data import DataLoader, IterableDataset
 
+from faults import FAULTS, Red
+from lightning_models import Classifier, Squares, boxed, fit, validate
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 from sess_lightning.types import Explanation, SaliencyMethod, SESSWarning

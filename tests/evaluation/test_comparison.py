@@ -1,10 +1,10 @@
 import csv
 
 import pytest
-from evaluated import experiment, run
-from layouts import write_voc
 from PIL import Image
 
+from evaluated import experiment, run
+from layouts import write_voc
 from sess_lightning import cli
 from sess_lightning.evaluation.comparison import compare, points, read_run, varied
 from sess_lightning.methods import SESS, GradCAM

@@ -5,12 +5,13 @@ from itertools import cycle
 
 import numpy as np
 import torch
-from formula import fill, uniform
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+
+from formula import fill, uniform
 
 # Other processes share the cores: threads that wait for one another make small models ten times slower.
 torch.set_num_threads(1)

@@ -4,14 +4,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from isolation import Ledger, difference
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from lightning_models import Classifier, Recorder, fit, small_net, squares
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
 
+from isolation import Ledger, difference
+from lightning_models import Classifier, Recorder, fit, small_net, squares
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 

@@ -3,10 +3,10 @@ from itertools import count
 
 import pytest
 import torch
-from formula import picture
-from lightning_models import filled_net, small_net
 from torch import nn
 
+from formula import picture
+from lightning_models import filled_net, small_net
 from sess_lightning import SESS, SESSCallback, cli
 from sess_lightning.cost.measure import CURVES, RATIOS, SAMPLES, SCALES, SHARES, UPDATE, measure_cost
 from sess_lightning.cost.measuring import alternate, peak_bytes

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from formula import fill, picture
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import CatMetric
 
+from formula import fill, picture
 from sess_lightning.introspection.hooks import recording
 from sess_lightning.introspection.layers import find_grid, find_target_layer, input_window, resolve_layer
 from sess_lightning.introspection.lending import borrowed, explaining

@@ -5,16 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from faults import FAULTS
 from processes import SAMPLED
-
 from sess_lightning.callback.callback import WORST
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """By number of processes, what each of them found."""
-    script = Path(__file__).with_name("processes.py")
+    script = Path(__file__).parents[1] / "_support" / "processes.py"
     command = [sys.executable, str(script), str(tmp_path_factory.mktemp("processes"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
     return {int(world): found for world, found in json.loads(done.stdout.splitlines()[-1]).items()}

@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from layouts import photograph, write_coco, write_imagenet, write_own, write_voc
 
+from layouts import photograph, write_coco, write_imagenet, write_own, write_voc
 from sess_lightning.evaluation.datasets import (
     COCO14,
     VOC07,

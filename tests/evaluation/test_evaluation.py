@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from evaluated import FiveClasses, experiment, run, start
 from formula import build
 from layouts import write_own, write_voc
-
 from sess_lightning.evaluation.datasets import BrokenSampleError, PictureFolder, read_picture
 from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.results import Results

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAVY = "lightning.pytorch", "tensorboard.backend.event_processing.event_accumulator", "torchvision", "wandb"
 
 
@@ -46,12 +46,12 @@ DEFECTS = (
     Defect(
         "the last window sticks out instead of being pulled inside", "engine/windows.py",
         "stride), length - window]", "stride), length - window + 1]",
-        "tests/test_engine.py::test_window_boxes_pulls_the_last_window_inside_the_border",
+        "tests/engine/test_engine.py::test_window_boxes_pulls_the_last_window_inside_the_border",
     ),
     Defect(
         "equation 2 divides by all windows, not by those above theta", "engine/fusion.py",
         'count += len(part) if fusion == "average" else voting.ne_(0).sum(0)', "count += len(part)",
-        "tests/test_engine.py::test_fuse_is_equation_2",
+        "tests/engine/test_engine.py::test_fuse_is_equation_2",
     ),
     Defect(
         "a point at the tolerance itself hits", "metrics/functional.py",
@@ -72,23 +72,23 @@ DEFECTS = (
     Defect(
         "torch's generator is not given back", "introspection/lending.py",
         "        torch.set_rng_state(cpu)\n", "",
-        "tests/test_callback.py::test_weights_are_bit_identical_though_every_explanation_fails",
+        "tests/callback/test_callback.py::test_weights_are_bit_identical_though_every_explanation_fails",
     ),
     Defect(
         "buffers keep what an explanation's forward wrote", "introspection/lending.py",
         "                    tensor.copy_(copy)\n", "                    pass\n",
-        "tests/test_callback.py::test_what_the_users_forward_logs_and_counts_is_not_disturbed",
+        "tests/callback/test_callback.py::test_what_the_users_forward_logs_and_counts_is_not_disturbed",
     ),
     Defect(
         "a StopIteration slips through and ends the validation", "callback/callback.py",
         "        except Exception as error:\n            self._flawed",
         "        except RuntimeError as error:\n            self._flawed",
-        "tests/test_callback.py::test_weights_are_bit_identical_though_every_explanation_fails",
+        "tests/callback/test_callback.py::test_weights_are_bit_identical_though_every_explanation_fails",
     ),
     Defect(
         "every process takes itself for the first one", "callback/sampling.py",
         "size, step, sampler.rank)", "size, step, 0)",
-        "tests/test_sampling.py::test_the_samples_depend_neither_on_processes_nor_on_batches",
+        "tests/callback/test_sampling.py::test_the_samples_depend_neither_on_processes_nor_on_batches",
     ),
     Defect(
         "the score of zeros outlives a step of training", "metrics/sess_metric.py",
@@ -122,7 +122,11 @@ def _test(root, test):
     os.chdir(root)
     sys.path[:] = [
         str(root),
-        *(place for place in sys.path if Path(place or ".") not in (ROOT, ROOT / "tests")),
+        *(
+            place
+            for place in sys.path
+            if Path(place or ".") not in (ROOT, ROOT / "tests", ROOT / "tests" / "_support")
+        ),
     ]
     with (root / "told.txt").open("w") as file:
         os.dup2(file.fileno(), 1)

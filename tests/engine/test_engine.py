@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from formula import equation_2, picture
 
+from formula import equation_2, picture
 from sess_lightning.engine.fusion import (
     canvas_strips,
     channel_weights,
@@ -33,7 +33,7 @@ from sess_lightning.engine.windows import (
 )
 from sess_lightning.ops import resize
 
-TILES = json.loads((Path(__file__).parent / "golden" / "tiles.json").read_text())
+TILES = json.loads((Path(__file__).parents[1] / "golden" / "tiles.json").read_text())
 CPU = torch.device("cpu")
 
 

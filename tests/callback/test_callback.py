@@ -17,6 +17,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from torchmetrics import MeanMetric
+
 from lightning_models import (
     MEAN,
     STD,
@@ -31,13 +37,6 @@ from lightning_models import (
     trainer,
     validate,
 )
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
-from torchmetrics import MeanMetric
-from wandb_reader import history, offline, records, run_folder
-
 from sess_lightning import SESS, SESSCallback, SESSMetric
 from sess_lightning.callback import callback as callback_module
 from sess_lightning.callback.callback import WORST
@@ -48,6 +47,7 @@ from sess_lightning.reporting.panels import displayed
 from sess_lightning.reporting.report.records import read
 from sess_lightning.reporting.sink import Sink
 from sess_lightning.types import Batch, Explanation, SaliencyMethod, SESSWarning
+from wandb_reader import history, offline, records, run_folder
 
 QUICK = SESS(GradCAM(), num_scales=2)
 PICKED = [0, 6, 8, 15]
