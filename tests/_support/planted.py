@@ -72,18 +72,18 @@ DEFECTS = (
     Defect(
         "torch's generator is not given back", "introspection/lending.py",
         "        torch.set_rng_state(cpu)\n", "",
-        "tests/callback/test_callback.py::test_weights_are_bit_identical_though_every_explanation_fails",
+        "tests/callback/test_same_training.py::test_weights_are_bit_identical_though_every_explanation_fails",
     ),
     Defect(
         "buffers keep what an explanation's forward wrote", "introspection/lending.py",
         "                    tensor.copy_(copy)\n", "                    pass\n",
-        "tests/callback/test_callback.py::test_what_the_users_forward_logs_and_counts_is_not_disturbed",
+        "tests/callback/test_same_training.py::test_what_the_users_forward_logs_and_counts_is_not_disturbed",
     ),
     Defect(
         "a StopIteration slips through and ends the validation", "callback/callback.py",
         "        except Exception as error:\n            self._flawed",
         "        except RuntimeError as error:\n            self._flawed",
-        "tests/callback/test_callback.py::test_weights_are_bit_identical_though_every_explanation_fails",
+        "tests/callback/test_same_training.py::test_weights_are_bit_identical_though_every_explanation_fails",
     ),
     Defect(
         "every process takes itself for the first one", "callback/sampling.py",

@@ -1,0 +1,66 @@
+import re
+from html import escape
+
+import pytest
+
+from callbacks import Straying, Watched, quick, straying
+from lightning_models import (
+    boxed,
+    fit,
+    squares,
+)
+from sess_lightning.reporting.report.records import read
+from sess_lightning.types import SESSWarning
+from wandb_reader import history, records, run_folder
+
+
+def alarms(caught):
+    return [str(each.message) for each in caught if "Clever Hans?" in str(each.message)]
+
+
+def test_the_alarm_rings_once_when_accuracy_rises_while_the_maps_leave_the_object(
+    tmp_path, recwarn, wandb_logger
+):
+    fit(
+        tmp_path, straying(), module=Watched, val=squares(read=boxed), max_epochs=3, logger=wandb_logger,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    (text,) = alarms(recwarn)
+    assert "val_acc is 0.800 at step 7" in text
+    assert "relevance mass fell from 1.000 (step 3, val_acc 0.600)" in text
+    assert re.search(r"Look at: sample \d+, ", text)
+    wandb_logger.experiment.finish()
+    folder = run_folder(tmp_path)
+    (path,) = folder.glob("run-*.wandb")
+    (alert,) = [each.alert for each in records(path) if each.WhichOneof("record_type") == "alert"]
+    assert alert.text in text
+    (page,) = tmp_path.glob("**/report.html")
+    (record,) = [each for each in read(page.parent / "records") if each.alerts]
+    assert (record.step, record.alerts) == (7, [alert.text])
+    assert escape(alert.text) in page.read_text("utf-8")
+    drifts = [row["sess/drift_previous"] for row in history(folder) if "sess/drift_previous" in row]
+    assert drifts == pytest.approx([-1, 1], abs=1e-3)  # The first run has nothing to be compared with.
+
+
+@pytest.mark.parametrize("kwargs", [{"method": Straying(loyal=999)}, {"alarm": False}])
+def test_the_alarm_is_silent_while_the_maps_stay_or_where_it_is_off(tmp_path, recwarn, kwargs):
+    fit(tmp_path, straying(**kwargs), module=Watched, val=squares(read=boxed), max_epochs=2,
+        num_sanity_val_steps=0)  # fmt: skip
+    assert alarms(recwarn) == []
+
+
+def test_an_accuracy_that_is_not_logged_is_said_once(tmp_path):
+    with pytest.warns(SESSWarning, match="alarm='val_top1' is not among the logged keys") as caught:
+        fit(tmp_path, quick(alarm="val_top1"), val=squares(read=boxed), max_epochs=2)
+    assert len([each for each in caught if "val_top1" in str(each.message)]) == 1
+
+
+def test_a_resumed_training_compares_with_the_runs_before(tmp_path, recwarn):
+    first = straying()
+    fit(tmp_path, first, module=Watched, val=squares(read=boxed), num_sanity_val_steps=0)
+    second = straying(method=Straying(loyal=0))
+    second.load_state_dict(first.state_dict())
+    module = Watched()
+    module.accuracy = 0.6
+    fit(tmp_path, second, module=module, val=squares(read=boxed), num_sanity_val_steps=0)
+    assert len(alarms(recwarn)) == 1

@@ -1,0 +1,64 @@
+import re
+
+import pytest
+
+from callbacks import QUICK, Apart, numbers
+from lightning_models import (
+    Counter,
+    boxed,
+    fit,
+    squares,
+    validate,
+)
+from sess_lightning import SESSCallback
+
+
+@pytest.mark.parametrize(("target", "samples"), [("label", 32), ("predicted", 32)])
+def test_a_run_costs_the_forwards_that_are_announced_and_at_most_5000(tmp_path, told, target, samples):
+    module = Apart()
+    counter = Counter(module)
+    callback = SESSCallback(on_error="raise", target=target)
+    validate(tmp_path, callback, module=module, val=squares(40, batch_size=8, size=64, side=20))
+    (line,) = told()
+    announced = int(re.search(r"at most ([\d,]+) forwards", line)[1].replace(",", ""))
+    assert f"explains {samples} samples of 64x64 px with SESS(GradCAM()), 31 forwards a map" in line
+    assert 2500 <= announced <= 5000
+    assert announced - 2 <= counter.images <= announced
+
+
+def test_a_small_budget_is_kept_and_floors_are_scored_on_at_least_four(tmp_path, told):
+    module = Apart()
+    counter = Counter(module)
+    callback = SESSCallback(QUICK, on_error="raise", max_forwards=1000)
+    its = validate(tmp_path, callback, module=module, val=squares())
+    values = numbers(its.callback_metrics)
+    # 115 an image: two ends, 5 windows, the first of them the base's, two maps' 54; 108 more for both floors.
+    assert (values["sess/n"], values["sess/random/curves_n"], values["sess/centre/curves_n"]) == (4, 4, 4)
+    assert counter.images <= 895
+    assert "at most 895 forwards a run" in told()[0]
+
+
+def test_a_budget_that_pays_for_nothing_is_an_error(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"max_forwards=400 does not pay for a single sample, which costs 115"
+    ):
+        validate(tmp_path, SESSCallback(QUICK, on_error="raise", max_forwards=400))
+
+
+def test_what_will_be_done_is_said_once_in_one_line(tmp_path, told):
+    fit(tmp_path, SESSCallback(QUICK, num_samples=4), max_epochs=2, val=squares(read=boxed))
+    (line,) = told()
+    assert "\n" not in line
+    for part in (
+        "each run explains 4 samples of 32x32 px with SESS(GradCAM(), num_scales=2), 5 forwards a map",
+        "beside base (4), random (4), centre (4)",
+        "Pointing Game within 2.14 px",
+        "at most 895 forwards a run",
+    ):
+        assert part in line
+
+
+def test_a_small_data_set_is_announced_with_the_samples_it_has(tmp_path, told):
+    its = validate(tmp_path, SESSCallback(QUICK), val=squares(8))
+    assert "explains 8 samples" in told()[0]
+    assert numbers(its.callback_metrics)["sess/n"] == 8

@@ -1,0 +1,44 @@
+import pytest
+
+from callbacks import quick, spying
+from lightning_models import (
+    fit,
+)
+from sess_lightning import SESSCallback
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "told"),
+    [
+        (
+            {"method": "sess"},
+            TypeError,
+            r"method must be a saliency method such as SESS\(GradCAM\(\)\), got 'sess'",
+        ),
+        ({"num_samples": 0}, ValueError, "num_samples must be a whole number of at least 1, got 0"),
+        ({"num_samples": 2.5}, ValueError, "num_samples must be a whole number of at least 1, got 2.5"),
+        ({"num_images": -1}, ValueError, "num_images must be a whole number of at least 0, got -1"),
+        ({"every_n_epochs": 0}, ValueError, "every_n_epochs must be a whole number of at least 1, got 0"),
+        ({"max_forwards": 0}, ValueError, "max_forwards must be a whole number of at least 1, got 0"),
+        ({"tolerance": 0.0}, ValueError, "tolerance must be positive px, got 0.0"),
+        ({"target": "truth"}, ValueError, 'target must be "label" or "predicted", got \'truth\''),
+        ({"prefix": "../up"}, ValueError, r'no "\.\.", no leading "/", got \'\.\./up\''),
+        ({"prefix": "/etc"}, ValueError, "no leading \"/\", got '/etc'"),
+        ({"on_error": "ignore"}, ValueError, 'on_error must be "warn" or "raise", got \'ignore\''),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments, error, told, unchecked):
+    with pytest.raises(error, match=told):
+        SESSCallback(**arguments)
+
+
+def test_two_callbacks_with_prefixes_of_their_own_stand_side_by_side(tmp_path):
+    red, green = spying(prefix="red")[0], spying(prefix="green", num_samples=8)[0]
+    its = fit(tmp_path, red, green)
+    assert (its.logger.of("red/n"), its.logger.of("green/n")) == ([4], [8])
+    assert not [name for name in its.callback_metrics if name.startswith("sess")]
+
+
+def test_two_callbacks_with_one_prefix_are_refused_by_the_trainer(tmp_path):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `SESSCallback`"):
+        fit(tmp_path, quick(), quick())

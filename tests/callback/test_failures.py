@@ -1,0 +1,112 @@
+import signal
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from callbacks import Broken, Spy, Talkative, quick
+from lightning_models import (
+    Classifier,
+    fit,
+    validate,
+)
+from sess_lightning import SESSCallback
+from sess_lightning.types import SESSWarning
+
+
+def test_a_run_that_fails_warns_once_and_three_in_a_row_switch_the_callback_off(tmp_path):
+    broken = Broken()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        its = fit(tmp_path, SESSCallback(broken, num_samples=16), max_epochs=5, num_sanity_val_steps=0)
+    told = [str(each.message) for each in caught if issubclass(each.category, SESSWarning)]
+    assert [text.split(": ", 1)[0] for text in told] == [
+        "SESSCallback (process 0, epoch 0)", "SESSCallback (process 0, epoch 1)",
+        "SESSCallback (process 0, epoch 2)", "SESSCallback (process 0, epoch 2)",
+    ]  # fmt: skip
+    assert all("RuntimeError: out of luck Training goes on" in text for text in told[:3])
+    assert "three runs failed in a row; SESSCallback is off" in told[3]
+    assert len(broken.calls) == 3
+    assert its.logger.of("sess/failed") == [1, 2, 3]
+    assert its.current_epoch == 5
+
+
+def test_the_next_start_gives_the_callback_another_chance(tmp_path):
+    callback = SESSCallback(Broken(), num_samples=4)
+    with pytest.warns(SESSWarning) as caught:
+        fit(tmp_path, callback, max_epochs=3)
+    assert "is off" in str(caught[-1].message)
+    callback.method = Spy()
+    assert validate(tmp_path, callback).logger.of("sess/n") == [4]
+
+
+def test_a_failure_between_two_good_runs_is_forgiven_and_counted(tmp_path):
+    class Moody(Classifier):
+        def forward(self, images):
+            if not self.training and self.trainer.current_epoch == 1:
+                raise RuntimeError("not today")
+            return super().forward(images)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 0.5)
+
+    with pytest.warns(SESSWarning, match="RuntimeError: not today"):
+        its = fit(tmp_path, quick(on_error="warn"), module=Moody, max_epochs=3)
+    assert [row["epoch"] for row in its.logger.rows if "sess/overall" in row] == [0, 2]
+    assert its.logger.of("sess/failed") == [0, 1, 1]
+
+
+def test_warnings_that_are_errors_do_not_end_the_training(tmp_path, told):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SESSWarning)
+        its = fit(tmp_path, SESSCallback(Broken(), num_samples=4))
+    assert its.current_epoch == 1
+    assert any("out of luck" in text for text in told())
+
+
+def test_errors_are_raised_where_asked_for(tmp_path):
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(tmp_path, SESSCallback(Broken(), on_error="raise"))
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")
+def test_an_interrupt_ends_the_training_and_the_module_is_given_back(tmp_path):
+    broken = Broken(error=KeyboardInterrupt)
+    module, handler = Talkative(), signal.getsignal(signal.SIGINT)
+    module.net[1].eval()
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(tmp_path, Calm(), SESSCallback(broken, num_samples=4), module=module, num_sanity_val_steps=0)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones.
+    assert len(broken.calls) == 1
+    assert not torch.is_inference_mode_enabled()
+    assert torch.equal(torch.get_rng_state(), Calm.state)
+    assert {"log", "log_dict"}.isdisjoint(vars(module))
+    assert not [each for each in module.modules() if each._forward_hooks or each._forward_pre_hooks]
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+class Calm(Callback):
+    """Notes torch's generator before the explanations."""
+
+    def on_validation_batch_end(self, *args, **kwargs):
+        type(self).state = torch.get_rng_state()
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy()])
+def test_sharded_parameters_are_refused_before_the_training_begins(strategy, unchecked):
+    with pytest.raises(ValueError, match=f"does not work with {type(strategy).__name__}: parameters are"):
+        SESSCallback().setup(SimpleNamespace(strategy=strategy), None, "fit")
+
+
+def test_no_tensor_outlives_an_error(tmp_path):
+    callback = SESSCallback(Broken(), num_samples=4)
+    with pytest.warns(SESSWarning):
+        fit(tmp_path, callback)
+    assert not [
+        value for value in vars(callback).values() if isinstance(value, (BaseException, torch.Tensor))
+    ]
