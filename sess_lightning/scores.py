@@ -1,0 +1,164 @@
+"""Every score once: its key, what a reader calls it, which end is good; and how keys are built and read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+ENDS = ("ci_low", "ci_high")
+"""The ends of a score's 95 % interval."""
+MINUS = "minus_"
+"""Begins the keys of paired differences: the explained method less a compared one."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score.
+
+    Attributes:
+        key: Its name in keys, tables and files.
+        label: What a reader sees.
+        better: Which end is the good one; empty where neither is.
+        worst: What stands in until the first run is over, so that a monitor finds the key; None for scores
+            that are logged only once they are known.
+        bounds: Lowest and highest value there can be; None where it is open.
+        note: What it measures, in a few words.
+        is_count: Whether it counts samples, images or runs.
+    """
+
+    key: str
+    label: str
+    better: Literal["higher", "lower", ""] = ""
+    worst: float | None = None
+    bounds: tuple[float, float] | None = None
+    note: str = ""
+    is_count: bool = False
+
+
+class Key(NamedTuple):
+    """What a key says; ``build(*key)`` is the key again.
+
+    Attributes:
+        score: Key of the score, one of ``SCORES``.
+        method: Name of a compared method; empty for the explained one.
+        minus: Whether it is the paired difference: the explained method less ``method``.
+        end: ``"ci_low"`` or ``"ci_high"`` for an end of the interval, else empty.
+    """
+
+    score: str
+    method: str = ""
+    minus: bool = False
+    end: str = ""
+
+
+def _count(key: str, label: str) -> Score:
+    return Score(key, label, is_count=True)
+
+
+_UNIT = (0.0, 1.0)
+
+SCORES = {
+    score.key: score
+    for score in (
+        Score("insertion", "Insertion", "higher", 0.0, _UNIT),
+        Score("deletion", "Deletion", "lower", 1.0, _UNIT),
+        Score("overall", "Overall", "higher", -1.0, (-1.0, 1.0), "insertion − deletion"),
+        Score("pointing_game", "Pointing Game", "higher", 0.0, _UNIT),
+        Score("pointing_game_difficult", "Pointing Game, difficult", "higher", None, _UNIT),
+        Score("relevance_mass", "Relevance mass", "higher", 0.0, _UNIT, "share inside the object"),
+        Score("region_share", "Object's share of the image", "", None, _UNIT),
+        Score("insertion_normalised", "Insertion, normalised", "higher"),
+        Score("deletion_normalised", "Deletion, normalised", "lower"),
+        Score("tied_share", "Tied pixels", "", None, _UNIT, "share of a map whose order is arbitrary"),
+        Score("drift_previous", "Like the previous run", "", None, (-1.0, 1.0), "rank correlation of maps"),
+        Score("drift_initial", "Like the first run", "", None, (-1.0, 1.0), "rank correlation of maps"),
+        Score("selection", "Selection", "higher"),
+        Score("seconds_per_image", "Seconds per image", "lower"),
+        _count("n", "explained"),
+        _count("curves_n", "with curves"),
+        _count("pointing_game_n", "in the Pointing Game"),
+        _count("pointing_game_difficult_n", "in the Pointing Game, difficult"),
+        _count("images", "images"),
+        _count("broken", "broken files"),
+        _count("missing", "missing"),
+        _count("all_difficult", "images with difficult objects only"),
+        _count("skipped", "without object"),
+        _count("misclassified", "misclassified"),
+        _count("nan", "not finite"),
+        _count("flat", "flat maps"),
+        _count("failed", "failed runs"),
+    )
+}
+"""Every score there is, in the order in which tables show them."""
+
+
+def build(score: str, method: str = "", minus: bool = False, end: str = "") -> str:
+    """Return a key such as ``"insertion"``, ``"base/insertion"`` or ``"minus_base/overall_ci_low"``.
+
+    Args:
+        score: Key of the score.
+        method: Name of a compared method; empty for the explained one.
+        minus: Ask for the paired difference: the explained method less ``method``.
+        end: ``"ci_low"`` or ``"ci_high"`` for an end of the interval.
+    """
+    prefix = f"{MINUS * minus}{method}/" if method else ""
+    return f"{prefix}{score}_{end}" if end else prefix + score
+
+
+def split(key: str) -> Key | None:
+    """Return what a key says, or None if it names no score; the inverse of ``build``."""
+    method, slash, score = key.rpartition("/")
+    end = next((end for end in ENDS if score.endswith(f"_{end}")), "")
+    score = score.removesuffix(f"_{end}")
+    minus = method.startswith(MINUS)
+    method = method.removeprefix(MINUS)
+    if score not in SCORES or bool(slash) != bool(method) or "/" in method:
+        return None
+    return Key(score, method, minus, end)
+
+
+def check_names(names: Iterable[str], explained: str = "") -> None:
+    """Refuse names of compared methods that cannot be told apart, or that would break the keys of scores.
+
+    Args:
+        names: Names of the methods that are scored beside the explained one.
+        explained: What the explained method is called.
+
+    Raises:
+        ValueError: If a name is refused; it says why.
+    """
+    seen = {_folded(explained): explained} if explained else {}
+    for name in names:
+        if reason := _objection(name):
+            raise ValueError(f"compare: a method cannot be called {name!r}: {reason}; choose another name.")
+        if (other := seen.get(_folded(name))) is not None:
+            whose = "the explained method" if other is explained else "another"
+            raise ValueError(
+                f"compare: {name!r} cannot be told from {other!r}, the name of {whose}: files and loggers "
+                "ignore case and punctuation; choose another name."
+            )
+        seen[_folded(name)] = name
+
+
+def _folded(name: str) -> str:
+    """Return what is left of a name in file systems that ignore case, and in TensorBoard's tags."""
+    return re.sub(r"[^\w.-]", "_", name.casefold())
+
+
+def _objection(name: str) -> str:
+    """Return what speaks against a name; empty if nothing does."""
+    if not name.strip():
+        return "it needs a text to be shown by"
+    if name != name.strip() or not name.isprintable():
+        return "spaces around it and control characters are lost in tables"
+    if "/" in name:
+        return 'a "/" separates the method from the score in keys'
+    if name.startswith(MINUS):
+        return f'"{MINUS}" begins the keys of differences'
+    if name.startswith("dataloader_idx_"):
+        return "Lightning keeps such keys for itself"
+    if name == "method" or split(name) is not None:
+        return "scores and files give this name another meaning"
+    return ""
