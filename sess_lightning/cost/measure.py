@@ -310,9 +310,8 @@ def _knobs(
             yield knob(f"num_scales={n}", replace(method, num_scales=n, scales=None))
         for r in RATIOS:
             yield knob(f"prefilter_ratio={r}", replace(method, prefilter_ratio=r))
-        if method.scoring == "full" and method.scoring_size is None:
-            for share in SHARES:
-                yield knob(f"coarse_to_fine={share}", replace(method, coarse_to_fine=share))
+        for share in SHARES:
+            yield knob(f"coarse_to_fine={share}", replace(method, coarse_to_fine=share))
     for n in SAMPLES:
         yield knob(f"num_samples={n}", method, num_samples=n)
 
@@ -328,9 +327,5 @@ def _prices(
     count, kept = method.counts(plan)
     if not kept:
         return told.seconds / count, 0.0
-    if method.base.single_forward:  # Cheap scores: what was kept cost what the base costs on a window.
-        share = plan.window**2 / (size[0] * size[1])
-        explained = parts[f"{method.base}, alone"].seconds * share
-        return max(0.0, told.seconds - kept * explained) / count, explained
     scored = told.floor / told.forwards
     return scored, max(0.0, told.seconds - count * scored) / kept

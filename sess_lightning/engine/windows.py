@@ -101,29 +101,6 @@ def plan_windows(size: tuple[int, int], window: int, stride: int, sides: tuple[i
     return Plan(size, window, scales, tuple(_boxes(*scale, window, stride) for scale in scales))
 
 
-@lru_cache(maxsize=256)
-def shrunk(plan: Plan, window: int) -> Plan:
-    """Return the plan of the same windows, each drawn ``window`` px large; borders rounded to whole px."""
-    factor = window / plan.window
-
-    def length(side: int) -> int:
-        return max(window, round(side * factor))
-
-    def start(place: int, side: int) -> int:
-        return min(round(place * factor), length(side) - window)
-
-    starts = [
-        [(start(x0, width), start(y0, height)) for x0, y0, _, _ in boxes]
-        for (height, width), boxes in zip(plan.scales, plan.boxes, strict=True)
-    ]
-    return Plan(
-        plan.size,
-        window,
-        tuple((length(height), length(width)) for height, width in plan.scales),
-        tuple(tuple((x, y, x + window, y + window) for x, y in each) for each in starts),
-    )
-
-
 def windows(
     images: Float[Tensor, "B C H W"], plan: Plan, antialias: bool = True
 ) -> Iterator[Float[Tensor, "C w w"]]:

@@ -1,10 +1,9 @@
 """SESS around any method; itself a method."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -27,7 +26,6 @@ from sess_lightning.engine.windows import (
     kept_count,
     plan_windows,
     ranked,
-    shrunk,
     sides_of,
     windows,
 )
@@ -37,8 +35,6 @@ from sess_lightning.introspection.logits import check_inputs, classify, log_scor
 from sess_lightning.methods.cam import GradCAM
 from sess_lightning.ops import min_max, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
-
-Scoring: TypeAlias = Literal["full", "bf16"]
 
 
 class _Scored(NamedTuple):
@@ -78,14 +74,9 @@ class SESS(SaliencyMethod):
         channel_weights: Weight each map by its window's score (equation 1).
         smoothing: Blur the seams of the fused map: for pictures, not for scores.
         batch_size: Windows that go through the model at once; None by the memory there is.
-        scoring: ``"bf16"`` ranks windows by a forward in bfloat16; those kept are then explained and weighted
-            in full precision. Cheaper at a high ``prefilter_ratio`` only.
-        scoring_size: Side, px, at which windows are ranked; those kept are explained and weighted at full
-            size. For networks that take any size; None is the window.
         coarse_to_fine: Share of the windows to score, in (0, 1]: all of the coarser scales, and of the finer
-            ones those where the coarser maps lie; the others count as filtered. None scores all.
-        guide: Whose maps say where that is, from the forwards that score; None is ``base`` where one forward
-            gives both, else ``GradCAM()``.
+            ones those where the coarser maps lie; the others count as filtered. None scores all. The maps are
+            the base's where one forward pass gives scores and maps, else Grad-CAM's.
     """
 
     base: SaliencyMethod
@@ -100,10 +91,7 @@ class SESS(SaliencyMethod):
     channel_weights: bool = True
     smoothing: bool = False
     batch_size: int | None = None
-    scoring: Scoring = "full"
-    scoring_size: int | None = None
     coarse_to_fine: float | None = None
-    guide: SaliencyMethod | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, SaliencyMethod):
@@ -118,38 +106,18 @@ class SESS(SaliencyMethod):
             raise ValueError(
                 f"SESS: theta must be in [0, 1), a fraction of the top weight, got {self.theta}."
             )
-        if self.scoring not in ("full", "bf16"):
-            raise ValueError(f'SESS: scoring must be "full" or "bf16", got {self.scoring!r}.')
         if self.coarse_to_fine is not None:
             if not 0 < self.coarse_to_fine <= 1:
                 raise ValueError(
                     "SESS: coarse_to_fine must be in (0, 1], a share of the windows, got "
                     f"{self.coarse_to_fine}."
                 )
-            if self._scores_cheaply:
-                raise ValueError(
-                    "SESS: coarse_to_fine scores fewer windows, scoring and scoring_size all of them more "
-                    "cheaply; choose one."
-                )
             if self.scales is not None and list(self.scales) != sorted(self.scales):
                 raise ValueError(f"SESS: coarse_to_fine needs scales that rise, got {self.scales}.")
-        if self.guide is not None:
-            self._check_guide(self.guide)
-        for name in ("window", "stride", "batch_size", "scoring_size"):
+        for name in ("window", "stride", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"SESS: {name} must be at least 1, got {value}.")
-
-    def _check_guide(self, guide: SaliencyMethod) -> None:
-        if not isinstance(guide, SaliencyMethod):
-            raise TypeError(f"SESS: guide must be a saliency method such as GradCAM(), got {guide!r}.")
-        if self.coarse_to_fine is None:
-            raise ValueError("SESS: guide says where coarse_to_fine descends; give that as well.")
-        if not guide.single_forward or guide.activation != self.activation:
-            raise ValueError(
-                "SESS: guide must give scores and maps in one forward, as GradCAM does, and read logits as "
-                f"the base does, activation={self.activation!r}; got {guide}."
-            )
 
     @property
     def activation(self) -> Activation:  # type: ignore[override]
@@ -164,25 +132,10 @@ class SESS(SaliencyMethod):
         """
         window = self.window if self.window is not None else input_window(model) or min(size)
         stride = self.stride if self.stride is not None else window
-        self._check_scoring_size(model, window)
         return plan_windows(tuple(size), window, stride, sides_of(self.scales, window, self.num_scales))
 
-    def _check_scoring_size(self, model: nn.Module, window: int) -> None:
-        if self.scoring_size is None:
-            return
-        built_for = input_window(model)
-        if built_for is not None:
-            raise ValueError(
-                f"SESS: scoring_size={self.scoring_size}, but the model says it was built for {built_for} px "
-                'and may take no other size; leave it out, scoring="bf16" works for any model.'
-            )
-        if self.scoring_size > window:
-            raise ValueError(
-                f"SESS: scoring_size {self.scoring_size} exceeds the window, {window} px; use a smaller one."
-            )
-
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
-        """Return how many forwards of windows one map of an image of ``size`` costs, cheap or not."""
+        """Return how many forwards of windows one map of an image of ``size`` costs."""
         plan = self.plan(model, size)
         scored, explained = self.counts(plan)
         return scored + explained * self.base.count_forwards(model, (plan.window, plan.window))
@@ -190,7 +143,7 @@ class SESS(SaliencyMethod):
     def counts(self, plan: Plan) -> tuple[int, int]:
         """Return how many windows are scored, and how many the base then explains by forwards of its own."""
         scored, kept = self._scored_and_kept(plan)
-        return scored, 0 if self._one_forward else kept
+        return scored, 0 if self.base.single_forward else kept
 
     def _scored_and_kept(self, plan: Plan) -> tuple[int, int]:
         scored = len(plan)
@@ -205,11 +158,10 @@ class SESS(SaliencyMethod):
         """Explain ``targets`` on ``images`` of any one size.
 
         The scores are those of the window that is the whole image where there is one, else of the best
-        window; if that one is not kept, as cheap scoring found it.
+        window.
 
         Raises:
-            ValueError: If an argument has the wrong shape, the windows do not fit, or ``scoring_size`` does
-                not suit the model.
+            ValueError: If an argument has the wrong shape, or the windows do not fit.
         """
         check_inputs("SESS", images, targets)
         return self._finished(model, images, targets)[0]
@@ -244,7 +196,7 @@ class SESS(SaliencyMethod):
 
     def gives(self, other: SaliencyMethod, model: nn.Module, size: tuple[int, int]) -> bool:
         """Return True for the base, where windows take one forward and the first is the untouched image."""
-        if not self._one_forward or not other.single_forward or other != self.base:
+        if not self.base.single_forward or not other.single_forward or other != self.base:
             return False
         plan = self.plan(model, size)
         return plan.size == plan.scales[0] == (plan.window, plan.window)
@@ -280,12 +232,8 @@ class SESS(SaliencyMethod):
                 own[which] for own, which in zip(scored.maps, places, strict=True)
             )
         else:
-            found = self._extractions(self.base, model, images, targets, plan, kept)
-            if self._scores_cheaply:  # Held, few as they are: they are weighted by their own best score.
-                found = iter(held := [*found])
-                weighing = torch.cat([each.log_scores for each in held]).view_as(kept)
-                logs = logs.scatter(1, kept, weighing)
-            stream = chain.from_iterable(each.maps for each in found)
+            kept_maps = self._extractions(self.base, model, images, targets, plan, kept)
+            stream = chain.from_iterable(part.maps for part in kept_maps)
         weights = channel_weights(weighing)
         if not self.channel_weights:
             weights = torch.ones_like(weights)
@@ -310,28 +258,11 @@ class SESS(SaliencyMethod):
         # In the plan's order: where all are kept, the windows need not be cut one by one.
         return ranked(scored.logs)[:, : self._scored_and_kept(plan)[1]].sort(dim=-1).values
 
-    @property
-    def _one_forward(self) -> bool:
-        """Whether the forward that scores a window gives its map as well."""
-        if self.coarse_to_fine is not None:
-            return self._guide == self.base
-        return self.base.single_forward and not self._scores_cheaply
-
-    @property
-    def _guide(self) -> SaliencyMethod:
-        if self.guide is not None:
-            return self.guide
-        return self.base if self.base.single_forward else GradCAM(activation=self.activation)
-
-    @property
-    def _scores_cheaply(self) -> bool:
-        return self.scoring != "full" or self.scoring_size is not None
-
     def _scored(self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan) -> _Scored:
         every = torch.arange(len(plan), device=images.device).expand(len(targets), -1)
         if self.coarse_to_fine is not None:
             return self._descended(model, images, targets, plan, every)
-        if self._one_forward:
+        if self.base.single_forward:
             logs, maps = self._extracted(self.base, model, images, targets, plan)
             return _Scored(every, logs, maps)
         return _Scored(every, self.score_windows(model, images, targets, plan), None)
@@ -344,16 +275,16 @@ class SESS(SaliencyMethod):
         Where it is flat, the first of them are taken.
         """
         assert self.coarse_to_fine is not None
-        guide = self._guide
+        guide = self.base if self.base.single_forward else GradCAM(activation=self.activation)
         scales, fine = descent(plan, self.coarse_to_fine)
         coarse = plan.first(scales)
         try:
             logs, maps = self._extracted(guide, model, images, targets, coarse)
         except ValueError as error:
-            if guide in (self.base, self.guide):
+            if guide == self.base:
                 raise
             raise ValueError(
-                f"SESS: coarse_to_fine descends by {guide} here, which fails; give another guide. {error}"
+                f"SESS: coarse_to_fine descends by {guide} here, which fails; leave it out. {error}"
             ) from error
         which = every[:, : len(coarse)]
         if fine:
@@ -392,10 +323,8 @@ class SESS(SaliencyMethod):
     ) -> Float[Tensor, "T P"]:
         """Return the log-scores that windows are ranked by, from forwards of their own; as for ``fused``."""
         size = batch_limit(self.batch_size, images)
-        cut = windows(images, shrunk(plan, self.scoring_size or plan.window), self.antialias)
-        device = images.device.type if images.device.type != "meta" else "cpu"
-        with torch.autocast(device, torch.bfloat16) if self.scoring == "bf16" else nullcontext():
-            logits = torch.cat([*in_batches(lambda part, _: classify(model, stacked(part)), cut, size)])
+        cut = windows(images, plan, self.antialias)
+        logits = torch.cat([*in_batches(lambda part, _: classify(model, stacked(part)), cut, size)])
         logits = logits.unflatten(0, (-1, len(plan))).expand(len(targets), -1, -1)
         of_window = targets[:, None].expand(-1, len(plan))
         logs = log_scores(logits.flatten(0, 1), of_window.flatten(), self.activation)

@@ -87,13 +87,6 @@ def test_a_filter_saves_what_comes_after_the_score(images):
     assert (costs.run.samples, knobs["num_scales=12"].samples) == (1, 0)
 
 
-def test_cheap_scores_make_the_kept_windows_cost_extra(images):
-    method = SESS(GradCAM(), num_scales=3, prefilter_ratio=0.5, scoring_size=16)
-    knobs = by_name(measure_cost(filled_net(), images, method, rounds=1).knobs)
-    assert [knobs[f"prefilter_ratio={r}"].forwards for r in RATIOS] == [9 + 9, 9 + 5, 9 + 1, 9 + 1]
-    assert knobs["prefilter_ratio=0.0"].seconds > knobs["prefilter_ratio=0.9"].seconds
-
-
 def test_a_method_without_a_base_has_no_scales_to_turn_and_the_model_is_given_back(images):
     model = small_net()
     model[1].eval()

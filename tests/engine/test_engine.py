@@ -26,7 +26,6 @@ from sess_lightning.engine.windows import (
     prefilter,
     scale_sides,
     scaled_size,
-    shrunk,
     sides_of,
     window_boxes,
     windows,
@@ -291,15 +290,3 @@ def test_window_means_are_those_of_the_crops():
     maps, strips = torch.rand(2, 60, 80), crop_strips(plan, True, torch.device("cpu"))
     cut = torch.stack([crop(each[None], *strips, torch.arange(len(plan))) for each in maps])
     torch.testing.assert_close(window_means(maps, *strips), cut.mean((2, 3, 4)))
-
-
-def test_shrunk_keeps_every_window_where_it_was():
-    plan = plan_windows((375, 500), 224, 224, (375, 500))
-    small = shrunk(plan, 112)
-    assert (small.size, small.window, small.scales) == ((375, 500), 112, ((188, 250), (250, 333)))
-    for before, after in zip(plan.boxes, small.boxes, strict=True):
-        for (x0, y0, _, _), (x, y, x1, y1) in zip(before, after, strict=True):
-            assert (abs(x - x0 / 2), abs(y - y0 / 2)) <= (1, 1)
-            assert (x1 - x, y1 - y) == (112, 112)
-    assert all(x1 <= 333 and y1 <= 250 for _, _, x1, y1 in small.boxes[1])
-    assert shrunk(plan, 224) == plan

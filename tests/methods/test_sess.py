@@ -10,7 +10,7 @@ from torch import nn
 
 from formula import TARGET_LAYERS, build, equation_2, picture
 from sess_lightning.engine.fusion import canvas_strips, channel_weights, fuse
-from sess_lightning.engine.windows import prefilter, shrunk, windows
+from sess_lightning.engine.windows import prefilter, windows
 from sess_lightning.introspection.lending import explaining
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, Gradient, GroupCAM, GuidedBackprop
 from sess_lightning.ops import blur, resize
@@ -220,55 +220,6 @@ def test_windows_of_all_images_share_full_batches(tiny, images, targets):
 
 
 @base_cases
-@pytest.mark.parametrize(
-    ("cheap", "ratio"), [({"scoring_size": 224}, 0.5), ({"scoring_size": 112, "scoring": "bf16"}, 0.0)]
-)
-def test_cheap_scoring_that_keeps_the_same_windows_gives_the_same_map(
-    base, cheap, ratio, tiny, images, targets
-):
-    plain = SESS(base, num_scales=3, prefilter_ratio=ratio, batch_size=4)
-    got = replace(plain, **cheap).explain(tiny, images, targets)
-    torch.testing.assert_close(got, plain.explain(tiny, images, targets), atol=1e-4, rtol=1e-4)
-
-
-def test_cheap_scores_choose_the_windows_and_full_ones_weigh_them(tiny, images, targets):
-    plain = SESS(GradCAM("features.5"), num_scales=3)
-    plan = plain.plan(tiny, (224, 224))
-    image, target = images[:1], targets[:1]
-    with torch.no_grad():
-        small = torch.stack(list(windows(image, shrunk(plan, 112))))
-        ranked = prefilter(tiny(small).log_softmax(1)[:, target[0]], 0.8)
-        full = tiny(torch.stack(list(windows(image, plan)))).log_softmax(1)[:, target[0]]
-    assert sorted(ranked.tolist()) != sorted(prefilter(full, 0.8).tolist())
-    with explaining(tiny):
-        maps = GradCAM("features.5").extract(tiny, torch.stack(list(windows(image, plan))), target.expand(9))
-    strips = canvas_strips(plan, (7, 7), image.device)
-    fused = fuse(maps.maps[ranked], channel_weights(full[ranked]), strips, ranked)
-    got = replace(plain, prefilter_ratio=0.8, scoring_size=112)(tiny, image, target)
-    torch.testing.assert_close(got[0], fused / fused.amax(), atol=1e-5, rtol=0)
-
-
-def test_cheap_scoring_costs_the_forwards_it_counts(tiny, images, targets):
-    seen = []
-    tiny.register_forward_pre_hook(lambda _, inputs: seen.extend([inputs[0].shape[-1]] * len(inputs[0])))
-    method = SESS(GradCAM("features.5"), num_scales=3, prefilter_ratio=0.8, scoring_size=112)
-    method(tiny, images, targets)
-    assert (seen.count(112), seen.count(224)) == (2 * 9, 2 * 2)
-    assert method.count_forwards(tiny, (224, 224)) == 9 + 2
-
-
-def test_a_model_of_one_size_scores_at_no_other(tiny, images, targets):
-    tiny.pretrained_cfg = {"fixed_input_size": True, "input_size": (3, 224, 224)}
-    with pytest.raises(ValueError, match="scoring_size=112, but the model says it was built for 224 px"):
-        SESS(GradCAM("features.5"), scoring_size=112)(tiny, images, targets)
-
-
-def test_a_scoring_size_above_the_window_is_refused(tiny, images, targets):
-    with pytest.raises(ValueError, match="scoring_size 225 exceeds the window, 224 px"):
-        SESS(GradCAM("features.5"), scoring_size=225)(tiny, images, targets)
-
-
-@base_cases
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_coarse_to_fine_that_scores_all_changes_nothing(base, ratio, tiny, images, targets):
     plain = SESS(base, num_scales=3, prefilter_ratio=ratio, batch_size=4)
@@ -330,10 +281,10 @@ def test_coarse_to_fine_descends_for_each_class_of_an_image(base, tiny, images):
         torch.testing.assert_close(together.scores[i], alone.scores[0], atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_that_the_guide_cannot_explain_is_refused_by_the_guides_name(targets):
+def test_a_model_that_grad_cam_cannot_explain_is_refused_where_coarse_to_fine_needs_it(targets):
     plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
     method = SESS(Gradient(), num_scales=2, coarse_to_fine=0.5)
-    with pytest.raises(ValueError, match=r"descends by GradCAM\(\) here, which fails; give another guide"):
+    with pytest.raises(ValueError, match=r"descends by GradCAM\(\) here, which fails; leave it out"):
         method(plain, torch.rand(2, 3, 32, 32), targets)
 
 
@@ -391,21 +342,9 @@ def test_methods_print_compare_hash_and_pickle():
             r"SESS: theta must be in \[0, 1\), a fraction of the top weight, got 1.0",
         ),
         ({"batch_size": 0}, ValueError, "SESS: batch_size must be at least 1, got 0"),
-        ({"scoring_size": 0}, ValueError, "SESS: scoring_size must be at least 1, got 0"),
-        ({"scoring": "fp16"}, ValueError, 'SESS: scoring must be "full" or "bf16", got \'fp16\''),
         ({"coarse_to_fine": 0.0}, ValueError, r"coarse_to_fine must be in \(0, 1\], .* got 0.0"),
         ({"coarse_to_fine": 1.5}, ValueError, r"coarse_to_fine must be in \(0, 1\], .* got 1.5"),
-        ({"coarse_to_fine": 0.5, "guide": GroupCAM()}, ValueError, "guide must give scores and maps in one"),
-        (
-            {"coarse_to_fine": 0.5, "guide": GradCAM(activation="sigmoid")},
-            ValueError,
-            "activation='softmax'; got GradCAM",
-        ),
-        ({"coarse_to_fine": 0.5, "guide": "GradCAM"}, TypeError, "guide must be a saliency method such as"),
-        ({"guide": GradCAM()}, ValueError, "guide says where coarse_to_fine descends; give that as well"),
         ({"coarse_to_fine": 0.5, "scales": (300, 224)}, ValueError, "coarse_to_fine needs scales that rise"),
-        ({"coarse_to_fine": 0.5, "scoring": "bf16"}, ValueError, "more cheaply; choose one"),
-        ({"coarse_to_fine": 0.5, "scoring_size": 112}, ValueError, "more cheaply; choose one"),
         ({"stride": 0}, ValueError, "SESS: stride must be at least 1, got 0"),
         ({"window": 0}, ValueError, "SESS: window must be at least 1, got 0"),
     ],

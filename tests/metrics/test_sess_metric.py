@@ -399,8 +399,6 @@ BESIDE = {"base": GradCAM(), "red": Channel(0)}
         ({"smoothing": True, "channel_weights": False}, False),
         ({"scales": (48, 32)}, True),
         ({"window": 24}, True),
-        ({"scoring": "bf16"}, True),
-        ({"scoring_size": 16}, True),
         ({"base": GradCAM(activation="sigmoid")}, True),
     ],
     ids=str,
