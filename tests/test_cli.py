@@ -11,7 +11,7 @@ from torch import nn
 from formula import build
 from layouts import photograph, write_coco, write_imagenet, write_own, write_voc
 from lightning_models import fit, validate
-from sess_lightning import cli
+from sess_lightning import cli, commands
 from sess_lightning.evaluation import weights
 from sess_lightning.evaluation.weights import fit_names, load_network, read_state
 from sess_lightning.methods import SESS
@@ -30,7 +30,7 @@ def roots(tmp_path_factory):
 
 @pytest.fixture
 def parser():
-    return cli.evaluate_parser()
+    return commands.evaluate_parser()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -72,7 +72,7 @@ def test_there_is_a_config_for_every_row():
 def tiny_network(monkeypatch):
     """The tiny CNN, in place of torchvision's."""
     network = weights.Network(build("tiny"), (0.5,) * 3, (0.5,) * 3, ("a", "b", "c", "d", "e"))
-    monkeypatch.setattr(cli, "_network", lambda config: network)
+    monkeypatch.setattr(commands, "_network", lambda config: network)
     return network
 
 
@@ -112,7 +112,7 @@ def test_two_processes_evaluate_to_the_figures_of_one(tmp_path, capsys):
     given = ["evaluate", "--config", config, "--data", str(root), "--accelerator", "cpu"]
     given += ["--model.name", "shufflenet_v2_x0_5", "--model.weights", str(tmp_path / "shufflenet.pth")]
     cli.main([*given, "--out", str(tmp_path / "one")])
-    command = [sys.executable, "-m", "sess_lightning.cli", *given, "--out", str(tmp_path / "two")]
+    command = [sys.executable, "-m", "sess_lightning", *given, "--out", str(tmp_path / "two")]
     done = subprocess.run([*command, "--devices", "2"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("n 3, images 3, broken 0, missing 0") == 1
@@ -129,12 +129,12 @@ def test_two_processes_evaluate_to_the_figures_of_one(tmp_path, capsys):
 def test_validate_explains_the_model_of_a_checkpoint(tmp_path, monkeypatch):
     made = []
 
-    class Kept(cli.ExplainedCLI):
+    class Kept(commands.ExplainedCLI):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
             made.append(self)
 
-    monkeypatch.setattr(cli, "ExplainedCLI", Kept)
+    monkeypatch.setattr(commands, "ExplainedCLI", Kept)
     fitted = fit(tmp_path / "fit")
     fitted.save_checkpoint(tmp_path / "fitted.ckpt")
     cli.main([
@@ -162,17 +162,56 @@ def test_explain_writes_a_picture_of_image_base_and_sess(tmp_path, capsys, tiny_
         assert drawn.width > 3 * 64
 
 
-def test_explaining_a_class_of_unknown_name_says_so(tmp_path, tiny_network):
+@pytest.mark.parametrize(
+    ("file", "target", "message"),
+    [
+        ("cat.png", "unicorn", "'unicorn' is none of the 5 class names; give an index"),
+        ("cat.png", "5", "the model has the classes 0 to 4, got 5"),
+        ("dog.png", "0", "dog.png: cannot be read as a picture"),
+    ],
+)
+def test_explain_says_in_a_line_what_is_wrong(tmp_path, capsys, tiny_network, file, target, message):
     photograph("chelsea").save(tmp_path / "cat.png")
-    given = ["explain", str(tmp_path / "cat.png"), "--model.name", "resnet18", "--target", "unicorn"]
-    with pytest.raises(SystemExit, match="'unicorn' is none of the model's 5 class names"):
-        cli.main(given)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["explain", str(tmp_path / file), "--model.name", "resnet18", "--target", target])
+    assert message in capsys.readouterr().err
 
 
-def test_no_command_tells_what_there_is(capsys):
-    with pytest.raises(SystemExit):
+def test_help_and_mistakes_show_the_commands(capsys):
+    cli.main(["--help"])
+    assert capsys.readouterr().out == cli.USAGE
+    with pytest.raises(SystemExit, match="2"):
         cli.main([])
-    assert "evaluate   score a method on a data set" in capsys.readouterr().out
+    assert capsys.readouterr().err == cli.USAGE
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["evalaute"])
+    assert capsys.readouterr().err == "sess-lightning: there is no command 'evalaute'.\n" + cli.USAGE
+
+
+@pytest.fixture
+def without_jsonargparse(monkeypatch):
+    """What a plain ``pip install`` leaves out."""
+    monkeypatch.delitem(sys.modules, "sess_lightning.commands")
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "explain", "cost", "fit", "validate", "test"])
+def test_a_missing_extra_is_named_in_one_line(capsys, without_jsonargparse, command):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([command, "--help"])
+    assert capsys.readouterr().err == (
+        f"sess-lightning {command} needs jsonargparse: pip install 'sess-lightning[cli]' "
+        "(in a clone: pip install '.[cli]').\n"
+    )
+
+
+def test_help_and_compare_need_no_extra(capsys, without_jsonargparse, tmp_path):
+    cli.main(["--help"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["compare", "--help"])
+    assert "folders of results" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"no results\.csv"):
+        cli.main(["compare", str(tmp_path)])
 
 
 def small(classes=4):
@@ -296,8 +335,8 @@ ANY = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel",
 
 @pytest.mark.parametrize("path", LIGHTNING, ids=lambda path: path.stem)
 def test_every_config_of_lightning_makes_a_trainer_with_the_callback(path):
-    made = cli.ExplainedCLI(args=["--config", str(path), *ANY], run=False)
-    (callback,) = [each for each in made.trainer.callbacks if isinstance(each, cli.SESSCallback)]
+    made = commands.ExplainedCLI(args=["--config", str(path), *ANY], run=False)
+    (callback,) = [each for each in made.trainer.callbacks if isinstance(each, commands.SESSCallback)]
     private = path.stem == "fit_private"
     assert (callback.num_images, callback.num_rows, callback.show_names) == (
         (0, 0, False) if private else (8, 4, True)
@@ -312,8 +351,8 @@ def test_every_config_of_lightning_makes_a_trainer_with_the_callback(path):
 
 
 def test_the_alarms_key_may_be_given_on_the_command_line():
-    made = cli.ExplainedCLI(args=[*ANY, "--sess.alarm", "val/top1"], run=False)
-    (callback,) = [each for each in made.trainer.callbacks if isinstance(each, cli.SESSCallback)]
+    made = commands.ExplainedCLI(args=[*ANY, "--sess.alarm", "val/top1"], run=False)
+    (callback,) = [each for each in made.trainer.callbacks if isinstance(each, commands.SESSCallback)]
     assert callback.alarm == "val/top1"
 
 

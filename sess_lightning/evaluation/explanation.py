@@ -1,0 +1,102 @@
+"""One image explained: the saliency map, its base's beside it, and the score of the class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sess_lightning.engine.fusion import smooth
+from sess_lightning.evaluation.datasets import Sample, read_picture
+from sess_lightning.evaluation.datasets.samples import size_on_disk
+from sess_lightning.evaluation.experiment import Experiment
+from sess_lightning.evaluation.weights import Network
+from sess_lightning.introspection.lending import explaining
+from sess_lightning.introspection.logits import classify, log_scores
+from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.ops import min_max
+from sess_lightning.reporting.panels import Panel, displayed, overlay
+from sess_lightning.types import SaliencyMethod
+
+
+class ImageExplanation(NamedTuple):
+    """An image and what speaks for one class on it.
+
+    Attributes:
+        panel: The image and the maps over it, as ``sess_lightning.reporting.panels.sheet`` lays them out.
+        target: The explained class.
+        probability: Of that class on the whole image.
+        maps: Method's name -> map in [0, 1], (h, w) of the image as the model saw it; the base of a SESS
+            comes first. Maps of SESS are smoothed.
+    """
+
+    panel: Panel
+    target: int
+    probability: float
+    maps: dict[str, Float[Tensor, "h w"]]
+
+
+def explain_picture(
+    path: str | Path,
+    network: Network,
+    method: SaliencyMethod | None = None,
+    target: int | str | None = None,
+    *,
+    size: int = 224,
+    device: torch.device | str = "cpu",
+) -> ImageExplanation:
+    """Explain a class on the image in a file.
+
+    Args:
+        path: The file.
+        network: The model, the normalisation it expects and its class names.
+        method: What explains; None is ``SESS(GradCAM())``.
+        target: Index or name of the class; None is the predicted one.
+        size: Shorter side of the image as the model sees it, px.
+        device: Where to compute; the model is moved there.
+
+    Raises:
+        BrokenSampleError: If the file cannot be read as an image.
+        ValueError: If the model has no such class.
+    """
+    path = Path(path)
+    method = SESS(GradCAM()) if method is None else method
+    pixels = read_picture(Sample(path.stem, path, size_on_disk(path), ()))
+    framing = Experiment(method, size=size, antialias=True, mean=network.mean, std=network.std)
+    images = framing.images(pixels).to(device)
+    model = network.model.to(device)
+    with explaining(model), torch.no_grad():
+        logits = classify(model, images.clone())
+    chosen = _class_index(target, network.class_names, logits)
+    targets = torch.tensor([chosen], device=device)
+    probability = float(log_scores(logits, targets, method.activation).exp())
+    methods = [method.base, method] if isinstance(method, SESS) else [method]
+    maps = {type(m).__name__: _for_display(m, m.explain(model, images, targets).maps)[0] for m in methods}
+    picture = displayed(images, (network.mean, network.std))[0]
+    label = network.class_names[chosen] if network.class_names else f"class {chosen}"
+    caption = "\n".join([f"target: {label}", f"probability: {probability:.3f}", *map(str, methods)])
+    overlays = {name: overlay(picture, saliency) for name, saliency in maps.items()}
+    panel = Panel(picture, overlays, caption, label=label, title=path.name)
+    return ImageExplanation(panel, chosen, probability, maps)
+
+
+def _for_display(method: SaliencyMethod, maps: Float[Tensor, "1 h w"]) -> Float[Tensor, "1 h w"]:
+    if not isinstance(method, SESS):
+        return maps
+    return min_max(maps if method.smoothing else smooth(maps))
+
+
+def _class_index(target: int | str | None, names: tuple[str, ...], logits: Float[Tensor, "1 N"]) -> int:
+    if target is None:
+        return int(logits.argmax(1))
+    if target in names:
+        return names.index(str(target))
+    count = max(logits.shape[1], 2)  # A single logit tells two classes apart.
+    if not str(target).isdecimal():
+        raise ValueError(f"target: {target!r} is none of the {len(names)} class names; give an index.")
+    if int(target) >= count:
+        raise ValueError(f"target: the model has the classes 0 to {count - 1}, got {target}.")
+    return int(target)
