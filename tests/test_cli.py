@@ -36,7 +36,7 @@ def parser():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_of_the_paper_makes_an_experiment(path, roots, parser):
     text = path.read_text()
-    kind = next(name for name in roots if f"benchmarks.{name}" in text)
+    kind = next(name for name in roots if f"datasets.{name}" in text)
     more = ["--data", str(roots[kind])]
     if kind == "ImageNet":
         more = ["--data", str(roots[kind] / "val"), "--benchmark.synsets", str(roots[kind] / "synsets.txt")]
@@ -63,9 +63,31 @@ def test_there_is_a_config_for_every_row():
     others = (*methods, "rise", "ebp", "ep")
     assert {f"table3_{d}_{b}_{m}" for d in ("voc07", "coco14") for b in backbones for m in others} <= names
     assert {f"table2_{m}_n{n}_r{r}" for m in methods for n in (6, 12) for r in (0, 50, 99)} <= names
-    assert {f"figure5_{b}_n{n:02d}" for b in backbones for n in range(1, 13)} <= names
-    assert {f"figure6_{b}_r{r}0" for b in backbones for r in range(10)} <= names
-    assert {f"figure{f}_{b}" for f in (7, 9, 10) for b in backbones} <= names
+    assert {f"figure{f}_{b}" for f in (5, 6, 7, 9, 10) for b in backbones} <= names
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "vgg16"])
+@pytest.mark.parametrize(
+    ("figure", "option", "values"),
+    [(5, "num_scales", range(1, 13)), (6, "prefilter_ratio", [r / 10 for r in range(10)])],
+    ids=["figure5", "figure6"],
+)
+def test_an_ablation_is_one_config_and_a_loop_over_one_option(
+    figure, option, values, backbone, roots, parser
+):
+    path = CONFIGS[0].with_name(f"figure{figure}_{backbone}.yaml")
+    assert f"--experiment.method.{option} $" in path.read_text()
+    data = [
+        "--data",
+        str(roots["ImageNet"] / "val"),
+        "--benchmark.synsets",
+        str(roots["ImageNet"] / "synsets.txt"),
+    ]
+    for value in values:
+        more = [f"--experiment.method.{option}", str(value), "--out", f"runs/{value}"]
+        made = parser.instantiate(parser.parse_args(["--config", str(path), *data, *more]))
+        assert getattr(made.experiment.method, option) == value
+        assert str(made.out) == f"runs/{value}"
 
 
 @pytest.fixture
@@ -80,7 +102,7 @@ def write_config(path):
     path.write_text(
         """
 model: {name: resnet18, weights: null}
-benchmark: {class_path: sess_lightning.benchmarks.PictureFolder}
+benchmark: {class_path: sess_lightning.evaluation.datasets.PictureFolder}
 experiment:
   method:
     class_path: sess_lightning.methods.SESS

@@ -1,6 +1,6 @@
 """Puts ten defects into copies of the package, one at a time, and checks that the tests named beside it fail.
 
-Run as ``make planted``; ``README.md`` in this folder lists the defects.
+Run as ``make planted``.
 """
 
 import os
@@ -145,7 +145,9 @@ def main():
     for defect in DEFECTS:
         found, told = notices(defect)
         missed += not found
-        sys.stdout.write(f"{'noticed' if found else 'MISSED '}  {defect.name}: {told}\n")
+        sys.stdout.write(
+            f"{'noticed' if found else 'MISSED '}  {defect.name} ({defect.file}): {told}; {defect.test}\n"
+        )
         sys.stdout.flush()
     return missed
 
