@@ -1,4 +1,4 @@
-"""Append-only records, one line a sample: a killed run loses nothing that was written."""
+"""Records of an evaluation, a line per sample, by which a killed run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from sess_lightning import jsonl
 
 
 def fingerprint(settings: Mapping[str, str]) -> str:
@@ -16,10 +17,7 @@ def fingerprint(settings: Mapping[str, str]) -> str:
 
 
 class Journal:
-    """An append-only file: a line with the settings, then one per sample. Use it as a context.
-
-    Lines reach the operating system one by one, so a killed process loses at most the one it was writing,
-    which is dropped when the file is opened again.
+    """An append-only file: a line with the settings, then one per sample.
 
     Args:
         path: The file; made if it is not there.
@@ -30,35 +28,14 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, str]) -> None:
-        self._path, self._settings = path, settings
-
-    def __enter__(self) -> Journal:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        whole = _whole_lines(self._path)
-        read_journal(self._path, self._settings)
-        self._file = self._path.open("ab")
-        self._file.truncate(len(whole))
-        if not whole:
-            self._write({"fingerprint": fingerprint(self._settings), "settings": dict(self._settings)})
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+        self._path = path
+        read_journal(path, settings)
+        if next(jsonl.read(path), None) is None:
+            jsonl.append(path, {"fingerprint": fingerprint(settings), "settings": settings})
 
     def append(self, sample: int, entry: Mapping[str, Any]) -> None:
         """Write down what a sample scored."""
-        self._write({"sample": sample, **entry})
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-
-
-def _whole_lines(path: Path) -> bytes:
-    written = path.read_bytes() if path.exists() else b""
-    return written[: written.rfind(b"\n") + 1]
+        jsonl.append(self._path, {"sample": sample, **entry})
 
 
 def read_journal(path: Path, settings: Mapping[str, str]) -> dict[int, dict[str, Any]]:
@@ -67,20 +44,19 @@ def read_journal(path: Path, settings: Mapping[str, str]) -> dict[int, dict[str,
     Raises:
         ValueError: If the file was written under other settings, or is damaged.
     """
-    head, *lines = _whole_lines(path).splitlines() or [b""]
-    if not head:
+    values = [value for _, value in jsonl.read(path)]
+    if not values:
         return {}
     try:
-        start, entries = json.loads(head), [json.loads(line) for line in lines]
-        found = {entry["sample"]: entry for entry in entries}
-        before = start["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+        written, before = values[0]["fingerprint"], values[0]["settings"]
+        entries = {entry["sample"]: entry for entry in values[1:]}
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: is damaged ({error}); delete it, or use another folder.") from error
-    if start["fingerprint"] != fingerprint(settings):
+    if written != fingerprint(settings):
         differing = [key for key in {*before, *settings} if before.get(key) != settings.get(key)]
         told = "; ".join(f"{key} was {before.get(key)}, is {settings.get(key)}" for key in sorted(differing))
         raise ValueError(f"{path}: was written under other settings ({told}); use another folder.")
-    return found
+    return entries
 
 
 def read_settings(folder: Path) -> dict[str, str]:
@@ -90,9 +66,8 @@ def read_settings(folder: Path) -> dict[str, str]:
         FileNotFoundError: If there are no records.
     """
     for path in sorted(folder.glob("records-*.jsonl")):
-        with path.open() as file:
-            settings: dict[str, str] = json.loads(file.readline())["settings"]
-        return settings
+        if head := jsonl.read_at(path, 0):
+            return dict(head["settings"])
     raise FileNotFoundError(f"{folder}: no records-*.jsonl; give the folder of an evaluation.")
 
 

@@ -34,6 +34,7 @@ from sess_lightning.evaluation.journal import Journal, read_journals
 from sess_lightning.evaluation.results import Results, per_class, per_sample
 from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import classify, predict
+from sess_lightning.jsonl import plain
 from sess_lightning.metrics import SESSMetric
 
 
@@ -86,7 +87,8 @@ def evaluate(
     left = [number for number in mine if number not in done]
     metric = experiment.metric().to(_device(model))
     bar = tqdm(total=len(mine), initial=len(mine) - len(left), unit="image", disable=not progress)
-    with bar, Journal(folder / f"records-{rank}-of-{world}.jsonl", settings) as journal:
+    journal = Journal(folder / f"records-{rank}-of-{world}.jsonl", settings)
+    with bar:
         for number in left:
             journal.append(number, _entry(model, benchmark, number, experiment, metric, skip_broken))
             bar.update()
@@ -203,7 +205,7 @@ def assess(
         difficult=difficult if all(known) else None,
         size=sample.size,
     )
-    return {name: _without_nan(rows.tolist()) for name, rows in metric.take_rows().items()}
+    return {name: plain(rows) for name, rows in metric.take_rows().items()}
 
 
 def _regions(
@@ -220,18 +222,6 @@ def _regions(
     return [region.to(device) for region in given]
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    return None if value != value else value
-
-
-def _with_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_with_nan(each) for each in value]
-    return float("nan") if value is None else value
-
-
 def summarise(
     folder: str | Path, settings: Mapping[str, str], benchmark: Benchmark, experiment: Experiment
 ) -> Results:
@@ -240,7 +230,7 @@ def summarise(
     metric = experiment.metric()
     scored = {number: entry for number, entry in entries.items() if entry.get("rows")}
     for entry in scored.values():
-        metric.load_rows({name: _with_nan(value) for name, value in entry["rows"].items()})
+        metric.load_rows(entry["rows"])
     figures = metric.compute() if scored else {}
     if experiment.target == "predicted":
         figures["misclassified"] = _total(entries, "misclassified")

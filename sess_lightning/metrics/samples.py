@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -46,7 +47,10 @@ class PerSample(Metric):
         return taken
 
     def load_rows(self, rows: Mapping[str, Any]) -> None:
-        """Append rows that ``take_rows`` gave, tensors or nested lists, as if they came from an update.
+        """Append rows that ``take_rows`` gave, as if they came from an update.
+
+        Args:
+            rows: By state, tensors or nested lists; None stands for NaN there.
 
         Raises:
             ValueError: If states are missing or unknown.
@@ -56,8 +60,10 @@ class PerSample(Metric):
                 f"{type(self).__name__}: rows must be those of {sorted(self._empty)}, got {sorted(rows)}."
             )
         for name, empty in self._empty.items():
-            given = torch.as_tensor(rows[name], dtype=empty.dtype, device=self.device)
-            getattr(self, name).append(given.view(-1, *empty.shape[1:]))
+            given = rows[name]
+            if not isinstance(given, Tensor):  # NumPy reads None as NaN.
+                given = torch.from_numpy(np.array(given, empty.numpy().dtype))
+            getattr(self, name).append(given.to(self.device, empty.dtype).view(-1, *empty.shape[1:]))
         self._update_count += 1
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
