@@ -31,7 +31,7 @@ MOVED = {
     "reporting.records": ["reporting.report.records"],
     "reporting.sinks": [
         "reporting.sink", "reporting.publisher", "reporting.wandb", "reporting.tensorboard",
-        "reporting.files", "reporting.report.sink",
+        "reporting.files", "reporting.report.sink", "reporting.loggers",
     ],
     "results": ["evaluation.results"],
     "runs": ["callback.history"],

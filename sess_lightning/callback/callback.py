@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -35,9 +35,8 @@ from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import Samples, Summary
 from sess_lightning.ops import size_of, wait_for
 from sess_lightning.reporting.panels import Panel
-from sess_lightning.reporting.publisher import sink_for
-from sess_lightning.reporting.report.sink import ReportSink, report_folder
-from sess_lightning.reporting.sink import Sink
+from sess_lightning.reporting.publisher import Publisher
+from sess_lightning.reporting.run import RunReport, display_names
 from sess_lightning.types import Batch, SaliencyMethod, SESSWarning
 
 WORST = {"insertion": 0.0, "deletion": 1.0, "overall": -1.0, "pointing_game": 0.0, "relevance_mass": 0.0}
@@ -171,8 +170,7 @@ class SESSCallback(Callback):
         self._budget: Budget | None = None
         self._choice: Choice | None = None
         self._legend = Legend("", target)
-        self._sinks: list[Sink] = []
-        self._sink_failures: Counter[Sink] = Counter()
+        self._publisher = Publisher(lambda _: nullcontext(), warnings.warn)
         self._kept: dict[int, _Kept] = {}
         self._saved: dict[str, Any] = {}
         self._panel: list[Exhibit] = []
@@ -181,7 +179,6 @@ class SESSCallback(Callback):
         self._broken, self._flawed = False, False
         self._failures, self._failed = 0, 0
         self._settings: dict[str, Any] = {}
-        self._shown: dict[str, int] | None = None
         self._history: dict[str, str] = {}
         self._seconds = 0.0
 
@@ -199,22 +196,15 @@ class SESSCallback(Callback):
         self._metric, self._budget, self._choice, self._kept, self._saved = None, None, None, {}, {}
         with self._guarded(trainer):
             self._loaded = None
-            found = (
-                sink_for(logger, getattr(logger, "log_dir", None) or log_dir)
-                for logger in (trainer.loggers or (None,))
-            )
-            shown = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-            self._sinks = [sink for sink in found if sink is not None] if shown else []
             if stage == "fit" and trainer.global_step == 0:
                 self._history.clear()  # Another training; a checkpoint brings its own.
                 self._selection = Selection()
-            if shown and self.report:
-                folder = report_folder(trainer.loggers, log_dir) / self.prefix
-                self._sinks.append(
-                    ReportSink(folder, self._history)
-                    if stage == "fit"
-                    else ReportSink(folder / getattr(stage, "value", stage))
-                )
+            self._publisher = Publisher(partial(self._guarded, trainer), partial(self._warn, trainer))
+            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._publisher.connect(
+                    trainer.loggers, log_dir, prefix=self.prefix, stage=getattr(stage, "value", stage),
+                    training=self._history, report=self.report,
+                )  # fmt: skip
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -326,7 +316,7 @@ class SESSCallback(Callback):
         # what is logged here later would overwrite it.
         for name, worst in WORST.items():
             self._log(pl_module, name, self._last.get(name, worst), logger=False)
-        self._broken, self._flawed, self._panel, self._taken, self._shown = False, False, [], 0, None
+        self._broken, self._flawed, self._panel, self._taken = False, False, [], 0
         self._run, self._seen, self._here, self._seconds = None, {}, [], 0.0
         with self._guarded(trainer):
             if self._metric is None:
@@ -394,10 +384,9 @@ class SESSCallback(Callback):
             f"SESSCallback: each run explains {budget.samples * shares} samples of {size[0]}x{size[1]} "
             f"px with {method}, {per_map} forwards a map, beside "
             f"{', '.join(beside)}; {regions}; at most {forwards:,} forwards a run; "
-            f"pictures: {', '.join(sink.name for sink in self._sinks) or 'none'}."
+            f"pictures: {', '.join(self._publisher.names) or 'none'}."
         )
         self._settings = {
-            "name": self._legend.own,
             "method": str(method),
             "forwards per map": per_map,
             "samples": budget.samples * shares,
@@ -506,7 +495,7 @@ class SESSCallback(Callback):
             return
         panel, self._panel = self._panel, []
         with self._guarded(trainer, "panel is missing"):  # Under way while the figures are computed.
-            self._panel = [each.sent() for each in panel] if self._sinks else panel
+            self._panel = [each.sent() for each in panel] if self._publisher.names else panel
         # A process that fails must not leave the others waiting in a collective: all go on, or none.
         if not trainer.strategy.reduce_boolean_decision(not self._broken, all=True):
             self._fail(trainer, pl_module)
@@ -529,7 +518,7 @@ class SESSCallback(Callback):
         with self._guarded(trainer, "figures are missing"):
             for name, value in _chosen(self._last).items():
                 self._log(pl_module, name, value)
-        if self._sinks and self._last:
+        if self._publisher.names and self._last:
             self._show(trainer, summary, drifts)
         self._failed += self._flawed
         self._log(pl_module, "failed", float(self._failed))
@@ -608,11 +597,10 @@ class SESSCallback(Callback):
         self._alarmed = bool(text)
         if text and trainer.is_global_zero:
             self._warn(trainer, text)
-            for sink in self._sinks if key in metrics else ():
-                sink.alert("Clever Hans?", text)
+            if key in metrics:
+                self._publisher.alert("Clever Hans?", text)
 
     def _show(self, trainer: Trainer, summary: Summary, drifts: Mapping[str, Tensor]) -> None:
-        self._shown = when = self._when(trainer)
         panels: list[Panel] = []
         tables: dict[str, list[dict[str, Any]]] = {}
         with self._guarded(trainer, "panel is missing"):
@@ -621,41 +609,23 @@ class SESSCallback(Callback):
         with self._guarded(trainer, "tables are missing"):
             tables["classes"] = class_rows(summary.samples, self._legend.name)
             tables["samples"] = [*self._rows(summary.samples, drifts)]
-        own = self._legend.own
-        named = {
-            f"{name or own} (n={self._last.get(f'{name}/curves_n'.lstrip('/'), 0):.0f})": curve
-            for name, curve in summary.curves.items()
-        }
-        for sink in list(self._sinks):
-            # Each may fail alone.
-            self._sink_failures[sink] += 1
-            with self._guarded(trainer, f"pictures are missing in {sink.name}"):
-                if panels:
-                    sink.panels(f"{self.prefix}/panel", panels, when)
-                sink.curves(f"{self.prefix}/curves", named, when)
-                for name, rows in tables.items():
-                    if rows:
-                        sink.table(f"{self.prefix}/{name}", rows, when)
-                sink.scalars(f"{self.prefix}/scalars", self._last, when)
-                sink.settings({**self._settings, "seconds": round(self._seconds, 2)}, when)
-                self._sink_failures[sink] = 0
-            if self._sink_failures[sink] >= 3:
-                self._sinks.remove(sink)
-                self._warn(trainer, f"{sink.name} failed three times in a row and gets no more pictures.")
+        names = {} if self._metric is None else display_names(self._metric.methods)
+        when = self._when(trainer)
+        self._publisher.publish(RunReport(
+            self.prefix, when["epoch"], when["step"], method=self._legend.own, values=self._last, names=names,
+            curves=summary.curves, panels=panels, tables=tables,
+            settings={**self._settings, "seconds": round(self._seconds, 2)},
+        ))  # fmt: skip
         self._panel = []
 
     def _close(self, trainer: Trainer) -> None:
-        if self._shown is None:
-            return
-        metrics = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if not name.startswith(f"{self.prefix}/")
-        }
-        for sink in self._sinks:
-            with self._guarded(trainer, f"figures are missing in {sink.name}"):
-                sink.close(metrics, self._shown)
-        self._shown = None
+        with self._guarded(trainer, "figures of its own are missing"):
+            metrics = {
+                name: float(value)
+                for name, value in trainer.callback_metrics.items()
+                if not name.startswith(f"{self.prefix}/")
+            }
+            self._publisher.close(metrics)
 
     @contextmanager
     def _guarded(self, trainer: Trainer, lost: str = "") -> Iterator[None]:

@@ -1,22 +1,21 @@
-"""Where pictures and curves go: one sink per logger."""
+"""Pictures and tables as files."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
-from sess_lightning.reporting.panels import Panel, Picture, curve_figure, sheet
-from sess_lightning.reporting.sink import Sink, _title, _without_pictures
+from sess_lightning.reporting.panels import Picture, curve_figure, sheet
+from sess_lightning.reporting.run import RunReport, without_pictures
+from sess_lightning.reporting.sink import Sink
 
 
 class FileSink(Sink):
-    """PNG and CSV files, one picture per validation run, one row per figure set."""
+    """PNG and CSV files: a picture per validation run, a row per score, point of a curve, or sample."""
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
@@ -26,31 +25,21 @@ class FileSink(Sink):
         """Where the files are."""
         return f"files in {self._folder}"
 
-    def panels(self, key: str, panels: Sequence[Panel], when: Mapping[str, int]) -> None:
-        """Write the sheet."""
-        self._write(key, sheet(panels), when)
+    def write(self, report: RunReport) -> None:
+        """Append to the tables, then write the pictures: numbers do not wait for them."""
+        self._append(report, "scalars", ({"name": name, "value": v} for name, v in report.values.items()))
+        self._append(report, "curves", _points(report))
+        for name, rows in report.tables.items():
+            self._append(report, name, map(without_pictures, rows))
+        if report.panels:
+            self._write(report, "panel", sheet(report.panels))
+        if report.curves:
+            self._write(report, "curves", curve_figure(report.labelled_curves(), report.title))
 
-    def curves(self, key: str, curves: Mapping[str, Float[Tensor, "2 T"]], when: Mapping[str, int]) -> None:
-        """Write the figure, and append every point to ``curves.csv``."""
-        self._write(key, curve_figure(curves, _title(when)), when)
-        self._append(f"{key}.csv", (
-            {**when, "method": name, "step_of_curve": i, "insertion": pair[0], "deletion": pair[1]}
-            for name, curve in curves.items()
-            for i, pair in enumerate(curve.T.tolist())
-        ))  # fmt: skip
-
-    def scalars(self, key: str, values: Mapping[str, float], when: Mapping[str, int]) -> None:
-        """Append every figure to a CSV of (epoch, step, name, value)."""
-        self._append(f"{key}.csv", ({**when, "name": name, "value": value} for name, value in values.items()))
-
-    def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
-        """Append the rows to a CSV, without pictures."""
-        self._append(f"{key}.csv", ({**when, **_without_pictures(row)} for row in rows))
-
-    def _write(self, key: str, picture: Picture, when: Mapping[str, int]) -> None:
-        folder = self._inside(key)
+    def _write(self, report: RunReport, name: str, picture: Picture) -> None:
+        folder = self._inside(report.key(name))
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / f"epoch={when['epoch']:03d}-step={when['step']:06d}.png")
+        Image.fromarray(picture).save(folder / f"epoch={report.epoch:03d}-step={report.step:06d}.png")
 
     def _inside(self, name: str) -> Path:
         path = self._folder / name
@@ -60,13 +49,22 @@ class FileSink(Sink):
             )
         return path
 
-    def _append(self, name: str, rows: Any) -> None:
-        rows = list(rows)
-        path = self._inside(name)
+    def _append(self, report: RunReport, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        whole = [{**report.when, **row} for row in rows]
+        if not whole:
+            return
+        path = self._inside(report.key(f"{name}.csv"))
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, whole[0])
             if new:
                 writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(whole)
+
+
+def _points(report: RunReport) -> Iterable[dict[str, Any]]:
+    for method, curves in report.curves.items():
+        about = {"method": report.label(method), "n": report.count(method)}
+        for i, (insertion, deletion) in enumerate(curves.T.tolist()):
+            yield {**about, "step_of_curve": i, "insertion": insertion, "deletion": deletion}

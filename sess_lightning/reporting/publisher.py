@@ -1,14 +1,124 @@
-"""Where pictures and curves go: one sink per logger."""
+"""One report to every sink, each of which may fail alone."""
 
 from __future__ import annotations
 
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sess_lightning.reporting.files import FileSink
-from sess_lightning.reporting.sink import Sink, _names, _pretends
+from sess_lightning.reporting.loggers import is_dummy, kinds, report_folder, run_folder
+from sess_lightning.reporting.report.sink import ReportSink
+from sess_lightning.reporting.run import RunReport
+from sess_lightning.reporting.sink import Sink
 from sess_lightning.reporting.tensorboard import TensorBoardSink
 from sess_lightning.reporting.wandb import WandbSink
+
+PATIENCE = 3
+"""So many failures in a row are told of one by one."""
+
+
+class Publisher:
+    """Hands every run to the sinks.
+
+    A sink that fails costs a warning and none of the other sinks. After three failures in a row it is tried
+    on, silently: a full disk may have room again.
+
+    Args:
+        protect: Makes a context that turns an error into a warning; its argument says what the error costs.
+        warn: Tells the user.
+    """
+
+    def __init__(
+        self, protect: Callable[[str], AbstractContextManager[None]], warn: Callable[[str], None]
+    ) -> None:
+        self._protect, self._warn = protect, warn
+        self._sinks: list[Sink] = []
+        self._failures: Counter[tuple[Sink, str]] = Counter()
+        self._training: dict[str, str] = {}
+        self._report: RunReport | None = None
+        self._alerts: list[str] = []
+
+    @property
+    def names(self) -> list[str]:
+        """What the sinks are called; empty where nothing is shown."""
+        return [sink.name for sink in self._sinks]
+
+    def connect(
+        self,
+        loggers: Sequence[Any],
+        log_dir: str | Path,
+        *,
+        prefix: str,
+        stage: str = "fit",
+        training: dict[str, str] | None = None,
+        report: bool = True,
+    ) -> None:
+        """Make the sinks of a training; one that cannot be made costs a warning.
+
+        Args:
+            loggers: Lightning's loggers; without any, pictures and tables become files in ``log_dir``.
+            log_dir: Where files go whose logger has no folder of its own.
+            prefix: First part of all keys and folders.
+            stage: ``"fit"``; any other has a page of its own below that name.
+            training: Which training this is (``run``), and where the page's records lie (``folder``). Filled
+                here where it is empty; a checkpoint that keeps it lets a resumed training go on.
+            report: Whether a page is written.
+        """
+        self.disconnect()
+        self._training = {} if training is None or stage != "fit" else training
+        self._training.setdefault("run", uuid.uuid4().hex)
+        for logger in loggers or (None,):
+            with self._protect(f"pictures are missing in {type(logger).__name__}"):
+                sink = sink_for(logger, run_folder(logger, log_dir))
+                self._sinks += [] if sink is None else [sink]
+        if report:
+            with self._protect("report is missing"):
+                folder = report_folder(loggers, log_dir) / prefix
+                self._sinks.append(ReportSink(folder if stage == "fit" else folder / stage, self._training))
+
+    def disconnect(self) -> None:
+        """Let go of all sinks: what is published goes nowhere."""
+        self._sinks, self._report, self._alerts = [], None, []
+        self._failures.clear()
+
+    def publish(self, report: RunReport) -> None:
+        """Write a run to every sink."""
+        self._report, self._alerts = replace(report, run=self._training.get("run", "")), []
+        for sink in self._sinks:
+            self._try(sink, "write", f"pictures are missing in {sink.name}", self._report)
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell the user wherever a sink can; the run that is open keeps the text."""
+        self._alerts.append(text)
+        for sink in self._sinks:
+            self._try(sink, "alert", f"alert is missing in {sink.name}", title, text)
+
+    def close(self, metrics: Mapping[str, float]) -> None:
+        """End the run that was published last, if it is still open, with the user's own metrics."""
+        if self._report is None:
+            return
+        report = replace(self._report, metrics=metrics, alerts=tuple(self._alerts))
+        self._report, self._alerts = None, []
+        for sink in self._sinks:
+            self._try(sink, "close", f"figures are missing in {sink.name}", report)
+
+    def _try(self, sink: Sink, verb: str, lost: str, *args: Any) -> None:
+        before = self._failures[sink, verb]
+        with self._protect(lost):
+            try:
+                getattr(sink, verb)(*args)
+                self._failures[sink, verb] = 0
+            except Exception:
+                self._failures[sink, verb] += 1
+                if before < PATIENCE:
+                    raise
+        if before == PATIENCE - 1 and self._failures[sink, verb] == PATIENCE:
+            self._warn(f"{sink.name} failed three times in a row; it is tried on without further warnings.")
 
 
 def sink_for(logger: Any, folder: str | Path) -> Sink | None:
@@ -17,8 +127,8 @@ def sink_for(logger: Any, folder: str | Path) -> Sink | None:
     Loggers are told apart by their classes' names, so that none of their packages is imported; the stand-in
     logger of ``fast_dev_run`` gets nothing.
     """
-    names = _names(logger)
-    if _pretends(logger):
+    names = kinds(logger)
+    if is_dummy(logger):
         return None
     if "WandbLogger" in names:
         return WandbSink(logger)

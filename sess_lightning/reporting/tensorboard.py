@@ -1,42 +1,49 @@
-"""Where pictures and curves go: one sink per logger."""
+"""TensorBoard: pictures and tables of a run at its step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
-from sess_lightning.reporting.panels import Panel, curve_figure, sheet
-from sess_lightning.reporting.sink import Sink, _cell, _title, _without_pictures
+from sess_lightning.reporting.loggers import prefixed
+from sess_lightning.reporting.panels import curve_figure, sheet
+from sess_lightning.reporting.run import RunReport, without_pictures
+from sess_lightning.reporting.sink import Sink, cell
 
 
 class TensorBoardSink(Sink):
-    """TensorBoard: the samples as one captioned sheet, the curves as a figure."""
+    """TensorBoard: the samples as one captioned sheet, the curves as a figure, tables as text."""
 
     name = "TensorBoard"
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
 
-    def panels(self, key: str, panels: Sequence[Panel], when: Mapping[str, int]) -> None:
-        """Add the sheet as an image."""
-        self._logger.experiment.add_image(key, sheet(panels), when["step"], dataformats="HWC")
+    def write(self, report: RunReport) -> None:
+        """Add pictures and tables."""
+        add, step = self._logger.experiment, report.step
+        for name, rows in report.tables.items():
+            if rows:
+                add.add_text(self._key(report, name), markdown(rows), step)
+        if report.panels:
+            add.add_image(self._key(report, "panel"), sheet(report.panels), step, dataformats="HWC")
+        if report.curves:
+            figure = curve_figure(report.labelled_curves(), report.title)
+            add.add_image(self._key(report, "curves"), figure, step, dataformats="HWC")
 
-    def curves(self, key: str, curves: Mapping[str, Float[Tensor, "2 T"]], when: Mapping[str, int]) -> None:
-        """Add the figure as an image."""
-        self._logger.experiment.add_image(
-            key, curve_figure(curves, _title(when)), when["step"], dataformats="HWC"
-        )
+    def close(self, report: RunReport) -> None:
+        """Add what the user was warned of."""
+        if report.alerts:
+            self._logger.experiment.add_text(
+                self._key(report, "alert"), "\n\n".join(report.alerts), report.step
+            )
 
-    def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
-        """Add the table as text, without pictures."""
-        told = [_without_pictures(row) for row in rows]
-        lines = [list(told[0]), ["---"] * len(told[0]), *(map(_cell, row.values()) for row in told)]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        self._logger.experiment.add_text(key, text, when["step"])
+    def _key(self, report: RunReport, name: str) -> str:
+        return prefixed(self._logger, report.key(name))
 
-    def alert(self, title: str, text: str) -> None:
-        """Add the text."""
-        self._logger.experiment.add_text(title, text)
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as a Markdown table, without pictures."""
+    plain = [without_pictures(row) for row in rows]
+    lines = [list(plain[0]), ["---"] * len(plain[0]), *(map(cell, row.values()) for row in plain)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""Where pictures and curves go: one sink per logger."""
+"""Weights & Biases: a run in one row."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
-from torch import Tensor
 
+from sess_lightning.reporting.loggers import prefixed
 from sess_lightning.reporting.panels import Panel, curve_figure
-from sess_lightning.reporting.sink import Sink, _cell, _title, _without_pictures
+from sess_lightning.reporting.run import RunReport, without_pictures
+from sess_lightning.reporting.sink import Sink, cell
 
 BEST = {
     "insertion": "max", "overall": "max", "pointing_game": "max", "relevance_mass": "max", "deletion": "min",
@@ -25,78 +25,89 @@ class WandbSink(Sink):
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
-        self._defined: set[str] = set()
 
-    def panels(self, key: str, panels: Sequence[Panel], when: Mapping[str, int]) -> None:
-        """Log image | base | SESS strips with their captions and boxes."""
-        import wandb
-
-        pictures = [
-            wandb.Image(
-                panel.strip,
-                caption=f"{panel.title}\n{panel.caption}",
-                boxes=_wandb_boxes(panel),
-                file_type="jpg",
-            )
-            for panel in panels
-        ]
-        self._log({key: pictures}, when)
-
-    def curves(self, key: str, curves: Mapping[str, Float[Tensor, "2 T"]], when: Mapping[str, int]) -> None:
-        """Log a line chart of all methods."""
-        import wandb
-
-        lines = {
-            f"{kind}, {name}": curve[row].tolist()
-            for name, curve in curves.items()
-            for row, kind in enumerate(("insertion", "deletion"))
-        }
-        share = np.linspace(0, 1, len(next(iter(lines.values())))).tolist()
-        chart = wandb.plot.line_series(
-            xs=share, ys=list(lines.values()), keys=list(lines), title=f"Mean curves, epoch {when['epoch']}",
-            xname="share of pixels changed, most salient first",
-        )  # fmt: skip
-        # The chart shows the newest run; the picture's step slider goes back to any.
-        picture = wandb.Image(curve_figure(curves, _title(when)), file_type="jpg")
-        self._log({key: chart, f"{key}_by_epoch": [picture]}, when)
-
-    def scalars(self, key: str, values: Mapping[str, float], when: Mapping[str, int]) -> None:  # noqa: ARG002
-        """Have W&B's summary keep the best and the last value of the figures that Lightning logs."""
-        prefix = key.rsplit("/", 1)[0]
-        for name in set(values) - self._defined:
-            best = BEST.get(name.rsplit("/", 1)[-1])
-            if best is not None and not name.startswith("minus_"):
-                self._logger.experiment.define_metric(
-                    f"{prefix}/{name}", step_metric="trainer/global_step", step_sync=True,
-                    summary=f"{best},last",
-                )  # fmt: skip
-        self._defined |= set(values)
-
-    def table(self, key: str, rows: Sequence[Mapping[str, Any]], when: Mapping[str, int]) -> None:
-        """Log a table, and beside it the pictures of its rows under ``<key>_pictures``."""
-        import wandb
-
-        # In a table, pictures would become an artifact, which has no step slider.
-        told = [_without_pictures(row) for row in rows]
-        table = wandb.Table(columns=list(told[0]), data=[list(row.values()) for row in told])
-        pictures = [
-            wandb.Image(value, caption="\n".join(f"{k}: {_cell(v)}" for k, v in row.items()), file_type="jpg")
-            for row, whole in zip(told, rows, strict=True)
-            for value in whole.values()
-            if isinstance(value, np.ndarray)
-        ]
-        self._log({key: table, **({f"{key}_pictures": pictures} if pictures else {})}, when)
+    def write(self, report: RunReport) -> None:
+        """Add all to W&B's open row, which Lightning's own row of this validation run completes."""
+        self._define(report)
+        logged = {name: value for part in _parts(report) for name, value in part.items()}
+        row = {prefixed(self._logger, report.key(name)): value for name, value in logged.items()}
+        # Uncommitted and without step=: every committed row moves W&B's own step, and rows that the user
+        # logs with a step of her own, such as trainer.global_step, are then dropped.
+        self._logger.experiment.log(
+            {**row, "trainer/global_step": report.step, "epoch": report.epoch}, commit=False
+        )
 
     def alert(self, title: str, text: str) -> None:
         """Send W&B's alert, by mail or Slack as the user has set."""
         self._logger.experiment.alert(title=title, text=text, level="WARN")
 
-    def _log(self, values: dict[str, Any], when: Mapping[str, int]) -> None:
-        # No step=: W&B drops rows whose step is not the newest. Lightning's own rows carry the same key.
-        self._logger.experiment.log({**values, "trainer/global_step": when["step"], "epoch": when["epoch"]})
+    def _define(self, report: RunReport) -> None:
+        """Have W&B's summary keep the best and the last value of the scores that Lightning logs."""
+        for name in report.values:
+            best = BEST.get(name.rsplit("/", 1)[-1])
+            if best is not None and not name.startswith("minus_"):
+                self._logger.experiment.define_metric(
+                    prefixed(self._logger, report.key(name)), step_metric="trainer/global_step",
+                    step_sync=True, summary=f"{best},last",
+                )  # fmt: skip
 
 
-def _wandb_boxes(panel: Panel) -> dict[str, Any] | None:
+def _parts(report: RunReport) -> list[dict[str, Any]]:
+    """Return what is logged, by name."""
+    import wandb
+
+    parts: list[dict[str, Any]] = [_table(name, rows) for name, rows in report.tables.items() if rows]
+    if report.panels:
+        parts.append({"panel": [_strip(panel) for panel in report.panels]})
+    if report.curves:
+        # The chart shows the newest run; the picture's step slider goes back to any.
+        picture = wandb.Image(curve_figure(report.labelled_curves(), report.title), file_type="jpg")
+        parts.append({"curves": _chart(report), "curves_by_epoch": [picture]})
+    return parts
+
+
+def _strip(panel: Panel) -> Any:
+    """Return image | base | SESS with caption and boxes."""
+    import wandb
+
+    return wandb.Image(
+        panel.strip, caption=f"{panel.title}\n{panel.caption}", boxes=_boxes(panel), file_type="jpg"
+    )
+
+
+def _chart(report: RunReport) -> Any:
+    """Return a line chart of all methods' curves."""
+    import wandb
+
+    lines = {
+        f"{kind}, {name}": curve[row].tolist()
+        for name, curve in report.labelled_curves().items()
+        for row, kind in enumerate(("insertion", "deletion"))
+    }
+    share = np.linspace(0, 1, len(next(iter(lines.values())))).tolist()
+    return wandb.plot.line_series(
+        xs=share, ys=list(lines.values()), keys=list(lines), title=f"Mean curves, epoch {report.epoch}",
+        xname="share of pixels changed, most salient first",
+    )  # fmt: skip
+
+
+def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a table, and beside it the pictures of its rows under ``<name>_pictures``."""
+    import wandb
+
+    # In a table, pictures would become an artifact, which has no step slider.
+    plain = [without_pictures(row) for row in rows]
+    table = wandb.Table(columns=list(plain[0]), data=[list(row.values()) for row in plain])
+    pictures = [
+        wandb.Image(value, caption="\n".join(f"{k}: {cell(v)}" for k, v in row.items()), file_type="jpg")
+        for row, whole in zip(plain, rows, strict=True)
+        for value in whole.values()
+        if isinstance(value, np.ndarray)
+    ]
+    return {name: table, **({f"{name}_pictures": pictures} if pictures else {})}
+
+
+def _boxes(panel: Panel) -> dict[str, Any] | None:
     if not panel.boxes:
         return None
     data = [

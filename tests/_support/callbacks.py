@@ -117,11 +117,9 @@ class Shelf(Sink):
     def __init__(self):
         self.shown, self.drawn = [], []
 
-    def panels(self, key, panels, when):
-        self.shown.append((key, when, panels))
-
-    def curves(self, key, curves, when):
-        self.drawn.append((key, when, curves))
+    def write(self, report):
+        self.shown.append((report.key("panel"), report.when, report.panels))
+        self.drawn.append((report.key("curves"), report.when, report.labelled_curves()))
 
 
 class Watched(Classifier):

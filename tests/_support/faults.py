@@ -16,7 +16,7 @@ from PIL import Image
 from lightning_models import Classifier, boxed, pair, squares
 from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.reporting.files import FileSink
+from sess_lightning.reporting import files
 from sess_lightning.types import Explanation, SaliencyMethod
 
 
@@ -188,6 +188,6 @@ FAULTS = {
     "the logger takes no pictures": Fault(None, FINE, logger=CSVLogger),
     "curves cannot be drawn": Fault(
         "RuntimeError: no font", UNSEEN, logger=False,
-        around=lambda folder: mock.patch.object(FileSink, "curves", side_effect=RuntimeError("no font")),
+        around=lambda folder: mock.patch.object(files, "curve_figure", side_effect=RuntimeError("no font")),
     ),
 }  # fmt: skip

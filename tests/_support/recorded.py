@@ -20,7 +20,7 @@ def coloured(epoch, sample, method, side=48):
 def _panel(epoch, sample, name, overall):
     return Panel(
         shade(10 * sample),
-        {"base": coloured(epoch, sample, 1), "SESS": coloured(epoch, sample, 2)},
+        {"GradCAM": coloured(epoch, sample, 1), "SESS": coloured(epoch, sample, 2)},
         caption=f"label: {name}\nscore of the label: {overall:.3f}",
         boxes=[(4.0, 8.0, 20.0, 24.0)],
         label=name,
@@ -29,7 +29,7 @@ def _panel(epoch, sample, name, overall):
 
 
 def _scalars(overall):
-    scalars = {"n": 8.0, "curves_n": 8.0, "random/curves_n": 2.0}
+    scalars = {"n": 8.0, "curves_n": 8.0, "base/curves_n": 8.0, "random/curves_n": 2.0}
     for method, gap in (("", 0.0), ("base/", 0.05), ("random/", 0.1)):
         for key, value in (("overall", overall), ("insertion", 0.5), ("deletion", 0.5 - overall)):
             scalars |= _around(f"{method}{key}", value - gap, 0.02)
@@ -55,13 +55,15 @@ def write_runs(folder, count=4, samples=2, name="cat"):
             step=50 * (epoch + 1),
             scalars=_scalars(overall),
             metrics={"val/acc": 0.5 + epoch / 100, "train/loss_step": 1.0},
-            curves={"SESS (n=8)": [rising, rising[::-1]], "base (n=8)": [rising[::-1], rising]},
+            curves={"": [rising, rising[::-1]], "base": [rising[::-1], rising]},
+            method="SESS",
+            names={"base": "GradCAM"},
             panel=[keep_sample(folder, _panel(epoch, i, name, overall)) for i in range(samples)],
             tables={
                 "classes": [{"class": name, "trials": 4, "pointing_game": 0.25 * (epoch % 4)}],
                 "samples": [{"sample": f"{name} 1", "overall": -0.125, "why": None}],
             },
-            settings={"name": "SESS", "method": "SESS(GradCAM())", "model": name, "seconds": 1.5},
+            settings={"method": "SESS(GradCAM())", "model": name, "seconds": 1.5},
         )
         append(folder, record)
     return folder

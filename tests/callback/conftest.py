@@ -26,7 +26,7 @@ def told(caplog, monkeypatch):
 @pytest.fixture
 def shelf(monkeypatch):
     shelf = Shelf()
-    monkeypatch.setattr("sess_lightning.callback.callback.sink_for", lambda logger, folder: shelf)
+    monkeypatch.setattr("sess_lightning.reporting.publisher.sink_for", lambda logger, folder: shelf)
     return shelf
 
 

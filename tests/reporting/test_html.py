@@ -112,7 +112,7 @@ def test_the_summary_shows_the_base_and_the_floors_beside_the_method(page):
     tiles = {text.split("[")[0].split("0.")[0]: text for attrs, text in page.all("div", **{"class": "tile"})}
     overall = tiles["Overall = insertion − deletion"]
     assert "0.300 [0.280, 0.320]" in overall
-    assert "base0.250+0.050 [+0.040, +0.060]" in overall
+    assert "GradCAM0.250+0.050 [+0.040, +0.060]" in overall
     assert "random (n=2)0.200+0.100 [+0.090, +0.110]" in overall
     assert "0.530 from 0.500" in next(text for text in tiles.values() if text.startswith("val/acc"))
 
@@ -121,11 +121,11 @@ def test_there_is_a_chart_for_each_figure_with_all_methods_and_one_for_each_metr
     titles = [text for attrs, text in page.all("h3") if attrs.get("id", "").startswith("chart-")]
     assert titles == [
         "Overall = insertion − deletion",
-        "Overall: SESS − base",
+        "Overall: SESS − GradCAM",
         "Insertion",
         "Deletion",
         "Relevance mass: share inside the object",
-        "Relevance mass: SESS − base",
+        "Relevance mass: SESS − GradCAM",
         "val/acc",
     ]
     # Fewer curves are drawn for floors, but mass is measured on all samples.
@@ -135,7 +135,7 @@ def test_there_is_a_chart_for_each_figure_with_all_methods_and_one_for_each_metr
     assert page.all("desc")[0][1] == (
         "First and last values: "
         "SESS epoch 0, step 50: 0.100 [0.080, 0.120], epoch 3, step 200: 0.300 [0.280, 0.320]; "
-        "base epoch 0, step 50: 0.050 [0.030, 0.070], epoch 3, step 200: 0.250 [0.230, 0.270]; "
+        "GradCAM epoch 0, step 50: 0.050 [0.030, 0.070], epoch 3, step 200: 0.250 [0.230, 0.270]; "
         "random epoch 0, step 50: 0.000 [−0.020, 0.020], epoch 3, step 200: 0.200 [0.180, 0.220]."
     ).replace("−0", "-0")
 
@@ -152,8 +152,8 @@ def test_every_run_is_there_with_its_pictures_curves_and_tables(tmp_path, page):
     assert runs[2]["figures"]["columns"] == [
         "figure",
         "SESS",
-        "base",
-        "SESS − base",
+        "GradCAM",
+        "SESS − GradCAM",
         "random (n=2)",
         "SESS − random",
     ]
@@ -170,7 +170,7 @@ def test_every_run_is_there_with_its_pictures_curves_and_tables(tmp_path, page):
     kept = {path.name: path.read_bytes() for path in (tmp_path / "records").glob("*.jpg")}
     assert {name: base64.b64decode(data) for name, data in page.data["pictures"].items()} == kept
     shown = runs[1]["panel"][1]["pictures"]
-    assert [*shown] == ["image", "base", "SESS"]
+    assert [*shown] == ["image", "GradCAM", "SESS"]
     assert shown["image"] == runs[3]["panel"][1]["pictures"]["image"]
 
 

@@ -7,13 +7,12 @@ from lightning_models import Recorder, fit, validate
 from recorded import shade
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
+from sess_lightning.reporting.loggers import report_folder
 from sess_lightning.reporting.panels import Panel
 from sess_lightning.reporting.report.records import read
-from sess_lightning.reporting.report.sink import ReportSink, report_folder
+from sess_lightning.reporting.report.sink import ReportSink
+from sess_lightning.reporting.run import RunReport
 from sess_lightning.types import SESSWarning
-
-WHEN = {"epoch": 2, "step": 17}
-LATER = {"epoch": 3, "step": 25}
 
 
 def quick(**kwargs):
@@ -27,32 +26,22 @@ def epochs(folder):
 
 def test_the_sink_keeps_all_it_is_given_and_writes_the_page(tmp_path):
     sink = ReportSink(tmp_path)
-    sink.panels("sess/panel", [Panel(shade(9), {"SESS": shade(5)}, title="one")], WHEN)
-    sink.curves("sess/curves", {"SESS": torch.tensor([[0.0, 1.0], [1.0, 0.5]])}, WHEN)
-    sink.scalars("sess/scalars", {"overall": 0.25}, WHEN)
-    sink.table("sess/per_class", [{"class": "cat", "hits": 1}], WHEN)
-    sink.table("sess/worst", [{"sample": "one"}], WHEN)
-    sink.settings({"name": "SESS"}, WHEN)
-    sink.close({"val/acc": 0.5}, WHEN)
+    sink.close(RunReport(
+        "sess", 2, 17, "SESS", {"overall": 0.25}, {"base": "GradCAM"},
+        curves={"": torch.tensor([[0.0, 1.0], [1.0, 0.5]])},
+        panels=[Panel(shade(9), {"SESS": shade(5)}, title="one")],
+        tables={"per_class": [{"class": "cat", "hits": 1}], "worst": [{"sample": "one"}]},
+        metrics={"val/acc": 0.5}, alerts=["look"], run="a",
+    ))  # fmt: skip
     (record,) = read(tmp_path / "records")
     assert (record.epoch, record.step) == (2, 17)
     assert (record.scalars, record.metrics) == ({"overall": 0.25}, {"val/acc": 0.5})
-    assert record.curves == {"SESS": [[0.0, 1.0], [1.0, 0.5]]}
+    assert record.curves == {"": [[0.0, 1.0], [1.0, 0.5]]}
+    assert (record.run, record.names, record.alerts) == ("a", {"base": "GradCAM"}, ["look"])
     assert record.tables == {"per_class": [{"class": "cat", "hits": 1}], "worst": [{"sample": "one"}]}
     assert [sample.title for sample in record.panel] == ["one"]
     assert "1 validation run, last after epoch 2, step 17" in (tmp_path / "report.html").read_text("utf-8")
     assert sink.name == str(tmp_path / "report.html")
-
-
-def test_what_a_failed_run_left_is_not_mixed_into_the_next(tmp_path):
-    sink = ReportSink(tmp_path)
-    sink.scalars("sess/scalars", {"overall": 0.25}, WHEN)
-    sink.table("sess/worst", [{"sample": "one"}], WHEN)
-    sink.table("sess/per_class", [{"class": "cat"}], LATER)
-    sink.close({}, LATER)
-    (record,) = read(tmp_path / "records")
-    assert (record.epoch, record.scalars) == (3, {})
-    assert record.tables == {"per_class": [{"class": "cat"}]}
 
 
 def test_the_report_lies_beside_the_loggers_files(tmp_path):
@@ -76,7 +65,7 @@ def test_a_training_leaves_a_page_with_its_figures_the_users_own_and_the_setting
         if not name.startswith("sess/")
     }
     assert [[*sample.pictures] for sample in last.panel] == [["image", "base", "SESS"]] * 2
-    assert [*last.curves] == ["SESS (n=4)", "base (n=4)"]
+    assert [*last.curves] == ["", "base"]
     assert last.settings["method"] == str(SESS(GradCAM(), num_scales=2))
     assert last.settings["samples"] == 4
     assert 0 < last.settings["seconds"] < 600

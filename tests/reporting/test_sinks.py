@@ -14,15 +14,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sess_lightning.reporting.files import FileSink
 from sess_lightning.reporting.panels import Panel, curve_figure, sheet
 from sess_lightning.reporting.publisher import sink_for
+from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.tensorboard import TensorBoardSink
 from sess_lightning.reporting.wandb import WandbSink
 from wandb_reader import history, offline, records, run_folder
 
-WHEN = {"epoch": 2, "step": 17}
 CURVES = {
-    "SESS (n=8)": torch.stack([torch.linspace(0, 1, 5), torch.linspace(1, 0, 5)]),
-    "base (n=8)": torch.stack([torch.linspace(0, 0.5, 5), torch.linspace(0.5, 0, 5)]),
+    "": torch.stack([torch.linspace(0, 1, 5), torch.linspace(1, 0, 5)]),
+    "base": torch.stack([torch.linspace(0, 0.5, 5), torch.linspace(0.5, 0, 5)]),
 }
+COUNTS = {"curves_n": 8.0, "base/curves_n": 8.0}
 
 
 def plain(value):
@@ -39,6 +40,16 @@ def panels():
     ]
 
 
+def report(epoch=2, step=17, values=COUNTS, **sent):
+    return RunReport("sess", epoch, step, "SESS", values, {"base": "GradCAM"}, **sent)
+
+
+def figure(epoch=2, step=17):
+    return curve_figure(
+        report(curves=CURVES).labelled_curves(), f"Mean curves after epoch {epoch}, step {step}"
+    )
+
+
 def rows(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -46,8 +57,8 @@ def rows(path):
 
 def test_files_get_a_sheet_per_run(tmp_path, panels):
     sink = FileSink(tmp_path)
-    sink.panels("sess/panel", panels, WHEN)
-    sink.panels("sess/panel", panels, {"epoch": 3, "step": 25})
+    sink.write(report(panels=panels))
+    sink.write(report(3, 25, panels=panels))
     written = sorted(path.name for path in (tmp_path / "sess" / "panel").iterdir())
     assert written == ["epoch=002-step=000017.png", "epoch=003-step=000025.png"]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "sess" / "panel" / written[0])), sheet(panels))
@@ -55,23 +66,23 @@ def test_files_get_a_sheet_per_run(tmp_path, panels):
 
 def test_files_get_curves_as_a_figure_and_as_numbers(tmp_path):
     sink = FileSink(tmp_path)
-    sink.curves("sess/curves", CURVES, WHEN)
-    sink.curves("sess/curves", CURVES, {"epoch": 3, "step": 25})
-    figure = Image.open(tmp_path / "sess" / "curves" / "epoch=002-step=000017.png")
-    assert np.array_equal(np.asarray(figure), curve_figure(CURVES, "Mean curves after epoch 2, step 17"))
+    sink.write(report(curves=CURVES))
+    sink.write(report(3, 25, curves=CURVES))
+    picture = Image.open(tmp_path / "sess" / "curves" / "epoch=002-step=000017.png")
+    assert np.array_equal(np.asarray(picture), figure())
     table = rows(tmp_path / "sess" / "curves.csv")
     assert len(table) == 2 * 2 * 5
     assert table[6] == {
-        "epoch": "2", "step": "17", "method": "base (n=8)", "step_of_curve": "1", "insertion": "0.125",
+        "epoch": "2", "step": "17", "method": "GradCAM", "n": "8", "step_of_curve": "1", "insertion": "0.125",
         "deletion": "0.375",
     }  # fmt: skip
     assert table[10]["epoch"] == "3"
 
 
-def test_files_get_a_row_per_figure(tmp_path):
+def test_files_get_a_row_per_score(tmp_path):
     sink = FileSink(tmp_path)
-    sink.scalars("sess/scalars", {"insertion": 0.5, "base/overall": 0.25}, WHEN)
-    sink.scalars("sess/scalars", {"insertion": 0.75}, {"epoch": 3, "step": 25})
+    sink.write(report(values={"insertion": 0.5, "base/overall": 0.25}))
+    sink.write(report(3, 25, values={"insertion": 0.75}))
     assert rows(tmp_path / "sess" / "scalars.csv") == [
         {"epoch": "2", "step": "17", "name": "insertion", "value": "0.5"},
         {"epoch": "2", "step": "17", "name": "base/overall", "value": "0.25"},
@@ -86,14 +97,13 @@ def test_a_file_sink_says_where_the_files_are(tmp_path):
 def test_tensorboard_holds_the_sheet_and_the_figure_at_their_step(tmp_path, panels):
     logger = TensorBoardLogger(tmp_path)
     sink = sink_for(logger, tmp_path)
-    sink.panels("sess/panel", panels, WHEN)
-    sink.curves("sess/curves", CURVES, WHEN)
+    sink.write(report(panels=panels, curves=CURVES))
     logger.experiment.flush()
     events = EventAccumulator(logger.log_dir).Reload()
     assert events.Tags()["images"] == ["sess/panel", "sess/curves"]
     for key, picture in (
         ("sess/panel", sheet(panels)),
-        ("sess/curves", curve_figure(CURVES, "Mean curves after epoch 2, step 17")),
+        ("sess/curves", figure()),
     ):
         (event,) = events.Images(key)
         assert event.step == 17
@@ -109,15 +119,13 @@ def wandb_logger(monkeypatch, tmp_path):
 def test_wandb_holds_strips_captions_boxes_and_the_chart_at_the_loggers_own_step(
     wandb_logger, tmp_path, panels
 ):
-    sink = sink_for(wandb_logger, tmp_path)
-    sink.panels("sess/panel", panels, WHEN)
-    sink.curves("sess/curves", CURVES, WHEN)
+    sink_for(wandb_logger, tmp_path).write(report(panels=panels, curves=CURVES))
     wandb_logger.experiment.finish()
     folder = run_folder(tmp_path)
-    strips, chart = history(folder)
-    assert (strips["trainer/global_step"], strips["epoch"]) == (17, 2)
-    assert (chart["trainer/global_step"], chart["epoch"]) == (17, 2)
-    logged = strips["sess/panel"]
+    (row,) = history(folder)
+    assert (row["trainer/global_step"], row["epoch"]) == (17, 2)
+    assert row["sess/curves_by_epoch"]["count"] == 1
+    logged = row["sess/panel"]
     assert (logged["_type"], logged["format"], logged["count"]) == ("images/separated", "jpg", 2)
     assert (logged["width"], logged["height"]) == (3 * 40, 32)
     assert logged["captions"] == ["sample 1\nlabel: cat", "sample 2\nlabel: dog"]
@@ -127,7 +135,7 @@ def test_wandb_holds_strips_captions_boxes_and_the_chart_at_the_loggers_own_step
 
 
 def test_wandb_keeps_boxes_in_pixels_of_the_image(wandb_logger, tmp_path, panels):
-    sink_for(wandb_logger, tmp_path).panels("sess/panel", panels[:1], WHEN)
+    sink_for(wandb_logger, tmp_path).write(report(panels=panels[:1]))
     wandb_logger.experiment.finish()
     (path,) = run_folder(tmp_path).glob("files/media/metadata/boxes2D/**/*.json")
     (box,) = json.loads(path.read_text())["box_data"]
@@ -136,7 +144,7 @@ def test_wandb_keeps_boxes_in_pixels_of_the_image(wandb_logger, tmp_path, panels
 
 
 def test_wandb_holds_every_point_of_the_curves(wandb_logger, tmp_path):
-    sink_for(wandb_logger, tmp_path).curves("sess/curves", CURVES, WHEN)
+    sink_for(wandb_logger, tmp_path).write(report(curves=CURVES))
     wandb_logger.experiment.finish()
     folder = run_folder(tmp_path)
     (row,) = history(folder)
@@ -144,7 +152,7 @@ def test_wandb_holds_every_point_of_the_curves(wandb_logger, tmp_path):
     assert len(table["data"]) == 4 * 5
     named = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
     points = [
-        (point["step"], point["lineVal"]) for point in named if point["lineKey"] == "deletion, base (n=8)"
+        (point["step"], point["lineVal"]) for point in named if point["lineKey"] == "deletion, GradCAM (n=8)"
     ]
     assert points == [(0.0, 0.5), (0.25, 0.375), (0.5, 0.25), (0.75, 0.125), (1.0, 0.0)]
 
@@ -156,8 +164,8 @@ ROWS = [
 
 
 def test_a_table_goes_to_files_without_its_pictures(tmp_path):
-    FileSink(tmp_path).table("sess/samples", ROWS, WHEN)
-    FileSink(tmp_path).table("sess/samples", ROWS[:1], {"epoch": 3, "step": 25})
+    FileSink(tmp_path).write(report(tables={"samples": ROWS}))
+    FileSink(tmp_path).write(report(3, 25, tables={"samples": ROWS[:1]}))
     told = rows(tmp_path / "sess" / "samples.csv")
     assert told[0] == {"epoch": "2", "step": "17", "sample": "a|b", "score": "0.25", "hit": ""}
     assert [row["epoch"] for row in told] == ["2", "2", "3"]
@@ -165,7 +173,7 @@ def test_a_table_goes_to_files_without_its_pictures(tmp_path):
 
 def test_a_table_goes_to_tensorboard_as_text(tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    sink_for(logger, tmp_path).table("sess/samples", ROWS, WHEN)
+    sink_for(logger, tmp_path).write(report(tables={"samples": ROWS}))
     logger.experiment.flush()
     (event,) = EventAccumulator(logger.log_dir).Reload().Tensors("sess/samples/text_summary")
     assert event.step == 17
@@ -177,8 +185,9 @@ def test_a_table_goes_to_tensorboard_as_text(tmp_path):
 
 def test_wandb_gets_a_new_table_every_run_and_its_pictures_beside(wandb_logger, tmp_path):
     sink = sink_for(wandb_logger, tmp_path)
-    sink.table("sess/samples", ROWS, WHEN)
-    sink.table("sess/samples", ROWS[:1], {"epoch": 3, "step": 25})
+    for one in (report(tables={"samples": ROWS}), report(3, 25, tables={"samples": ROWS[:1]})):
+        sink.write(one)
+        wandb_logger.log_metrics({"epoch": one.epoch}, one.step)
     wandb_logger.experiment.finish()
     folder = run_folder(tmp_path)
     first, second = history(folder)
@@ -200,7 +209,7 @@ def test_wandbs_summary_keeps_the_best_and_the_last_of_what_lightning_logs(wandb
     sink = sink_for(wandb_logger, tmp_path)
     for step, value in ((3, 0.5), (7, 0.75), (11, 0.25)):
         values = {"overall": value, "base/deletion": value, "minus_base/overall": value, "n": 4.0}
-        sink.scalars("sess/scalars", values, {"epoch": step // 4, "step": step})
+        sink.write(report(step // 4, step, values))
         wandb_logger.log_metrics({f"sess/{name}": each for name, each in values.items()}, step)
     wandb_logger.experiment.finish()
     (path,) = run_folder(tmp_path).glob("run-*.wandb")
@@ -215,16 +224,20 @@ def test_wandbs_summary_keeps_the_best_and_the_last_of_what_lightning_logs(wandb
         assert {kind.name for kind, kept in defined[name].summary.ListFields() if kept} == {best, "last"}
 
 
-def test_an_alert_reaches_wandb_and_tensorboard(wandb_logger, tmp_path):
+def test_an_alert_reaches_wandb(wandb_logger, tmp_path):
     sink_for(wandb_logger, tmp_path).alert("Clever Hans?", "look at a")
     wandb_logger.experiment.finish()
     (path,) = run_folder(tmp_path).glob("run-*.wandb")
     (alert,) = [record.alert for record in records(path) if record.WhichOneof("record_type") == "alert"]
     assert (alert.title, alert.text, alert.level) == ("Clever Hans?", "look at a", "WARN")
-    logger = TensorBoardLogger(tmp_path / "tb")
-    sink_for(logger, tmp_path).alert("Clever Hans?", "look at a")
+
+
+def test_an_alert_reaches_tensorboard_at_its_step(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    sink_for(logger, tmp_path).close(report(alerts=["look at a"]))
     logger.experiment.flush()
-    assert EventAccumulator(logger.log_dir).Reload().Tags()["tensors"] == ["Clever Hans?/text_summary"]
+    (event,) = EventAccumulator(logger.log_dir).Reload().Tensors("sess/alert/text_summary")
+    assert (event.step, event.tensor_proto.string_val[0]) == (17, b"look at a")
 
 
 def test_every_logger_gets_its_own_sink(tmp_path):
@@ -235,11 +248,11 @@ def test_every_logger_gets_its_own_sink(tmp_path):
     assert sink_for(DummyLogger(), tmp_path) is None
 
 
-@pytest.mark.parametrize("key", ["../panel", "/tmp/panel", "sess/../../panel"])
-def test_no_key_leads_out_of_the_folder(tmp_path, key):
+@pytest.mark.parametrize("prefix", ["..", "/tmp", "sess/../.."])
+def test_no_prefix_leads_out_of_the_folder(tmp_path, prefix):
     sink = FileSink(tmp_path / "here")
     with pytest.raises(ValueError, match="leads out of"):
-        sink.scalars(key, {"n": 1.0}, {"epoch": 0, "step": 0})
+        sink.write(RunReport(prefix, 0, 0, "SESS", {"n": 1.0}))
     assert not list(tmp_path.iterdir())
 
 

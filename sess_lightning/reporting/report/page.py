@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -122,7 +123,7 @@ def _data(
     yield '],"pictures":{'
     for i, name in enumerate(names):
         yield "," * (i > 0) + f"{_json(name)}:{_json(base64.b64encode(picture(folder, name)).decode())}"
-    styles = {own: "own"} | {name: _style(name, methods) for name in methods}
+    styles = {"": "own"} | {name: _style(name, methods) for name in methods}
     yield f'}},"styles":{_json(styles)},"plot":{_json({"left": LEFT, "width": WIDTH - LEFT - RIGHT})}}}'
 
 
@@ -136,7 +137,12 @@ def _hash(text: str) -> str:
 
 
 def _own(record: RunRecord) -> str:
-    return str(record.settings.get("name", "method"))
+    return record.method
+
+
+def _label(record: RunRecord, method: str) -> str:
+    """Return a compared method's display name."""
+    return record.names.get(method, method)
 
 
 def _methods(records: Sequence[RunRecord]) -> list[str]:
@@ -182,7 +188,11 @@ def _tiles(records: Sequence[RunRecord], own: str, methods: Sequence[str]) -> It
         if figure not in last.scalars:
             continue
         rows = [
-            (f"{other}{_few(last, other, figure)}", last.scalars[key], _difference(last, other, figure))
+            (
+                f"{_label(last, other)}{_few(last, other, figure)}",
+                last.scalars[key],
+                _difference(last, other, figure),
+            )
             for other in methods
             if (key := f"{other}/{figure}") in last.scalars
         ]
@@ -254,19 +264,20 @@ def _lines(
         ]
         return [Line(name, points, style)] if points else []
 
+    label = partial(_label, records[-1])
     for figure, (name, better) in FIGURES.items():
         if figure.endswith("normalised"):
             continue
         lines = line(own, figure, "own")
         for other in methods:
-            lines += line(other, f"{other}/{figure}", _style(other, methods))
-        few = [f"{other}{_few(records[-1], other, figure)}" for other in methods]
+            lines += line(label(other), f"{other}/{figure}", _style(other, methods))
+        few = [f"{label(other)}{_few(records[-1], other, figure)}" for other in methods]
         note = ", ".join([better, *(each for each in few if "(n=" in each)])
         yield name, lines, None if figure == "overall" else (0.0, 1.0), note
         if figure in ("overall", "pointing_game", "relevance_mass"):
-            paired = line(f"{own} − base", f"minus_base/{figure}", "own")
+            paired = line(f"{own} − {label('base')}", f"minus_base/{figure}", "own")
             short = re.split("[=:]", name)[0].strip()
-            yield f"{short}: {own} − base", paired, None, "same images, above 0 is better"
+            yield f"{short}: {own} − {label('base')}", paired, None, "same images, above 0 is better"
     known = {*FIGURES, *COUNTS}
     keys = dict.fromkeys(key for record in records for key in record.scalars)
     for key in keys:
@@ -292,12 +303,18 @@ def _run(record: RunRecord, own: str, methods: Sequence[str], at: float) -> dict
         "figures": _figures(record, own, methods),
         "counts": ", ".join(counts),
         "curves": [
-            {"name": name, "method": name.partition(" (n=")[0], "lines": curves}
-            for name, curves in record.curves.items()
+            {"name": _curve_name(record, method), "method": method, "lines": curves}
+            for method, curves in record.curves.items()
         ],
         "panel": [asdict(sample) for sample in record.panel],
         "tables": [_table(name, rows) for name, rows in record.tables.items() if rows],
     }
+
+
+def _curve_name(record: RunRecord, method: str) -> str:
+    count = record.scalars.get(f"{method}/curves_n" if method else "curves_n")
+    name = _label(record, method) if method else record.method
+    return name if count is None else f"{name} (n={count:.0f})"
 
 
 def _figures(record: RunRecord, own: str, methods: Sequence[str]) -> dict[str, Any]:
@@ -311,7 +328,8 @@ def _figures(record: RunRecord, own: str, methods: Sequence[str]) -> dict[str, A
         rows.append(cells)
     columns = ["figure", own]
     for other in methods:
-        columns += [f"{other}{_few(record, other, 'overall')}", f"{own} − {other}"]
+        name = _label(record, other)
+        columns += [f"{name}{_few(record, other, 'overall')}", f"{own} − {name}"]
     return {
         "caption": "Figures, 95 % intervals, and which is better",
         "columns": columns,
@@ -345,7 +363,7 @@ def _word(value: Any) -> str:
 
 
 def _settings(records: Sequence[RunRecord]) -> str:
-    settings = {key: value for key, value in records[-1].settings.items() if key not in ("name", "seconds")}
+    settings = {key: value for key, value in records[-1].settings.items() if key != "seconds"}
     seconds = [float(r.settings["seconds"]) for r in records if r.settings.get("seconds") is not None]
     if seconds:
         settings["time of explaining and scoring"] = (

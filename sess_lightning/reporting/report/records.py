@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sess_lightning.reporting.panels import Panel, Picture
+from sess_lightning.reporting.run import RunReport, without_pictures
 
 RUNS = "runs.jsonl"
 PICTURE = re.compile(r"[0-9a-f]{16}\.jpg")
@@ -56,11 +57,13 @@ class RunRecord:
         step: Optimiser steps so far.
         scalars: The callback's figures, without its prefix.
         metrics: The user's own figures.
-        curves: Method -> mean insertion curve, mean deletion curve.
+        curves: Key of a method -> mean insertion curve, mean deletion curve.
         panel: The samples that are shown.
         tables: Name -> rows.
         settings: How all this was made, in words.
         alerts: What the user was warned of.
+        method: Display name of the explained method.
+        names: Key of a compared method -> display name.
     """
 
     run: str
@@ -73,6 +76,19 @@ class RunRecord:
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     alerts: Sequence[str] = field(default_factory=list)
+    method: str = "method"
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+def record_of(folder: str | Path, report: RunReport) -> RunRecord:
+    """Return what is kept of a run, once its pictures have been written into ``folder``."""
+    return RunRecord(
+        run=report.run, epoch=report.epoch, step=report.step, scalars=report.values, metrics=report.metrics,
+        curves={method: curves.tolist() for method, curves in report.curves.items()},
+        panel=[keep_sample(folder, panel) for panel in report.panels],
+        tables={name: [*map(without_pictures, rows)] for name, rows in report.tables.items()},
+        settings=report.settings, alerts=list(report.alerts), method=report.method, names=report.names,
+    )  # fmt: skip
 
 
 def append(folder: str | Path, record: RunRecord) -> None:

@@ -1,0 +1,37 @@
+"""What sinks ask a Lightning logger, without importing its package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def kinds(logger: Any) -> set[str]:
+    """Return the names of a logger's class and of all it derives from."""
+    return {cls.__name__ for cls in type(logger).__mro__}
+
+
+def is_dummy(logger: Any) -> bool:
+    """Tell whether this is the stand-in of ``fast_dev_run``, which keeps nothing."""
+    return "DummyLogger" in kinds(logger)
+
+
+def prefixed(logger: Any, key: str) -> str:
+    """Return a key as the logger itself would write it: ``WandbLogger(prefix="a")`` puts ``"a-"`` before."""
+    prefix = getattr(logger, "_prefix", None)
+    return f"{prefix}-{key}" if isinstance(prefix, str) and prefix else key
+
+
+def run_folder(logger: Any, default: str | Path) -> Path:
+    """Return where a logger keeps the files of its run; for one that tells of none, below ``default``."""
+    if folder := getattr(logger, "log_dir", None):
+        return Path(folder)
+    name, version = getattr(logger, "name", None), getattr(logger, "version", None)
+    folder = Path(getattr(logger, "save_dir", None) or default)
+    return folder / str(name) / str(version) if name and version is not None else folder
+
+
+def report_folder(loggers: Sequence[Any], default: str | Path) -> Path:
+    """Return where the first logger that keeps anything keeps the files of its run."""
+    return run_folder(next((logger for logger in loggers if not is_dummy(logger)), None), default)

@@ -1,0 +1,99 @@
+"""What one validation run sends, in one record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from sess_lightning.reporting.panels import Panel
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One validation run, as every sink gets it.
+
+    Methods have keys: ``""`` is the explained one, the others are the names they were given.
+
+    Attributes:
+        prefix: First part of all keys that loggers see, such as ``"sess"``.
+        epoch: Epochs finished before the run.
+        step: Optimiser steps so far.
+        method: Display name of the explained method.
+        values: Score, such as ``"insertion"`` or ``"base/insertion"`` -> value.
+        names: Key of a compared method -> display name; a method that is missing is shown under its key.
+        curves: Key of a method -> mean insertion curve, mean deletion curve.
+        panels: The samples that are shown, the same in every run.
+        tables: Name -> rows of plain values and pictures; all rows have the same columns.
+        settings: How the scores are made, in words and numbers.
+        metrics: What the user's own module logged; known when the run is closed.
+        alerts: What the user was warned of; known when the run is closed.
+        run: Which training this belongs to; a resumed one keeps its name.
+    """
+
+    prefix: str
+    epoch: int
+    step: int
+    method: str
+    values: Mapping[str, float]
+    names: Mapping[str, str] = field(default_factory=dict)
+    curves: Mapping[str, Float[Tensor, "2 T"]] = field(default_factory=dict)
+    panels: Sequence[Panel] = ()
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    alerts: Sequence[str] = ()
+    run: str = ""
+
+    @property
+    def when(self) -> dict[str, int]:
+        """Epoch and step, as columns."""
+        return {"epoch": self.epoch, "step": self.step}
+
+    @property
+    def title(self) -> str:
+        """Headline of a picture of the mean curves."""
+        return f"Mean curves after epoch {self.epoch}, step {self.step}"
+
+    def key(self, name: str) -> str:
+        """Return the name under which a logger shows something."""
+        return f"{self.prefix}/{name}"
+
+    def label(self, method: str) -> str:
+        """Return a method's display name."""
+        return self.names.get(method, method) if method else self.method
+
+    def count(self, method: str) -> int:
+        """Return over how many samples a method's mean curves are taken."""
+        return int(self.values.get(f"{method}/curves_n" if method else "curves_n", 0))
+
+    def labelled_curves(self) -> dict[str, Float[Tensor, "2 T"]]:
+        """Return the curves under the names of their methods, each with its number of samples."""
+        return {
+            f"{self.label(method)} (n={self.count(method)})": curves for method, curves in self.curves.items()
+        }
+
+
+def display_names(methods: Mapping[str, Any]) -> dict[str, str]:
+    """Return how methods are called where people read of them.
+
+    The explained method, whose key is ``""``, and its ``"base"`` are called by their classes; the others
+    have been named by whoever compares them. Where two names would be the same, the key stands.
+
+    Args:
+        methods: Key -> method.
+    """
+    base, own = (type(methods.get(key)).__name__ for key in ("base", ""))
+    names = {key: key for key in methods} | {"": own}
+    if "base" in methods and base not in names.values():
+        names["base"] = base
+    return names | {key: f"{key} (compared)" for key in methods if key == own}
+
+
+def without_pictures(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a table can hold of a row."""
+    return {name: value for name, value in row.items() if not isinstance(value, np.ndarray)}
