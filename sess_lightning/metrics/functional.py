@@ -13,6 +13,7 @@ from sess_lightning.batching import batch_limit, blank_batch, by_image, in_batch
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, score
 from sess_lightning.ops import blur, size_of, upsample
+from sess_lightning.regions import Regions, box_masks, has_region, pad_boxes, read_regions
 from sess_lightning.types import Activation
 
 Ties: TypeAlias = Literal["first", "random"]
@@ -157,7 +158,7 @@ def curve_auc(curves: Float[Tensor, "*B T"]) -> Float[Tensor, "*B"]:
 
 def pointing_hits(
     maps: Float[Tensor, "B h w"],
-    regions: Bool[Tensor, "B H W"] | Sequence[Float[Tensor, "_ 4"]],
+    regions: Regions,
     tolerance: float = 15.0,
     size: tuple[int, int] | None = None,
 ) -> Bool[Tensor, " B"]:
@@ -168,7 +169,7 @@ def pointing_hits(
 
     Args:
         maps: One map per image; resized bilinearly to the regions' resolution.
-        regions: Per image a mask, or boxes (x0, y0, x1, y1), half-open pixels.
+        regions: Per image a mask, or boxes (x0, y0, x1, y1), half-open pixels (``read_regions``).
         tolerance: Distance in px of the regions' resolution, exclusive; 15 at original resolution in the
             literature.
         size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
@@ -182,6 +183,7 @@ def pointing_hits(
         raise ValueError(f"tolerance must be positive, got {tolerance}; 1 asks for the region itself.")
     if len(regions) != maps.shape[0]:
         raise ValueError(f"regions: got {len(regions)} for {maps.shape[0]} maps; give one per map.")
+    regions = read_regions(regions, size=size_of(maps))
     target = size_of(regions) if isinstance(regions, Tensor) else size
     maps = maps.nan_to_num(0)
     maps = upsample(maps, target) if target is not None else maps
@@ -197,37 +199,29 @@ def pointing_hits(
 
 def relevance_mass(
     maps: Float[Tensor, "B h w"],
-    regions: Bool[Tensor, "B H W"] | Sequence[Float[Tensor, "_ 4"]],
+    regions: Regions,
     size: tuple[int, int] | None = None,
 ) -> Float[Tensor, " B"]:
     """Return the share of each map's sum that lies inside its region: relevance mass accuracy.
 
-    A map without preference scores the region's share of the picture. A flat map of zeros scores 0, an empty
-    region NaN; NaN in a map counts as 0.
+    A map without preference scores the region's share of the picture. A flat map of zeros scores 0; an empty
+    region, and a map with negative values, which has no share of its sum, NaN. NaN in a map counts as 0.
 
     Args:
         maps: Saliency, not negative; resized bilinearly to the regions' resolution.
-        regions: Per image a mask, or boxes (x0, y0, x1, y1), half-open pixels.
+        regions: Per image a mask, or boxes (x0, y0, x1, y1), half-open pixels (``read_regions``).
         size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
 
     Source: Arras, Osman, Samek, "CLEVR-XAI", Information Fusion 2022.
     """
+    regions = read_regions(regions, size=size_of(maps))
     target = (size_of(regions) if isinstance(regions, Tensor) else size) or size_of(maps)
     maps = upsample(maps.nan_to_num(0), target)
     masks = regions if isinstance(regions, Tensor) else box_masks(regions, target, maps.device)
     inside, all_of_it = (maps * masks).sum((1, 2)), maps.sum((1, 2))
     share = inside / torch.where(all_of_it > 0, all_of_it, 1)
-    return share.masked_fill(~has_region(regions, maps.device), torch.nan)
-
-
-def box_masks(
-    boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int], device: torch.device
-) -> Bool[Tensor, "B H W"]:
-    """Return which pixels have their centre in one of their image's boxes (x0, y0, x1, y1)."""
-    x0, y0, x1, y1 = pad_boxes(boxes, device).unsqueeze(-1).unbind(-2)
-    y, x = (torch.arange(n, device=device) + 0.5 for n in size)
-    rows, columns = (y0 <= y) & (y < y1), (x0 <= x) & (x < x1)
-    return rows.float().mT @ columns.float() > 0
+    no_share = ~has_region(regions, maps.device) | (maps < 0).flatten(1).any(1)
+    return share.masked_fill(no_share, torch.nan)
 
 
 def rank_correlation(first: Float[Tensor, "B N"], second: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
@@ -258,7 +252,7 @@ def _near_mask(masks: Tensor, u: Tensor, v: Tensor, tolerance: float) -> Tensor:
     height, width = masks.shape[-2:]
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     index = (y * width + x).clamp(0, height * width - 1)
-    return (masks.bool().flatten(1).gather(1, index) & inside).any(1)
+    return (masks.flatten(1).gather(1, index) & inside).any(1)
 
 
 def _near_box(boxes: Sequence[Tensor], u: Tensor, v: Tensor, tolerance: float) -> Tensor:
@@ -269,32 +263,6 @@ def _near_box(boxes: Sequence[Tensor], u: Tensor, v: Tensor, tolerance: float) -
     dy = torch.maximum(y0 - v, v - (y1 - 1)).clamp(min=0)
     real = (x1 > x0) & (y1 > y0)
     return ((dx * dx + dy * dy < tolerance * tolerance) & real).any(1)
-
-
-def pad_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], device: torch.device) -> Float[Tensor, "B N 4"]:
-    """Return boxes as one tensor, short lists filled up with empty boxes.
-
-    Raises:
-        ValueError: If an entry is not (N, 4).
-    """
-    for each in boxes:
-        if each.ndim != 2 or each.shape[1] != 4:
-            raise ValueError(f"boxes must be (N, 4) per image, (x0, y0, x1, y1), got {tuple(each.shape)}.")
-    most = max((len(each) for each in boxes), default=0)
-    padded = torch.zeros(len(boxes), most, 4, device=device, dtype=torch.float32)
-    for row, each in zip(padded, boxes, strict=True):
-        row[: len(each)] = each.to(padded)
-    return padded
-
-
-def has_region(
-    regions: Bool[Tensor, "B H W"] | Sequence[Float[Tensor, "_ 4"]], device: torch.device
-) -> Bool[Tensor, " B"]:
-    """Return which images have a region at all; the others are no trials."""
-    if isinstance(regions, Tensor):
-        return regions.bool().flatten(1).any(1)
-    x0, y0, x1, y1 = pad_boxes(regions, device).unbind(-1)
-    return ((x1 > x0) & (y1 > y0)).any(1)
 
 
 def class_mean(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
-from sess_lightning.metrics.functional import class_mean, has_region, pointing_hits
+from sess_lightning.metrics.functional import class_mean, pointing_hits
+from sess_lightning.ops import size_of
+from sess_lightning.regions import Regions, has_region, read_regions
 
 
 class PointingGame(Metric):
@@ -53,7 +54,7 @@ class PointingGame(Metric):
     def update(
         self,
         maps: Float[Tensor, "B h w"],
-        regions: Bool[Tensor, "B H W"] | Sequence[Float[Tensor, "_ 4"]],
+        regions: Regions,
         targets: Int[Tensor, " B"],
         size: tuple[int, int] | None = None,
     ) -> None:
@@ -61,7 +62,8 @@ class PointingGame(Metric):
 
         Args:
             maps: Saliency of each image's target.
-            regions: Where the target's objects are: masks, or boxes per image; an empty one is no trial.
+            regions: Where the target's objects are: masks, or boxes per image, in any of the shapes that
+                ``read_regions`` knows; an empty one is no trial.
             targets: Class indices.
             size: (height, width) that boxes refer to, if not the maps'.
 
@@ -74,6 +76,7 @@ class PointingGame(Metric):
                 f"PointingGame: targets must be class indices in 0..{self.num_classes - 1}, got "
                 f"{values}; give num_classes as the model has them."
             )
+        regions = read_regions(regions, size=size_of(maps), labels=targets)
         hit = pointing_hits(maps, regions, self.tolerance, size)
         trial = has_region(regions, maps.device)
         # Sums, not in-place: the state may have been made in inference mode.

@@ -18,13 +18,14 @@ from sess_lightning.metrics.functional import (
     blurred_baseline,
     curve_auc,
     deletion_curve,
-    has_region,
     insertion_curve,
     pointing_hits,
     relevance_mass,
 )
 from sess_lightning.metrics.samples import PerSample
 from sess_lightning.metrics.statistics import ClassMean, Mean, Statistic, interval, resample
+from sess_lightning.ops import size_of
+from sess_lightning.regions import Regions, has_region, read_regions
 from sess_lightning.types import SaliencyMethod
 
 OWN = ""
@@ -188,7 +189,7 @@ class SESSMetric(PerSample):
         model: nn.Module,
         images: Float[Tensor, "B C H W"],
         targets: Int[Tensor, " T"],
-        regions: Bool[Tensor, "T h w"] | Sequence[Float[Tensor, "_ 4"]] | None = None,
+        regions: Regions | None = None,
         *,
         difficult: Bool[Tensor, " T"] | None = None,
         size: tuple[int, int] | None = None,
@@ -201,8 +202,8 @@ class SESSMetric(PerSample):
             images: As the model takes them.
             targets: The class to explain on each image, or several for a single image, which then passes
                 through the model once for all of them where the method can.
-            regions: Where that class is: masks, or boxes (x0, y0, x1, y1) per image, half-open; None plays no
-                Pointing Game, an empty one is no trial.
+            regions: Where that class is: masks, or boxes (x0, y0, x1, y1) per image, half-open, in any of the
+                shapes that ``read_regions`` knows; None plays no Pointing Game, an empty one is no trial.
             difficult: Which images belong to the "difficult" subset; None leaves it out.
             size: (height, width) that boxes refer to, if not the images'.
             numbers: Each image's number, for ``limits``; by it samples are put in order, so that nothing
@@ -213,6 +214,8 @@ class SESSMetric(PerSample):
             # Contiguous: in which layout a copy of an expanded tensor lies depends on the number of targets.
             images = images.expand(len(targets), -1, -1, -1).contiguous()
         check_inputs("SESSMetric", images, targets)
+        if regions is not None:
+            regions = read_regions(regions, size=size_of(images), labels=targets)
         with explaining(model), torch.no_grad():
             images, targets = borrowed(images), borrowed(targets).long()
             blurred = blurred_baseline(images)
@@ -293,7 +296,7 @@ class SESSMetric(PerSample):
         targets: Tensor,
         ends: Float[Tensor, "B 3"],
         drawn: slice | Tensor,
-        regions: Tensor | Sequence[Tensor] | None,
+        regions: Regions | None,
         size: tuple[int, int] | None,
     ) -> Assessment:
         own, blur, zero = ends.unbind(1)
@@ -445,9 +448,7 @@ class SESSMetric(PerSample):
         self.latest, self._zero = {}, None
 
 
-def _masses(
-    maps: Tensor, regions: Tensor | Sequence[Tensor] | None, size: tuple[int, int] | None
-) -> Float[Tensor, " B"]:
+def _masses(maps: Tensor, regions: Regions | None, size: tuple[int, int] | None) -> Float[Tensor, " B"]:
     if regions is None:
         return torch.full_like(maps[:, 0, 0], torch.nan)
     return relevance_mass(maps, regions, size)

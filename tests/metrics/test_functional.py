@@ -371,8 +371,8 @@ def test_pointing_refuses_what_does_not_fit(unchecked):
         pointing_hits(maps, half_open([[1, 1, 1, 1]]), 0.0)
     with pytest.raises(ValueError, match="regions: got 2 for 1 maps; give one per map"):
         pointing_hits(maps, torch.ones(2, 8, 8, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"boxes must be \(N, 4\) per image, \(x0, y0, x1, y1\), got \(4,\)"):
-        pointing_hits(maps, [torch.ones(4)])
+    with pytest.raises(ValueError, match=r"boxes must be \(N, 4\) per image, \(x0, y0, x1, y1\), got \(5,\)"):
+        pointing_hits(maps, torch.ones(1, 5))
 
 
 def test_class_means_are_over_classes_seen_or_over_all_as_torchray_has_it():
@@ -402,6 +402,13 @@ def test_a_map_without_preference_has_the_regions_share_and_one_of_zeros_has_not
     boxes = [torch.tensor([[0.0, 0, 4, 2]])] * 3
     maps = torch.stack([torch.ones(4, 8), torch.zeros(4, 8), torch.full((4, 8), torch.nan)])
     assert relevance_mass(maps, boxes).tolist() == [0.25, 0, 0]
+
+
+def test_a_map_with_negative_values_has_no_relevance_mass():
+    maps = torch.stack([torch.ones(4, 4), torch.linspace(-1, 1, 16).view(4, 4)])
+    mass = relevance_mass(maps, [torch.tensor([[0.0, 0, 4, 2]])] * 2)
+    assert mass[0] == 0.5
+    assert mass[1].isnan()
 
 
 def test_relevance_mass_of_an_empty_region_is_nan():
