@@ -56,7 +56,9 @@ class SESS(SaliencyMethod):
 
     Where the authors' code parts from the paper, this follows the paper: the fused map is min-max normalised,
     a flat window is left out (theirs turns all it covers into NaN), scores are divided by the best one in
-    logarithms.
+    logarithms. Where equation 2 counts what exceeds 0, this counts what exceeds rounding, 1e-6 of a window's
+    own weight (see ``fuse``): the map of an image is then the same whatever the batch, memory layout, number
+    of threads or CPU.
 
     Attributes:
         base: The method to enhance.
@@ -69,7 +71,8 @@ class SESS(SaliencyMethod):
         stride: Step between windows, px; None is the window.
         antialias: Antialias when a scale is smaller than the image (what torchvision does today); False is
             the published behaviour.
-        theta: What a weighted value must exceed to take part in the mean, as a fraction of the top weight.
+        theta: What a weighted value must exceed to take part in the mean, as a fraction of the top weight; 0
+            stands for rounding.
         fusion: ``"mean"`` (equation 2), ``"max"``, or ``"average"`` over all windows, zeros included.
         channel_weights: Weight each map by its window's score (equation 1).
         smoothing: Blur the seams of the fused map: for pictures, not for scores.

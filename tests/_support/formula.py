@@ -101,7 +101,7 @@ def bilinear(canvas, size):
 
 
 def equation_2(maps, weights, plan, which, theta, fusion="mean"):
-    """The paper's words, one canvas after the other, float64."""
+    """The paper's words, one canvas after the other, float64; above 0 is above 1e-6 of a window's weight."""
     where = [(scale, box) for scale, boxes in zip(plan.scales, plan.boxes, strict=True) for box in boxes]
     values = []
     for weight, number, coarse in zip(weights.double().numpy(), which, maps.double().numpy(), strict=True):
@@ -110,7 +110,7 @@ def equation_2(maps, weights, plan, which, theta, fusion="mean"):
         canvas[y0:y1, x0:x1] = bilinear(coarse, (plan.window, plan.window))
         values.append(weight * bilinear(canvas, plan.size))
     values = np.stack(values)
-    voting = values > theta
+    voting = values > np.maximum(theta, 1e-6 * weights.double().numpy())[:, None, None]
     if fusion == "max":
         return np.where(voting, values, 0).max(0)
     if fusion == "average":

@@ -218,6 +218,22 @@ def test_fuse_is_equation_2(case, theta, fusion):
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-6)
 
 
+def test_rounding_does_not_decide_which_windows_count(case):
+    plan, which, maps, weights = case
+    strips = canvas_strips(plan, (4, 4), CPU)
+    rectified = (maps - 0.5).relu() * 2
+    noise = (torch.rand(maps.shape, generator=torch.Generator().manual_seed(1)) - 0.5) * 4e-7
+    got = fuse(rectified + noise, weights, strips, which)
+    torch.testing.assert_close(got, fuse(rectified, weights, strips, which), atol=1e-6, rtol=0)
+
+
+def test_a_window_that_weighs_little_counts_as_much_as_any_other():
+    plan, one = plan_windows((8, 8), 8, 8, (8,)), torch.rand(1, 8, 8) + 0.1
+    weights, same = torch.tensor([1.0, 1e-9]), torch.zeros(2).long()
+    fused = fuse(one.expand(2, 8, 8), weights, canvas_strips(plan, (8, 8), CPU), same)
+    torch.testing.assert_close(fused, one[0] / 2, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_fuse_over_a_stream_is_fuse_over_a_tensor_whatever_the_chunk(case, chunk):
     plan, which, maps, weights = case

@@ -18,6 +18,8 @@ from sess_lightning.ops import blur, resize
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz") if not path.stem.startswith("causal"))
 BASES = [GradCAM("features.5"), GuidedBackprop(), GroupCAM(8, "features.5")]
+AGREEMENT = {"atol": 1e-5, "rtol": 0}
+"""Two ways to one map, on any CPU: the largest difference was 1.3e-6, with and without AVX2."""
 base_cases = pytest.mark.parametrize("base", BASES, ids=["cam", "guided", "group"])
 
 
@@ -57,10 +59,13 @@ def run(meta, **changes):
 
 
 def close_to(golden, result, got, step):
-    """Much closer than the tolerances that came with the goldens; a lone pixel at zero may count or not."""
+    """Within the tolerances that came with the goldens, and closer for the means.
+
+    The authors count what exceeds 0, this package what exceeds rounding: lone pixels differ.
+    """
     off = np.abs(got[::step, ::step] - golden[f"{result}_map"])
     means = [got.mean(1) - golden[f"{result}_row_mean"], got.mean(0) - golden[f"{result}_col_mean"]]
-    return (off > 1e-5).mean() <= 1e-3 and all(np.abs(mean).max() < 1e-4 for mean in means)
+    return (off > 1e-4).mean() <= 1e-3 and all(np.abs(mean).max() < 1e-4 for mean in means)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("_asis")])
@@ -141,11 +146,15 @@ def test_sess_is_equation_2_of_the_bases_maps_of_its_windows(base, theta, fusion
     maps, scores = base.explain(tiny, parts, target.expand(len(plan)))
     which = scores.argsort(descending=True, stable=True)[: len(plan) - int(len(plan) * 0.4)]
     weights = scores / scores.amax() if weighs else torch.ones(len(plan))
-    expected = torch.from_numpy(equation_2(maps[which], weights[which], plan, which.tolist(), theta, fusion))
+    expected, above, below = (
+        torch.from_numpy(equation_2(maps[which], weights[which], plan, which.tolist(), threshold, fusion))
+        for threshold in (theta, theta + 1e-5, max(0, theta - 1e-5))
+    )
+    decided = (above == below) | (theta == 0)  # Not where rounding takes a value across the threshold.
+    assert decided.double().mean() > 0.99
     expected = (expected - expected.amin()) / (expected.amax() - expected.amin())
     got = method(tiny, image, target)[0]
-    off = (got - expected).abs()
-    assert (off > 1e-4).double().mean() <= 2e-3  # A pixel on the threshold may count or not.
+    torch.testing.assert_close(got[decided].double(), expected[decided], **AGREEMENT)
     assert got.amax() == 1
     assert got.amin() == 0
 
@@ -253,8 +262,7 @@ def test_coarse_to_fine_descends_where_the_coarser_maps_lie(ratio, size, tiny, t
     best = seen[logs[seen].argsort(descending=True)[:kept]].sort().values
     expected = fused(best)
     expected = (expected - expected.amin()) / (expected.amax() - expected.amin())
-    off = (method(tiny, image, target)[0] - expected).abs() > 1e-5
-    assert off.sum() <= 16  # A pixel that rounding moves off zero takes part in the mean.
+    torch.testing.assert_close(method(tiny, image, target)[0], expected, **AGREEMENT)
     assert method.count_forwards(tiny, size) == scored
 
 
