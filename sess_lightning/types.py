@@ -37,10 +37,21 @@ class Extraction(NamedTuple):
     Attributes:
         maps: Saliency on the layer's own grid, scaled so that its bilinear upsampling lies in [0, 1].
         log_scores: Natural logarithm of the model's probability of each target, float32.
+        ends: The lowest and highest value of each map before it was scaled; None where a method has no
+            strength that could be compared between images.
     """
 
     maps: Float[Tensor, "B h w"]
     log_scores: Float[Tensor, " B"]
+    ends: Float[Tensor, "B 2"] | None = None
+
+    @property
+    def unscaled(self) -> Float[Tensor, "B h w"]:
+        """The maps in their own strength; a flat one keeps its value."""
+        if self.ends is None:
+            raise ValueError("these maps are scaled to [0, 1] and their own strength is not known.")
+        low, high = self.ends[:, 0, None, None], self.ends[:, 1, None, None]
+        return torch.where(high > low, self.maps * (high - low) + low, low)
 
 
 class SaliencyMethod(ABC):
@@ -50,11 +61,13 @@ class SaliencyMethod(ABC):
         single_forward: The maps come out of the very forward that gives the scores: ``explain`` is
             ``extract``, upsampled.
         forwards: Forwards of one image that one map of it costs.
+        has_strength: Whether ``extract`` tells the strength of a map, which can be compared between images.
         activation: How the model's logits become probabilities.
     """
 
     single_forward: ClassVar[bool] = False
     forwards: ClassVar[int] = 1
+    has_strength: ClassVar[bool] = False
     activation: Activation = "softmax"
 
     @abstractmethod

@@ -45,6 +45,28 @@ def _positions(plan: Plan, axis: int) -> tuple[list[tuple[int, int]], list[int]]
     return distinct, [number[position] for position in where]
 
 
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def coverage_strips(plan: Plan, grid: tuple[int, int], device: torch.device) -> tuple[Strips, Strips]:
+    """Return ``canvas_strips`` divided by how many windows of a scale cover a pixel, and by the scales.
+
+    The plain sum of maps drawn with them is, at each pixel, the mean over scales of the mean over the windows
+    that cover it. The windows of a scale are all pairs of a row and a column, so that their number at a pixel
+    is the product of one number per axis.
+    """
+
+    def shared(axis: int, strips: Strips, scales: int) -> Strips:
+        distinct, _ = _positions(plan, axis)
+        drawn = strips.matrices.sum(1)
+        parts = [torch.stack([one for (s, _), one in zip(distinct, drawn, strict=True) if s == scale]).sum(0)
+                 for scale, _ in distinct]  # fmt: skip
+        return strips._replace(matrices=strips.matrices / (scales * torch.stack(parts)[:, None]))
+
+    rows, columns = canvas_strips(plan, grid, device)
+    with torch.no_grad():
+        return shared(0, rows, len(plan.scales)), shared(1, columns, 1)
+
+
 # Few are kept: those of a full-size grid are the size of a batch of images.
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)

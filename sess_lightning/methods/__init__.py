@@ -16,7 +16,7 @@ from sess_lightning.methods.excitation import ExcitationBackprop
 from sess_lightning.methods.gradient import Gradient, GuidedBackprop, IntegratedGradients, SmoothGrad
 from sess_lightning.methods.perturbation import RISE, ExtremalPerturbation, GroupCAM, ScoreCAM
 from sess_lightning.methods.regions import XRAI
-from sess_lightning.methods.sess import SESS
+from sess_lightning.methods.sess import SESS, ContrastiveSESS
 
 __all__ = [
     "CAM",
@@ -27,6 +27,7 @@ __all__ = [
     "Blurred",
     "Captum",
     "CentreGaussian",
+    "ContrastiveSESS",
     "ExcitationBackprop",
     "ExtremalPerturbation",
     "GradCAM",

@@ -1,10 +1,10 @@
 """Class activation maps: one forward, and a backward through what follows the target layer only."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -19,20 +19,55 @@ from sess_lightning.methods.gradient import generator
 from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
+Evidence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Logits (B, N) and targets (B,) -> what speaks for each target, (B,)."""
+TEMPERATURE = 2.0
+"""Softens the distribution over rival classes: at 1 a confident model would name a single rival."""
+RIVALS = 50
+"""Rival classes that count, the likeliest ones."""
+
+
+def log_odds(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Return each target's logit less the mean logit of the classes it could be mistaken for.
+
+    The mean is weighted by the probability of each rival class (at temperature 2, the 50 likeliest, held
+    constant under differentiation), so that what speaks for the target and its rivals alike cancels. With two
+    classes this is the log-odds of the target; a head with a single logit gives those by itself.
+    """
+    logits = logits.to(torch.float32)
+    if logits.shape[1] == 1:
+        return target_logits(logits, targets)
+    # Not one_hot, which reads the targets and waits for the device.
+    chosen = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    rivals = logits.detach().masked_fill(chosen, -torch.inf) / TEMPERATURE
+    likeliest = rivals.topk(min(RIVALS, logits.shape[1] - 1), dim=1)
+    mean = (likeliest.values.softmax(1) * logits.gather(1, likeliest.indices)).sum(1)
+    return target_logits(logits, targets) - mean
+
 
 def layer_evidence(
     model: nn.Module,
     target_layer: str | nn.Module | None,
     images: Float[Tensor, "B C H W"],
     targets: Int[Tensor, " B"],
+    evidence: Evidence = target_logits,
 ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"], Float[Tensor, "B N"]]:
-    """Return a layer's features and the target logit's gradients on its grid, and the logits: one forward.
+    """Return a layer's features, the gradients on its grid of the evidence for a class, and the logits.
+
+    All come from one forward pass.
+
+    Args:
+        model: Any classifier.
+        target_layer: As for ``GradCAM``.
+        images: As the model takes them.
+        targets: Class index of each image.
+        evidence: Logits and targets -> what is differentiated, by default the target's logit.
 
     Raises:
         ValueError: If the layer's features lie on no grid.
         RuntimeError: If no gradient flows back to the layer.
     """
-    return next(class_evidence(model, target_layer, images, [targets]))
+    return next(class_evidence(model, target_layer, images, [targets], evidence))
 
 
 def class_evidence(
@@ -40,8 +75,9 @@ def class_evidence(
     target_layer: str | nn.Module | None,
     images: Float[Tensor, "B C H W"],
     targets: Sequence[Int[Tensor, " B"]],
+    evidence: Evidence = target_logits,
 ) -> Iterator[tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"], Float[Tensor, "B N"]]]:
-    """Yield what ``layer_evidence`` returns for each of several targets: one forward for all."""
+    """Yield what ``layer_evidence`` returns for each of several targets: one forward pass for all."""
     layer = resolve_layer(model, target_layer, images)
     logits, features = head_forward(model, layer, images)
     grid = find_grid(features.shape, size_of(images))
@@ -52,13 +88,13 @@ def class_evidence(
         )
     on_grid = grid.to_maps(features.detach()).to(torch.float32)
     for place, each in enumerate(targets, 1):
-        found = gradient(target_logits(logits, each), features, retain_graph=place < len(targets))
+        found = gradient(evidence(logits, each), features, retain_graph=place < len(targets))
         yield on_grid, grid.to_maps(found.detach()).to(torch.float32), logits.detach()
 
 
 @dataclass(frozen=True)
 class _FromFeatures(SaliencyMethod):
-    """What the family shares: features, the target logit's gradients by them, and one rule to combine them.
+    """What the family shares: features, gradients by them, and one rule to combine the two.
 
     Written here rather than taken from a library because SESS calls it per window: scores and maps come out
     of one forward, the backward runs through the head only, and maps stay on the layer's small grid until
@@ -67,11 +103,24 @@ class _FromFeatures(SaliencyMethod):
     Attributes:
         target_layer: The layer, as a dotted name or a module; None finds the last one that keeps a grid.
         activation: How the model's logits become probabilities.
+        of: What is differentiated: the target's ``"logit"``, or its ``"log_odds"`` against the classes it
+            could be mistaken for. For a sigmoid head, whose logits are log-odds against absence, both are the
+            same.
     """
 
     target_layer: str | nn.Module | None = None
     activation: Activation = "softmax"
+    of: Literal["logit", "log_odds"] = field(default="logit", kw_only=True)
     single_forward: ClassVar[bool] = True
+    has_strength: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.of not in ("logit", "log_odds"):
+            raise ValueError(f'{type(self).__name__}: of must be "logit" or "log_odds", got {self.of!r}.')
+
+    @property
+    def _evidence(self) -> Evidence:
+        return log_odds if self.of == "log_odds" and self.activation == "softmax" else target_logits
 
     @abstractmethod
     def combine(
@@ -95,7 +144,7 @@ class _FromFeatures(SaliencyMethod):
         """
         check_inputs(type(self).__name__, images, targets)
         with explaining(model):
-            maps, logs = self.extract(model, borrowed(images), borrowed(targets))
+            maps, logs, _ = self.extract(model, borrowed(images), borrowed(targets))
         return Explanation(upsample(maps, size_of(images)).clamp(0, 1), logs.exp())
 
     def extract(
@@ -103,7 +152,7 @@ class _FromFeatures(SaliencyMethod):
     ) -> Extraction:
         """Return maps on the layer's grid, and log-scores, from one forward."""
         with explaining(model):
-            evidence = layer_evidence(model, self.target_layer, images, targets)
+            evidence = layer_evidence(model, self.target_layer, images, targets, self._evidence)
             return self._extraction(*evidence, targets, size_of(images))
 
     def extract_classes(
@@ -114,7 +163,7 @@ class _FromFeatures(SaliencyMethod):
             return super().extract_classes(model, images, targets)
         with explaining(model):
             each = [target.repeat(len(images)) for target in targets]
-            evidence = class_evidence(model, self.target_layer, images, each)
+            evidence = class_evidence(model, self.target_layer, images, each, self._evidence)
             return [
                 self._extraction(*found, target, size_of(images))
                 for found, target in zip(evidence, each, strict=True)
@@ -124,9 +173,8 @@ class _FromFeatures(SaliencyMethod):
         self, features: Tensor, gradients: Tensor, logits: Tensor, targets: Tensor, size: tuple[int, int]
     ) -> Extraction:
         with torch.no_grad(), full_precision(features.device):
-            maps = self.combine(features, gradients)
-            logs = log_scores(logits, targets, self.activation)
-            return Extraction(min_max_upsampled(maps, size), logs)
+            maps, ends = min_max_upsampled(self.combine(features, gradients), size)
+            return Extraction(maps, log_scores(logits, targets, self.activation), ends)
 
 
 @dataclass(frozen=True)
@@ -276,6 +324,7 @@ class SmoothGradCAMPlusPlus(GradCAMPlusPlus):
     single_forward: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_samples < 1 or self.noise < 0:
             raise ValueError(
                 "SmoothGradCAMPlusPlus: num_samples must be at least 1 and noise not negative, got "
@@ -292,16 +341,16 @@ class SmoothGradCAMPlusPlus(GradCAMPlusPlus):
     ) -> Extraction:
         """Return maps on the layer's grid, and log-scores."""
         with explaining(model):
-            features, _, logits = layer_evidence(model, self.target_layer, images, targets)
+            features, _, logits = layer_evidence(model, self.target_layer, images, targets, self._evidence)
             powers = [torch.zeros_like(features) for _ in range(3)]
             for noisy in self._noisy(images):
-                _, gradients, _ = layer_evidence(model, self.target_layer, noisy, targets)
+                _, gradients, _ = layer_evidence(model, self.target_layer, noisy, targets, self._evidence)
                 for power, total in enumerate(powers, 1):
                     total += gradients**power / self.num_samples
             with torch.no_grad(), full_precision(images.device):
                 maps = _plus_plus(features, powers[0], powers[1], powers[2], self.epsilon)
-                logs = log_scores(logits, targets, self.activation)
-                return Extraction(min_max_upsampled(maps, size_of(images)), logs)
+                maps, ends = min_max_upsampled(maps, size_of(images))
+                return Extraction(maps, log_scores(logits, targets, self.activation), ends)
 
     def _noisy(self, images: Float[Tensor, "B C H W"]) -> Iterator[Float[Tensor, "B C H W"]]:
         spread = self.noise * (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True))

@@ -191,7 +191,7 @@ class ExcitationBackprop(SaliencyMethod):
         """Explain ``targets`` on ``images``; raises what ``GradCAM`` raises."""
         check_inputs(type(self).__name__, images, targets)
         with explaining(model):
-            maps, logs = self.extract(model, borrowed(images), borrowed(targets))
+            maps, logs, _ = self.extract(model, borrowed(images), borrowed(targets))
         return Explanation(upsample(maps, size_of(images)).clamp(0, 1), logs.exp())
 
     def extract(
@@ -201,7 +201,7 @@ class ExcitationBackprop(SaliencyMethod):
         with explaining(model):
             winning, logits = self.winning(model, images, targets)
             with torch.no_grad(), full_precision(images.device):
-                maps = min_max_upsampled(winning.sum(1).relu(), size_of(images))
+                maps, _ = min_max_upsampled(winning.sum(1).relu(), size_of(images))
                 return Extraction(maps, log_scores(logits, targets, self.activation))
 
     def winning(

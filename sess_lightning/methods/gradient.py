@@ -46,7 +46,7 @@ class PixelMethod(SaliencyMethod):
         """
         check_inputs(type(self).__name__, images, targets)
         with explaining(model):
-            maps, logs = self.extract(model, borrowed(images), borrowed(targets))
+            maps, logs, _ = self.extract(model, borrowed(images), borrowed(targets))
         return Explanation(maps, logs.exp())
 
     def extract(

@@ -63,7 +63,7 @@ class GroupCAM(SaliencyMethod):
         """Explain ``targets`` on ``images``; raises what ``GradCAM`` raises."""
         check_inputs(type(self).__name__, images, targets)
         with explaining(model):
-            maps, logs = self.extract(model, borrowed(images), borrowed(targets))
+            maps, logs, _ = self.extract(model, borrowed(images), borrowed(targets))
         return Explanation(min_max(upsample(maps, size_of(images))), logs.exp())
 
     def extract(
@@ -78,9 +78,9 @@ class GroupCAM(SaliencyMethod):
             with torch.no_grad():
                 weighted = gradients.mean((2, 3), keepdim=True) * features
                 groups = torch.stack([part.sum(1) for part in weighted.chunk(self.groups, 1)], 1).relu()
-                masks = min_max_upsampled(groups.flatten(0, 1), size).unflatten(0, groups.shape[:2])
+                masks = min_max_upsampled(groups.flatten(0, 1), size)[0].unflatten(0, groups.shape[:2])
                 gains = self._gains(model, images, masks, targets)
-                maps = min_max_upsampled((groups * gains[:, :, None, None]).sum(1), size)
+                maps = min_max_upsampled((groups * gains[:, :, None, None]).sum(1), size)[0]
                 return Extraction(maps, log_scores(logits, targets, self.activation))
 
     def _gains(
