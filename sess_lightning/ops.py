@@ -28,7 +28,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def wait_for(device: torch.device | str) -> None:
     """Wait until a device has done what it was asked for; a CPU always has."""
-    accelerator = torch.accelerator.current_accelerator()
+    # torch 2.6 raises where there is none; later versions return None.
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None and accelerator.type == torch.device(device).type:
         torch.accelerator.synchronize(device)
 

@@ -15,6 +15,7 @@ from sess_lightning.ops import (
     size_of,
     upper_percentile,
     upsample,
+    wait_for,
 )
 
 
@@ -117,3 +118,29 @@ def test_full_precision_keeps_products_in_float32_and_gives_the_setting_back():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def waited_for(monkeypatch):
+    """The devices that were synchronised."""
+    devices = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", devices.append)
+    return devices
+
+
+def test_nothing_is_waited_for_without_an_accelerator(monkeypatch, waited_for):
+    def raise_as_torch_26():
+        raise RuntimeError("Cannot access accelerator device when none is available.")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", raise_as_torch_26)
+    wait_for("cpu")
+    assert waited_for == []
+
+
+def test_only_the_accelerator_is_waited_for(monkeypatch, waited_for):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    wait_for("cpu")
+    wait_for(torch.device("mps", 0))
+    assert waited_for == [torch.device("mps", 0)]
