@@ -19,7 +19,7 @@ MOVED = {
     "benchmarks.folder": ["evaluation.datasets.folder"],
     "benchmarks.imagenet": ["evaluation.datasets.imagenet"],
     "benchmarks.pascal": ["evaluation.datasets.pascal"],
-    "benchmarks.samples": ["evaluation.datasets.samples"],
+    "benchmarks.samples": ["evaluation.datasets.samples", "evaluation.datasets.pictures"],
     "comparison": ["evaluation.comparison"],
     "data": ["callback.batches"],
     "gallery": ["callback.gallery"],

@@ -19,8 +19,7 @@ from typing_extensions import override
 
 from sess_lightning.callback.callback import SESSCallback
 from sess_lightning.cost.measure import Costs, measure_cost
-from sess_lightning.evaluation.datasets import Benchmark
-from sess_lightning.evaluation.datasets.samples import BrokenSampleError
+from sess_lightning.evaluation.datasets import Benchmark, BrokenSampleError
 from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.explanation import explain_picture
 from sess_lightning.evaluation.results import Results
@@ -62,7 +61,7 @@ def evaluate_parser() -> ArgumentParser:
     parser.add_argument("--parquet", type=bool | None, default=None, help="also Parquet; null: with pyarrow")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ...")
     parser.add_argument("--devices", type=int, default=1, help="processes that share the pictures")
-    parser.add_argument("--skip_broken", type=bool, default=False, help="leave out unreadable samples")
+    parser.add_argument("--skip_broken", type=bool, default=True, help="leave out unreadable samples")
     parser.add_argument("--fold", type=bool, default=False, help="fold batch norms away; equal to rounding")
     parser.link_arguments("data", "benchmark.init_args.root")
     return parser

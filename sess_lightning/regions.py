@@ -103,7 +103,14 @@ def _check_box_shapes(boxes: Sequence[Tensor]) -> None:
             raise ValueError(f"boxes must be (N, 4) per image, (x0, y0, x1, y1), got {tuple(each.shape)}.")
 
 
-def check_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int]) -> None:
+PIXELS = (
+    "boxes are (x0, y0, x1, y1) in pixels of the images as the model takes them: convert from (x, y, w, h) "
+    "or from shares, and resize them with the images."
+)
+"""What boxes of a batch have to be."""
+
+
+def check_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int], remedy: str = PIXELS) -> None:
     """Refuse boxes that are inside out, reach out of the image, or look like shares of its sides.
 
     Rows of zeros and of -1 are padding.
@@ -111,6 +118,7 @@ def check_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int]) ->
     Args:
         boxes: Per image. Their values are read: call it on the host.
         size: (height, width) of the image they refer to, px.
+        remedy: How they should be written.
 
     Raises:
         ValueError: Naming the first such box.
@@ -123,21 +131,15 @@ def check_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int]) ->
             if not (0 <= x0 <= x1 <= width + 1 and 0 <= y0 <= y1 <= height + 1):
                 raise ValueError(
                     f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) of image {i} does not lie in the "
-                    f"{height}x{width} image; {_PIXELS}"
+                    f"{height}x{width} image; {remedy}"
                 )
     filled = [row for rows in boxes for row in rows.tolist() if row[2] > row[0] and row[3] > row[1]]
     if filled and max(map(max, filled)) <= 1:
         x0, y0, x1, y1 = filled[0]
         raise ValueError(
             f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) and all others lie within one pixel, as shares of the "
-            f"{height}x{width} image's sides would; {_PIXELS}"
+            f"{height}x{width} image's sides would; {remedy}"
         )
-
-
-_PIXELS = (
-    "boxes are (x0, y0, x1, y1) in pixels of the images as the model takes them: convert from (x, y, w, h) "
-    "or from shares, and resize them with the images."
-)
 
 
 def read_masks(masks: Any, labels: Labels | None = None) -> Bool[Tensor, "B h w"]:

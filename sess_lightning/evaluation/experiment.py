@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Real
 from torch import Tensor
 
 from sess_lightning.engine.windows import scaled_size
@@ -83,8 +83,8 @@ class Experiment:
             distributed_available_fn=_never,  # Processes meet in their records, not in collectives.
         )
 
-    def images(self, picture: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "1 3 h w"]:
-        """Return a picture as the model takes it."""
+    def images(self, picture: Real[Tensor, "3 H W"]) -> Float[Tensor, "1 3 h w"]:
+        """Return a picture of pixels in 0..255 as the model takes it."""
         size = size_of(picture)
         if self.framing == "short":
             size = scaled_size(*size, self.size)

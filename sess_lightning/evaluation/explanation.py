@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sess_lightning.engine.fusion import smooth
-from sess_lightning.evaluation.datasets import Sample, read_picture
-from sess_lightning.evaluation.datasets.samples import size_on_disk
+from sess_lightning.evaluation.datasets import read_pixels
 from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.weights import Network
 from sess_lightning.introspection.lending import explaining
@@ -64,7 +63,7 @@ def explain_picture(
     """
     path = Path(path)
     method = SESS(GradCAM()) if method is None else method
-    pixels = read_picture(Sample(path.stem, path, size_on_disk(path), ()))
+    pixels = read_pixels(path)
     framing = Experiment(method, size=size, antialias=True, mean=network.mean, std=network.std)
     images = framing.images(pixels).to(device)
     model = network.model.to(device)

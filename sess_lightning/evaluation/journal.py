@@ -72,8 +72,10 @@ def read_settings(folder: Path) -> dict[str, str]:
 
 
 def read_journals(folder: Path, settings: Mapping[str, str]) -> dict[int, dict[str, Any]]:
-    """Return what all processes wrote, by sample, in rising order."""
+    """Return what all processes wrote, by sample, in rising order; what could be read counts."""
     entries: dict[int, dict[str, Any]] = {}
     for path in sorted(folder.glob("records-*.jsonl")):
-        entries |= read_journal(path, settings)
+        for sample, entry in read_journal(path, settings).items():
+            if "broken" in entries.setdefault(sample, entry):
+                entries[sample] = entry
     return dict(sorted(entries.items()))

@@ -62,7 +62,7 @@ def evaluate(
     *,
     rank: int = 0,
     world: int = 1,
-    skip_broken: bool = False,
+    skip_broken: bool = True,
     progress: bool = False,
 ) -> Results:
     """Score a method on a benchmark, going on from the records in ``folder``.
@@ -74,17 +74,18 @@ def evaluate(
         folder: Where the records are; each process writes its own file.
         rank: This process' number: it takes every ``world``-th of the chosen pictures.
         world: How many processes there are.
-        skip_broken: Leave out and count samples whose files are missing or damaged.
+        skip_broken: Leave out and count samples whose files are missing or damaged; they are tried again when
+            the run goes on.
         progress: Show a bar with rate and time left.
 
     Raises:
-        BrokenSampleError: If a file is missing or damaged, unless such are skipped.
+        BrokenSampleError: If a file is missing or damaged, unless such are skipped, or if all of them are.
         ValueError: If the folder holds records of other settings.
     """
     folder, settings = Path(folder), describe(model, benchmark, experiment)
     done = read_journals(folder, settings)
     mine = experiment.chosen(len(benchmark))[rank::world]
-    left = [number for number in mine if number not in done]
+    left = [number for number in mine if number not in done or "broken" in done[number]]
     metric = experiment.metric().to(_device(model))
     bar = tqdm(total=len(mine), initial=len(mine) - len(left), unit="image", disable=not progress)
     journal = Journal(folder / f"records-{rank}-of-{world}.jsonl", settings)
@@ -102,7 +103,7 @@ def evaluate_with(
     experiment: Experiment,
     folder: str | Path,
     *,
-    skip_broken: bool = False,
+    skip_broken: bool = True,
 ) -> Results:
     """Score a method on all devices of a Lightning ``Trainer``, each taking its share of the pictures.
 
@@ -227,6 +228,10 @@ def summarise(
 ) -> Results:
     """Compute all figures from the records in ``folder``, whoever wrote them."""
     entries = read_journals(Path(folder), settings)
+    chosen = experiment.chosen(len(benchmark))
+    broken = [entry["broken"] for entry in entries.values() if "broken" in entry]
+    if broken and len(broken) == len(chosen):
+        raise BrokenSampleError(f"None of the {len(chosen)} pictures can be read; the first: {broken[0]}")
     metric = experiment.metric()
     scored = {number: entry for number, entry in entries.items() if entry.get("rows")}
     for entry in scored.values():
@@ -235,8 +240,8 @@ def summarise(
     if experiment.target == "predicted":
         figures["misclassified"] = _total(entries, "misclassified")
     figures["images"] = float(len(entries))
-    figures["broken"] = float(sum("broken" in entry for entry in entries.values()))
-    figures["missing"] = float(len(set(experiment.chosen(len(benchmark))) - set(entries)))
+    figures["broken"] = float(len(broken))
+    figures["missing"] = float(len(set(chosen) - set(entries)))
     figures["all_difficult"] = _total(entries, "all_difficult")
     given = metric, benchmark.class_names, tuple(experiment.methods())
     return Results(

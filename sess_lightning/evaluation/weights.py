@@ -121,19 +121,18 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a file, without unpickling anything but tensors.
 
     Raises:
-        ValueError: If the file holds something else.
+        ValueError: If the file holds something else, or is damaged.
     """
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return dict(load_file(path))
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: holds more than tensors, which is not loaded, as it could run anything; save "
-            f"model.state_dict() instead, or safetensors ({str(error).splitlines()[0]})."
-        ) from error
+    except ImportError:
+        raise
+    except Exception as error:  # Of damaged files, readers raise whatever they stumble over.
+        raise ValueError(f"{path}: {_complaint(Path(path), error)}") from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
@@ -145,6 +144,26 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not state:
         raise ValueError(f"{path}: holds no state dict.")
     return state
+
+
+def _complaint(path: Path, error: Exception) -> str:
+    """Say what is wrong with a file of weights, and what to do."""
+    with path.open("rb") as file:
+        head = file.read(40)
+    if not head:
+        return "is empty; download or save it again."
+    if head.isascii() and head.decode().replace("\n", " ").replace("\r", " ").isprintable():
+        text = head.decode()
+        return f"holds text, {text!r}: a page or a pointer in the weights' place; fetch the file itself."
+    if "TorchScript" in str(error):
+        return "is a TorchScript archive; save model.state_dict() instead."
+    told = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "holds more than tensors, which is not loaded, as it could run anything; save "
+            f"model.state_dict() instead, or safetensors ({told})."
+        )
+    return f"is cut short or damaged ({told}); copy or download it again."
 
 
 def fit_names(state: Mapping[str, Tensor], wanted: set[str], source: str) -> dict[str, Tensor]:

@@ -158,14 +158,38 @@ def test_a_damaged_line_in_the_middle_is_refused(voc, whole, tmp_path):
         run(voc, tmp_path)
 
 
-def test_broken_pictures_stop_the_run_or_are_counted(tmp_path):
-    root = write_voc(tmp_path / "voc")
-    picture = root / "VOCdevkit" / "VOC2007" / "JPEGImages" / "000002.jpg"
-    picture.write_bytes(picture.read_bytes()[:300])
-    with pytest.raises(BrokenSampleError, match=r"000002\.jpg"):
-        run(root, tmp_path / "out")
-    figures = run(root, tmp_path / "out", skip_broken=True).figures
+def broken_voc(folder, names=("000002",)):
+    for name in names:
+        picture = folder / "VOCdevkit" / "VOC2007" / "JPEGImages" / f"{name}.jpg"
+        picture.write_bytes(picture.read_bytes()[:300])
+    return folder
+
+
+def test_broken_pictures_are_left_out_and_counted_or_stop_the_run(tmp_path):
+    root = broken_voc(write_voc(tmp_path / "voc"))
+    figures = run(root, tmp_path / "out").figures
     assert (figures["images"], figures["broken"], figures["n"]) == (3, 1, 4)
+    with pytest.raises(BrokenSampleError, match=r"000002\.jpg"):
+        run(root, tmp_path / "other", skip_broken=False)
+
+
+def test_broken_pictures_are_tried_again_whoever_wrote_that_they_are(voc, tmp_path, whole):
+    root = broken_voc(write_voc(tmp_path / "voc"))
+    run(root, tmp_path / "out")
+    for path in root.rglob("*.jpg"):
+        path.write_bytes((voc / path.relative_to(root)).read_bytes())
+    mended = run(root, tmp_path / "out").figures
+    assert mended == whole[0].figures
+    records = (tmp_path / "out" / "records-0-of-1.jsonl").read_text().splitlines()
+    (tmp_path / "out" / "records-1-of-1.jsonl").write_text("\n".join([records[0], records[2]]) + "\n")
+    assert '"broken"' in records[2]
+    assert run(root, tmp_path / "out").figures == whole[0].figures
+
+
+def test_a_data_set_without_any_picture_that_can_be_read_is_an_error(tmp_path):
+    root = broken_voc(write_voc(tmp_path / "voc"), ("000001", "000002", "000003"))
+    with pytest.raises(BrokenSampleError, match=r"None of the 3 pictures can be read; .*000001\.jpg"):
+        run(root, tmp_path / "out")
 
 
 def test_samples_are_drawn_the_same_every_time():

@@ -8,9 +8,9 @@ from sess_lightning.evaluation.datasets.coco import COCO14
 from sess_lightning.evaluation.datasets.folder import PictureFolder
 from sess_lightning.evaluation.datasets.imagenet import ImageNet, read_synsets
 from sess_lightning.evaluation.datasets.pascal import VOC07, VOC_CLASSES
+from sess_lightning.evaluation.datasets.pictures import BrokenSampleError, read_pixels
 from sess_lightning.evaluation.datasets.samples import (
     Benchmark,
-    BrokenSampleError,
     Region,
     Sample,
     Trial,
@@ -35,5 +35,6 @@ __all__ = [
     "covered",
     "read_flags",
     "read_picture",
+    "read_pixels",
     "read_synsets",
 ]

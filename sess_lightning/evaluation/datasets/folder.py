@@ -7,18 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from sess_lightning.evaluation.datasets.coco import coco_boxes
+from sess_lightning.evaluation.datasets.pictures import BrokenSampleError, find_pictures, size_on_disk
 from sess_lightning.evaluation.datasets.samples import (
     Benchmark,
     Region,
     Sample,
     Trial,
     digest,
-    find_pictures,
     flags_or_none,
     make_trials,
-    size_on_disk,
 )
+from sess_lightning.regions import check_boxes
 
 
 class PictureFolder(Benchmark):
@@ -43,6 +46,7 @@ class PictureFolder(Benchmark):
 
     Raises:
         FileNotFoundError: If there is nothing to read.
+        ValueError: If nothing says which classes to explain, or if boxes are shares of the sides.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class PictureFolder(Benchmark):
         self._boxes: dict[Any, list[dict[str, Any]]] = {}
         for annotation in coco.get("annotations", []):
             self._boxes.setdefault(annotation["image_id"], []).append(annotation)
+        _refuse_shares(coco.get("annotations", []), self._root)
         categories = sorted(coco.get("categories", []), key=lambda category: category["id"])
         names = {category["id"]: str(category["name"]) for category in categories}
         if any("class_index" in image for image in self._images):
@@ -102,10 +107,10 @@ class PictureFolder(Benchmark):
             target = self.class_names.index(path.relative_to(self._root).parts[0])
             return Sample(self.ids[index], path, size_on_disk(path), (Trial(target, None, None),))
         image = self._images[index]
-        size = image["height"], image["width"]
+        size = (image["height"], image["width"]) if "height" in image else size_on_disk(path)
         found = self._boxes.get(image["id"], [])
         regions: dict[int, Region] = {
-            target: coco_boxes(own)
+            target: _checked(own, size, path)
             for target in self._asked(image, found)
             if (own := [each for each in found if self._category_of.get(each["category_id"]) == target])
         }
@@ -125,6 +130,26 @@ class PictureFolder(Benchmark):
             return [self.class_names.index(folder)]
         present = {self._category_of.get(each["category_id"]) for each in found}
         return sorted(target for target in present if target is not None)
+
+
+def _refuse_shares(annotations: Sequence[Mapping[str, Any]], root: Path) -> None:
+    sides = [side for annotation in annotations for side in annotation.get("bbox", ())]
+    if any(sides) and all(0 <= side <= 1 for side in sides):
+        raise ValueError(
+            f"PictureFolder: all boxes of {root} lie in 0..1, as shares of the sides; write (x, y, w, h) in "
+            "pixels of the file: multiply by (width, height, width, height)."
+        )
+
+
+def _checked(
+    annotations: Sequence[Mapping[str, Any]], size: tuple[int, int], path: Path
+) -> Float[Tensor, "N 4"]:
+    try:
+        boxes = coco_boxes(annotations)
+        check_boxes([boxes], size, "a JSON's boxes are (x, y, w, h) in pixels of the file.")
+    except (KeyError, TypeError, ValueError) as error:
+        raise BrokenSampleError(f"{path}: {error}") from error
+    return boxes
 
 
 def _indices(categories: Sequence[Mapping[str, Any]], index_key: str) -> dict[Any, int]:

@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 
 from sess_lightning.evaluation.datasets.pascal import read_xml, xml_boxes, xml_size
+from sess_lightning.evaluation.datasets.pictures import BrokenSampleError, find_pictures, size_on_disk
 from sess_lightning.evaluation.datasets.samples import (
     Benchmark,
-    BrokenSampleError,
     Region,
     Sample,
     Trial,
-    find_pictures,
-    size_on_disk,
 )
 
 

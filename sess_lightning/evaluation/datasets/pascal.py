@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sess_lightning.evaluation.datasets.pictures import BrokenSampleError
 from sess_lightning.evaluation.datasets.samples import (
     Benchmark,
-    BrokenSampleError,
     Sample,
     digest,
     flags_or_none,

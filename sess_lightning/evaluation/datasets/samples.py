@@ -10,21 +10,18 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, UInt8
-from PIL import Image
+from jaxtyping import Bool, Float, Real
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import pil_to_tensor
+
+from sess_lightning.evaluation.datasets.pictures import BrokenSampleError, read_pixels
+from sess_lightning.regions import box_masks
 
 Region: TypeAlias = Tensor
 """Where a class is: a mask, bool (H, W), or boxes, float (N, 4), half-open (x0, y0, x1, y1) px."""
 Regions: TypeAlias = Literal["masks", "boxes"]
 SMALL = 0.25
 """Share of the picture below which a region belongs to the "difficult" subset, if other classes are about."""
-
-
-class BrokenSampleError(RuntimeError):
-    """A sample's picture or annotation is missing, damaged, or of another size than it should be."""
 
 
 class Trial(NamedTuple):
@@ -84,17 +81,13 @@ class Benchmark(Dataset[Sample]):
         """
 
 
-def read_picture(sample: Sample) -> UInt8[Tensor, "3 H W"]:
-    """Decode a sample's picture as RGB.
+def read_picture(sample: Sample) -> Real[Tensor, "3 H W"]:
+    """Decode a sample's picture as ``read_pixels`` does.
 
     Raises:
         BrokenSampleError: If the file is missing or damaged, or its size is not the annotations'.
     """
-    try:
-        with Image.open(sample.path) as file:
-            picture: Tensor = pil_to_tensor(file.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BrokenSampleError(f"{sample.path}: cannot be read as a picture ({error}).") from error
+    picture = read_pixels(sample.path)
     if tuple(picture.shape[1:]) != sample.size:
         found, told = ("x".join(map(str, size)) for size in (picture.shape[1:], sample.size))
         raise BrokenSampleError(
@@ -139,11 +132,8 @@ def covered(region: Region, size: tuple[int, int]) -> float:
 
 
 def boxes_to_mask(boxes: Float[Tensor, "N 4"], size: tuple[int, int]) -> Bool[Tensor, "H W"]:
-    """Paint half-open boxes, rounded to whole pixels."""
-    mask = torch.zeros(size, dtype=torch.bool)
-    for x0, y0, x1, y1 in boxes.round().long().clamp(min=0).tolist():
-        mask[y0:y1, x0:x1] = True
-    return mask
+    """Return which pixels have their centre in one of the half-open boxes."""
+    return box_masks([boxes], size, boxes.device)[0]
 
 
 def make_trials(
@@ -160,33 +150,3 @@ def make_trials(
     return tuple(
         Trial(target, region, is_difficult(target, region)) for target, region in sorted(regions.items())
     )
-
-
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-
-
-def find_pictures(root: Path) -> list[Path]:
-    """Return all pictures in a folder and its sub-folders, sorted.
-
-    Raises:
-        FileNotFoundError: If there are none.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder of pictures.")
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES)
-    if not found:
-        raise FileNotFoundError(f"{root} holds no pictures.")
-    return found
-
-
-def size_on_disk(path: Path) -> tuple[int, int]:
-    """Return a picture's (height, width).
-
-    Raises:
-        BrokenSampleError: If it cannot be read.
-    """
-    try:
-        with Image.open(path) as file:
-            return file.height, file.width
-    except OSError as error:
-        raise BrokenSampleError(f"{path}: cannot be read as a picture ({error}).") from error

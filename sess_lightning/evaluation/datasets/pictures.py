@@ -1,0 +1,83 @@
+"""Files of pictures: where they are, how large, and what is in them, whatever their depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Real
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+WHITES = {"F": (1, 255, 65535), "I": (255, 65535)}
+"""What may be white in a file of floats or of 32-bit integers, whose format does not say."""
+
+
+class BrokenSampleError(RuntimeError):
+    """A sample's picture or annotation is missing, damaged, or of another size than it should be."""
+
+
+def find_pictures(root: Path) -> list[Path]:
+    """Return all pictures in a folder and its sub-folders, sorted.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder of pictures.")
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES)
+    if not found:
+        raise FileNotFoundError(f"{root} holds no pictures.")
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as file:
+            yield file
+    except Exception as error:  # What decoders raise on damaged files is as varied as they are.
+        raise BrokenSampleError(f"{path}: cannot be read as a picture ({error}).") from error
+
+
+def size_on_disk(path: Path) -> tuple[int, int]:
+    """Return a picture's (height, width).
+
+    Raises:
+        BrokenSampleError: If it cannot be read.
+    """
+    with _opened(path) as file:
+        return file.height, file.width
+
+
+def read_pixels(path: Path) -> Real[Tensor, "3 H W"]:
+    """Decode a picture as RGB in 0..255: uint8, or float32 where a channel has more than 8 bits.
+
+    White is 65535 in 16-bit pictures. Where the format does not say, as with floats and 32-bit integers, it
+    is the first of 1 (floats only), 255 and 65535 that no pixel exceeds.
+
+    Raises:
+        BrokenSampleError: If the file is missing or damaged, or its values fit no such range.
+    """
+    with _opened(path) as file:
+        if file.mode in WHITES or file.mode.startswith("I;16"):
+            whites = (65535,) if file.mode not in WHITES or file.format == "PNG" else WHITES[file.mode]
+            return _scaled(np.asarray(file, dtype=np.float32), whites).expand(3, -1, -1)
+        pixels: Tensor = pil_to_tensor(file.convert("RGB"))
+    return pixels
+
+
+def _scaled(values: np.ndarray, whites: tuple[int, ...]) -> Float[Tensor, "H W"]:
+    low, high = float(values.min()), float(values.max())
+    white = next((white for white in whites if 0 <= low <= high <= white), None)
+    if white is None:
+        known = " or ".join(f"0..{white}" for white in whites)
+        raise ValueError(
+            f"its values {low:g}..{high:g} fit no known range, {known}; save it as an 8-bit or 16-bit PNG"
+        )
+    return torch.from_numpy(values * (255 / white))
