@@ -34,7 +34,7 @@ MOVED = {
         "reporting.files", "reporting.report.sink", "reporting.loggers",
     ],
     "results": ["evaluation.results"],
-    "runs": ["callback.history"],
+    "runs": ["callback.runs"],
     "sampling": ["callback.sampling", "cost.budget"],
     "selection": ["callback.selection"],
     "tables": ["callback.tables"],

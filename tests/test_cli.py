@@ -359,23 +359,24 @@ ANY = ["--model", "lightning.pytorch.demos.boring_classes.BoringModel",
 def test_every_config_of_lightning_makes_a_trainer_with_the_callback(path):
     made = commands.ExplainedCLI(args=["--config", str(path), *ANY], run=False)
     (callback,) = [each for each in made.trainer.callbacks if isinstance(each, commands.SESSCallback)]
-    private = path.stem == "fit_private"
-    assert (callback.num_images, callback.num_rows, callback.show_names) == (
+    private, settings = path.stem == "fit_private", callback.settings
+    assert (settings.num_images, settings.num_rows, settings.show_names) == (
         (0, 0, False) if private else (8, 4, True)
     )
-    assert callback.every_n_epochs == (5 if path.stem == "fit_cheap" else 1)
-    assert callback.alarm is True
+    assert settings.every_n_epochs == (5 if path.stem == "fit_cheap" else 1)
+    assert settings.alarm is True
     if path.stem in ("fit", "fit_cheap"):
-        assert isinstance(callback.method, SESS)
+        assert isinstance(settings.method, SESS)
     if path.stem == "fit_best_explained":
         monitors = [each.monitor for each in made.trainer.callbacks if hasattr(each, "monitor")]
         assert monitors == ["sess/selection"]
 
 
-def test_the_alarms_key_may_be_given_on_the_command_line():
-    made = commands.ExplainedCLI(args=[*ANY, "--sess.alarm", "val/top1"], run=False)
+@pytest.mark.parametrize("name", ["accuracy", "alarm"])
+def test_the_accuracys_key_may_be_given_on_the_command_line(name):
+    made = commands.ExplainedCLI(args=[*ANY, f"--sess.{name}", "val/top1"], run=False)
     (callback,) = [each for each in made.trainer.callbacks if isinstance(each, commands.SESSCallback)]
-    assert callback.alarm == "val/top1"
+    assert callback.settings.accuracy_key == "val/top1"
 
 
 def test_print_config_is_readable(capsys):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sess_lightning.callback.history import FIGURES, Run, comparable
+from sess_lightning.callback.runs import FIGURES, Run, comparable
 from sess_lightning.metrics.statistics import Mean, resample
 
 LEAST_RISE = 0.02

@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from sess_lightning.callback.tables import class_rows, sample_row, standing_out
 from sess_lightning.engine.fusion import smooth
+from sess_lightning.methods import SESS
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import curve_auc
-from sess_lightning.metrics.sess_metric import NO_TRIAL
-from sess_lightning.ops import min_max, size_of, upsample
+from sess_lightning.metrics.sess_metric import NO_TRIAL, OWN, Samples
+from sess_lightning.ops import min_max, size_of, upsample, wait_for
 from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
-from sess_lightning.types import Batch
+from sess_lightning.reporting.run import display_names
+from sess_lightning.types import Batch, SaliencyMethod
 
 
 @dataclass(frozen=True)
 class Legend:
-    """How samples are named and displayed.
+    """How samples and methods are named and displayed.
 
     Attributes:
-        own: The explaining method's name.
+        methods: What is scored, by name; the explained method is ``""``.
         target: Which class is explained, ``"label"`` or ``"predicted"``.
         class_names: Names of the classes; None shows numbers.
         normalisation: (mean, std) to undo for display.
         shows_ids: Whether samples are called by their ids.
     """
 
-    own: str
-    target: str
+    methods: Mapping[str, SaliencyMethod] = field(default_factory=dict)
+    target: str = "label"
     class_names: Sequence[str] | None = None
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None
     shows_ids: bool = True
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the methods are called where people read of them."""
+        return display_names(self.methods)
+
+    @property
+    def shown(self) -> list[str]:
+        """The methods whose maps are shown: the explained one first; controls never look at the model."""
+        return [name for name, method in self.methods.items() if name == OWN or method.forwards > 0]
 
     def name(self, index: float) -> str:
         """Return a class's name."""
@@ -49,6 +64,13 @@ class Legend:
         large = upsample(small[None], size_of(sample.images))
         return overlay(displayed(sample.images, self.normalisation)[0], min_max(large)[0])
 
+    def displayed_map(self, name: str, saliency: Float[Tensor, "H W"]) -> Float[Tensor, "H W"]:
+        """Return a method's map for a picture: as in the paper, the seams of SESS are smoothed there only."""
+        method = self.methods.get(name)
+        if isinstance(method, SESS) and not method.smoothing:
+            return min_max(smooth(saliency[None]))[0]
+        return saliency
+
 
 @dataclass(frozen=True)
 class Exhibit:
@@ -56,7 +78,7 @@ class Exhibit:
 
     Attributes:
         sample: The sample, on the host.
-        maps: Method's name -> map.
+        maps: Method -> map, the explained method first.
         figures: Label, prediction and score, then insertion, deletion and hit of each method.
     """
 
@@ -66,7 +88,7 @@ class Exhibit:
 
     def sent(self) -> Exhibit:
         """Return it on its way to the host; ``wait_for`` its device before it is read."""
-        maps = {name: each.to("cpu", non_blocking=True) for name, each in self.maps.items()}
+        maps = {name: saliency.to("cpu", non_blocking=True) for name, saliency in self.maps.items()}
         return replace(self, maps=maps, figures=self.figures.to("cpu", non_blocking=True))
 
     def panel(self, number: int, legend: Legend) -> Panel:
@@ -78,21 +100,21 @@ class Exhibit:
             f"prediction: {legend.name(predicted)}",
             f"score of the {'label' if legend.target == 'label' else 'prediction'}: {score:.3f}",
         ]
-        for name, at in zip((legend.own, "base"), range(0, len(rest), 3), strict=False):
-            insertion, deletion, hit = rest[at : at + 3]
+        names = legend.names
+        for i, name in enumerate(self.maps):
+            insertion, deletion, hit = rest[3 * i : 3 * i + 3]
             played = "" if hit == NO_TRIAL else ", hit" if hit else ", miss"
-            lines.append(f"{name}: insertion {insertion:.3f}, deletion {deletion:.3f}{played}")
+            lines.append(f"{names[name]}: insertion {insertion:.3f}, deletion {deletion:.3f}{played}")
         height, width = self.sample.size or picture.shape[:2]
         scale = torch.tensor([picture.shape[1] / width, picture.shape[0] / height]).repeat(2)
         boxes = (self.sample.boxes[0] * scale).tolist() if self.sample.boxes is not None else []
-        # As in the paper, the seams of SESS are smoothed for pictures, never for scores.
-        shown = {
-            name: min_max(smooth(saliency[None]))[0] if name == "SESS" else saliency
-            for name, saliency in self.maps.items()
-        }
+        own, *others = self.maps
         return Panel(
             image=picture,
-            overlays={name: overlay(picture, saliency) for name, saliency in shown.items()},
+            overlays={
+                names[name]: overlay(picture, legend.displayed_map(name, self.maps[name]))
+                for name in (*others, own)
+            },
             caption="\n".join(lines),
             boxes=[tuple(box) for box in boxes if box[2] > box[0] and box[3] > box[1]],
             label=legend.name(label),
@@ -100,13 +122,93 @@ class Exhibit:
         )
 
 
-def exhibits(metric: SESSMetric, samples: Batch, which: Iterable[int], own: str) -> Iterator[Exhibit]:
-    """Yield samples ``which`` of those of the metric's last update, left on its device."""
-    found = {name or own: each for name, each in metric.latest.items() if name in ("", "base")}
+class Gallery:
+    """Keeps what a run shows of its samples, and knows which of them is which.
+
+    Args:
+        num_images: Samples in the panel; 0 sends no picture at all.
+        num_rows: Rows of the worst explained samples, and as many of the most drifted.
+
+    Attributes:
+        legend: How samples and methods are named and displayed.
+    """
+
+    def __init__(self, num_images: int, num_rows: int) -> None:
+        self.num_images, self.num_rows = num_images, num_rows
+        self.legend = Legend()
+        self._exhibits: list[Exhibit] = []
+        self._seen: dict[int, Batch] = {}
+        self._added = 0
+        self._identified: list[Batch | None] = []
+
+    def start_run(self) -> None:
+        """Begin a run."""
+        self._exhibits, self._seen, self._added, self._identified = [], {}, 0, []
+
+    def add(self, metric: SESSMetric, samples: Batch, numbers: Sequence[int], total: int) -> None:
+        """Keep what is shown of the samples of the metric's last update, left on its device.
+
+        Args:
+            metric: What explained them.
+            samples: They, on the host.
+            numbers: Which of all samples they are.
+            total: How many samples there will have been when the run is over.
+        """
+        first, shown = self._added, min(self.num_images, total)
+        self._added += len(samples)
+        self._seen |= {number: samples.take([i]) for i, number in enumerate(numbers)}
+        which = [
+            i for i in range(len(samples)) if (first + i + 1) * shown // total > (first + i) * shown // total
+        ]
+        self._exhibits += _exhibits(metric, samples, which, self.legend.shown)
+
+    def to_host(self) -> None:
+        """Send the panel on its way to the host, while the device computes the figures."""
+        exhibits, self._exhibits = self._exhibits, []
+        self._exhibits = [exhibit.sent() for exhibit in exhibits]
+
+    def identify(self, samples: Samples) -> None:
+        """Note which of this process' own samples those of all processes are."""
+        # Of equal numbers the first is this process' own; others' samples have no name and no picture here.
+        self._identified = [self._seen.pop(number, None) for number in samples.numbers.tolist()]
+
+    def title(self, i: int) -> str:
+        """Return the name of sample ``i`` of all processes."""
+        return self.legend.title(self._identified[i], i)
+
+    def panels(self, device: torch.device) -> list[Panel]:
+        """Return the panel, whose maps come from ``device``, and forget it."""
+        exhibits, self._exhibits = self._exhibits, []
+        wait_for(device)
+        return [exhibit.panel(i, self.legend) for i, exhibit in enumerate(exhibits)]
+
+    def tables(
+        self, samples: Samples, drifts: Mapping[str, Float[Tensor, " N"]]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows of classes, and of the samples that stand out, with pictures of those held here."""
+        return {
+            "classes": class_rows(samples, self.legend.name),
+            "samples": [*self._rows(samples, drifts)],
+        }
+
+    def _rows(self, samples: Samples, drifts: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+        for why, i in standing_out(samples, drifts, self.num_rows):
+            sample = self._identified[i]
+            row: dict[str, Any] = {"why": why, "sample": self.title(i)}
+            row |= sample_row(samples, drifts, i, self.legend.name)
+            if self.num_images and sample is not None:
+                row["picture"] = self.legend.picture(sample, samples.small[i])
+            yield row
+
+
+def _exhibits(
+    metric: SESSMetric, samples: Batch, which: Iterable[int], shown: Sequence[str]
+) -> Iterator[Exhibit]:
     for i in which:
         predicted, score = metric.predicted[-1][i], metric.ends[-1][i, 0]
         figures = [samples.labels[i].to(predicted), predicted, score]
-        for each in found.values():
-            figures += [curve_auc(each.insertion[i]), curve_auc(each.deletion[i]), each.hits[i]]
-        maps = {name: found[name].maps[i] for name in ("base", own) if name in found}
+        for name in shown:
+            latest = metric.latest[name]
+            figures += [curve_auc(latest.insertion[i]), curve_auc(latest.deletion[i]), latest.hits[i]]
+        maps = {name: metric.latest[name].maps[i] for name in shown}
         yield Exhibit(samples.take([i]), maps, torch.stack([figure.double() for figure in figures]))

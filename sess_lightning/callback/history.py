@@ -1,88 +1,106 @@
-"""What a validation run leaves behind, so that later runs on the same samples can be compared with it."""
+"""RunHistory: what earlier runs of a training say about the newest one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from sess_lightning.metrics.functional import rank_correlation
-from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
+from sess_lightning.callback.alarm import constant_guess, describe, find_accuracy, findings
+from sess_lightning.callback.runs import Run, drift, remembered
+from sess_lightning.callback.selection import Selection, select
 
-FIGURES = ("relevance_mass", "pointing_game", "overall")
 
+class RunHistory:
+    """Remembers the runs of a training: for drift, for the alarm, and for the epoch to keep.
 
-@dataclass(frozen=True)
-class Run:
-    """One validation run; tensors and plain values only, so that a checkpoint may hold it.
+    Args:
+        prefix: First part of the callback's own keys.
+        accuracy: Key of the accuracy; None to look for one.
+        rings: Whether there is to be an alarm.
 
     Attributes:
-        epoch: When it was.
-        step: Optimiser steps until then.
-        key: What tells the samples from others, the classes explained; runs are compared only if it is equal.
-        figures: Per sample, the figures of ``FIGURES`` and ``region_share``; NaN where there is none.
-        small: Each sample's map on a small grid.
-        accuracy: The model's, on the whole validation set; NaN if unknown.
+        runs: Those that are kept: the first, the best and the newest.
+        alarmed: Whether the alarm has rung, which it does once.
+        selection: The epoch to keep, so far.
+        training: Which training this is, for the page of the report.
     """
 
-    epoch: int
-    step: int
-    key: tuple[int, ...]
-    figures: dict[str, Float[Tensor, " N"]]
-    small: Float[Tensor, "N G G"]
-    accuracy: float = float("nan")
+    def __init__(self, prefix: str, accuracy: str | None, rings: bool) -> None:
+        self._prefix, self._key, self._rings = prefix, accuracy, rings
+        self.runs: list[Run] = []
+        self.alarmed = False
+        self.selection = Selection()
+        self.training: dict[str, str] = {}
+        self._open: Run | None = None
 
-    def mean(self, figure: str) -> float:
-        """Return a figure's mean over the samples that have it."""
-        return float(self.figures[figure].nanmean())
+    def start_training(self) -> None:
+        """Begin another training; a checkpoint brings its own."""
+        self.training.clear()
+        self.selection = Selection()
 
-    @property
-    def quality(self) -> float:
-        """How well the model is explained, in [0, 1]: relevance mass, overall where there are no regions."""
-        mass = self.mean("relevance_mass")
-        return mass if mass == mass else (self.mean("overall") + 1) / 2
+    def add(self, run: Run) -> dict[str, Tensor]:
+        """Take up a run, and return how alike its maps are to those of earlier ones."""
+        self._open = run
+        return drift(self.runs, run)
+
+    def discard(self) -> None:
+        """Forget the run that was added last and is not judged yet: it failed, or is over."""
+        self._open = None
+
+    def judge(
+        self, metrics: dict[str, Tensor], count: float, is_fit: bool, title: Callable[[int], str]
+    ) -> str:
+        """Compare the run that was added last with those before, now that its accuracy is known.
+
+        Args:
+            metrics: What the training has logged. The selection's value is put beside it: ``log`` is refused
+                by now, but ModelCheckpoint, whose turn is the last, finds the key all the same.
+            count: Samples of the validation set.
+            is_fit: Whether this run may be the one to keep.
+            title: Names a sample.
+
+        Returns:
+            What there is to tell: the alarm, once in a training, or that no accuracy is there; else empty.
+        """
+        key = self._key or find_accuracy(metrics, self._prefix) or ""
+        accuracy = float(metrics[key]) if key in metrics else None
+        run, self._open, earlier = self._open, None, self.runs
+        if run is not None:
+            run = run if accuracy is None else replace(run, accuracy=accuracy)
+            self.runs = remembered(earlier, run)
+        if accuracy is not None and is_fit:
+            if run is not None:
+                self.selection = select(self.selection, accuracy, run.quality, count)
+            metrics[f"{self._prefix}/selection"] = torch.tensor(self.selection.value)
+        if run is None or self.alarmed or not self._rings:
+            return ""
+        text = self._alarm(earlier, run, key, title) if accuracy is not None else _missing(key, metrics)
+        self.alarmed = bool(text)
+        return text
+
+    def _alarm(self, earlier: list[Run], run: Run, key: str, title: Callable[[int], str]) -> str:
+        found = findings(earlier, run, constant_guess(run.key))
+        return describe(found, run, key, [title(i) for i in range(len(run.small))]) if found else ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training goes on with."""
+        return {
+            "history": dict(self.training), "runs": [dict(vars(run)) for run in self.runs],
+            "alarmed": self.alarmed, "selection": dict(vars(self.selection)),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what a checkpoint holds."""
+        self.training.update({str(k): str(v) for k, v in dict(state.get("history", {})).items()})
+        self.runs = [Run(**run) for run in state.get("runs", [])]
+        self.alarmed = bool(state.get("alarmed", False))
+        self.selection = Selection(**state.get("selection", {}))
 
 
-def record(when: Mapping[str, int], key: Sequence[int], samples: Samples) -> Run:
-    """Return what is remembered of a run."""
-    figures = {
-        "relevance_mass": samples.mass,
-        "pointing_game": samples.hits.float().masked_fill(samples.hits == NO_TRIAL, torch.nan),
-        "overall": samples.insertion - samples.deletion,
-        "region_share": samples.share,
-    }
-    return Run(when["epoch"], when["step"], tuple(key), figures, samples.small.half())
-
-
-def comparable(runs: Sequence[Run], now: Run) -> list[Run]:
-    """Return the runs on the very samples of ``now``."""
-    return [run for run in runs if run.key == now.key and run.small.shape == now.small.shape]
-
-
-def remembered(runs: Sequence[Run], now: Run) -> list[Run]:
-    """Return, in order, the runs to keep: the first, the best by each figure, and this one."""
-    every = [*comparable(runs, now), now]
-    best = [max(every, key=lambda run: _known(run.mean(figure))) for figure in FIGURES]
-    return [run for run in every if any(run is kept for kept in (every[0], *best, now))]
-
-
-def _known(value: float) -> float:
-    return value if value == value else -torch.inf
-
-
-def drift(runs: Sequence[Run], now: Run) -> dict[str, Float[Tensor, " N"]]:
-    """Return how alike each sample's map is to that of the previous and of the first run.
-
-    Spearman's rank correlation of the small maps: 1 the same order, 0 none in common; NaN for flat maps.
-    Empty where there is no earlier run on the same samples.
-    """
-    earlier = comparable(runs, now)
-    if not earlier:
-        return {}
-    return {
-        name: rank_correlation(now.small.float().flatten(1), run.small.float().flatten(1))
-        for name, run in (("drift_previous", earlier[-1]), ("drift_initial", earlier[0]))
-    }
+def _missing(key: str, metrics: Mapping[str, Tensor]) -> str:
+    logged = ", ".join(sorted(metrics))
+    return key and f"accuracy={key!r} is not among the logged keys ({logged}); the alarm is off."

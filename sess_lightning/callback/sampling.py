@@ -1,13 +1,18 @@
-"""Which samples a run explains, the same on however many processes, and how many it can pay for."""
+"""Which samples a run explains: the same in every run, on however many processes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
+
+from sess_lightning.callback.batches import check_boxes
+from sess_lightning.cost.budget import Budget
+from sess_lightning.introspection.logits import check_inputs
+from sess_lightning.types import Batch
 
 GOLDEN, SILVER = 0.618034, 0.414214
 
@@ -117,3 +122,118 @@ def find_order(loader: Any, batches: float, rank: int = 0, world: int = 1) -> Or
         length, step = len(cast(Sized, sampler.dataset)), sampler.num_replicas
         return Order(int(min(length, batches * size * step)), size, step, sampler.rank)
     return None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A batch's samples as the first run met them, on the host, and which of all samples they are."""
+
+    samples: Batch
+    numbers: list[int]
+
+
+class SampleKeeper:
+    """Takes samples from the batches that pass, and gives the same ones in every later run.
+
+    Attributes:
+        budget: How many samples there are to be; None until ``settle``.
+    """
+
+    def __init__(self) -> None:
+        self.budget: Budget | None = None
+        self._choice: Choice | None = None
+        self._kept: dict[int, Kept] = {}
+        self._loaded: Mapping[str, Any] = {}
+        self._taken = 0
+
+    @property
+    def total(self) -> int:
+        """How many samples this process explains in a run."""
+        if self._choice is not None:
+            return len(self._choice.items)
+        return 0 if self.budget is None else self.budget.samples
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the samples kept so far, where batches have them."""
+        return [name for kept in self._kept.values() for name in kept.samples.ids or ()]
+
+    def forget(self) -> None:
+        """Begin anew: another loader, perhaps."""
+        self.budget, self._choice, self._kept, self._loaded = None, None, {}, {}
+
+    def settle(self, order: Order | None, budget: Budget, first: Batch, restore: bool) -> None:
+        """Settle which samples are taken.
+
+        Args:
+            order: In which order samples pass; None if unknown.
+            budget: How many there are to be: of all processes, or without an order on each.
+            first: The first batch.
+            restore: Whether samples of a checkpoint are this process' own.
+        """
+        self.budget = budget
+        self._choice = None if order is None else order.choose(budget.samples)
+        if order is None and restore:
+            self._kept = _restored(self._loaded, budget, first)
+
+    def start_run(self) -> None:
+        """Begin a run."""
+        self._taken = 0
+
+    def take(self, read: Callable[[], Batch], batch_idx: int, batches: float) -> Kept | None:
+        """Return a batch's share of the samples: those of the first run, even if the loader shuffles.
+
+        Args:
+            read: Reads the batch; called at most once.
+            batch_idx: Which batch this is.
+            batches: How many there are; may be infinite.
+        """
+        if batch_idx not in self._kept:
+            if self._choice is not None and not self._choice.of_batch(batch_idx):
+                return None
+            batch = read()
+            chosen = self._chosen(len(batch), batch_idx, batches)
+            places = [place for place in chosen if place < len(batch)]
+            if not places:
+                return None
+            samples = batch.take(places).to("cpu")
+            check_inputs("SESSCallback", samples.images, samples.labels)
+            check_boxes(samples)
+            self._kept[batch_idx] = Kept(samples, [chosen[place] for place in places])
+        kept = self._kept[batch_idx]
+        self._taken += len(kept.samples)
+        return kept
+
+    def _chosen(self, size: int, batch_idx: int, batches: float) -> dict[int, int]:
+        """Return places in a batch, and the numbers of the samples there."""
+        if self._choice is not None:
+            of_batch, numbers = self._choice.of_batch(batch_idx), self._choice.numbers
+        else:
+            of_batch, numbers = self._share(size, batch_idx, batches), numbering(self.total)
+        return {place: numbers[k] for place, k in of_batch.items()}
+
+    def _share(self, size: int, batch_idx: int, batches: float) -> dict[int, int]:
+        """Return places in a batch, and which samples of this process they are, when no order is known."""
+        share = self.total
+        if batches != float("inf"):
+            share = share * (batch_idx + 1) // int(batches)
+        count = max(0, min(share - self._taken, size))
+        return {place: self._taken + k for k, place in enumerate(spread_in_batch(count, size, batch_idx))}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the samples themselves where nothing else would find them again, else nothing."""
+        if self.budget is None or self._choice is not None:
+            return {}
+        kept = {i: (vars(kept.samples), kept.numbers) for i, kept in self._kept.items()}
+        return {"samples": self.budget.samples, "kept": kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Note what a checkpoint holds, for ``settle``."""
+        self._loaded = state
+
+
+def _restored(state: Mapping[str, Any], budget: Budget, batch: Batch) -> dict[int, Kept]:
+    """Return a checkpoint's samples, if they are those that this run would take."""
+    held = {i: Kept(Batch(**fields), numbers) for i, (fields, numbers) in state.get("kept", {}).items()}
+    shapes = {kept.samples.images.shape[1:] for kept in held.values()}
+    return held if state.get("samples") == budget.samples and shapes == {batch.images.shape[1:]} else {}

@@ -15,8 +15,10 @@ from lightning_models import (
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 from sess_lightning.reporting.sink import Sink
+from sess_lightning.scores import SCORES
 from sess_lightning.types import Explanation, SaliencyMethod
 
+WORST = {score.key: score.worst for score in SCORES.values() if score.worst is not None}
 QUICK = SESS(GradCAM(), num_scales=2)
 
 

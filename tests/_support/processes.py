@@ -66,9 +66,8 @@ def sampled(folder, options):
     settings = {key: options.pop(key) for key in ("num_samples", "max_forwards") if key in options}
     mine = callback(**settings)
     its = validate(folder, mine, val=data, **options)
-    ids = [int(i) for kept in mine._kept.values() for i in kept.samples.ids]
-    shown = [int(each.sample.ids[0]) for each in mine._panel]
-    return {"scalars": figures(its), "ids": ids, "shown": shown}
+    ids = [int(i) for i in mine.keeper.ids]
+    return {"scalars": figures(its), "ids": ids}
 
 
 def streamed(folder, counts):
@@ -128,7 +127,7 @@ class Leaving(SaliencyMethod):
 class NextRun(Callback):
     def on_validation_end(self, trainer, pl_module):
         mine = next(each for each in trainer.callbacks if isinstance(each, SESSCallback))
-        mine.method.runs.append(1)
+        mine.settings.method.runs.append(1)
 
 
 def alarmed(folder):

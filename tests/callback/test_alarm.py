@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sess_lightning.callback.alarm import constant_guess, describe, find_accuracy, findings
-from sess_lightning.callback.history import Run, drift, record, remembered
+from sess_lightning.callback.runs import Run, drift, record, remembered
 from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
 
 N = 24

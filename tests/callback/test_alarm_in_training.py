@@ -49,9 +49,10 @@ def test_the_alarm_is_silent_while_the_maps_stay_or_where_it_is_off(tmp_path, re
     assert alarms(recwarn) == []
 
 
-def test_an_accuracy_that_is_not_logged_is_said_once(tmp_path):
-    with pytest.warns(SESSWarning, match="alarm='val_top1' is not among the logged keys") as caught:
-        fit(tmp_path, quick(alarm="val_top1"), val=squares(read=boxed), max_epochs=2)
+@pytest.mark.parametrize("name", ["accuracy", "alarm"])
+def test_an_accuracy_that_is_not_logged_is_said_once(tmp_path, name):
+    with pytest.warns(SESSWarning, match="accuracy='val_top1' is not among the logged keys") as caught:
+        fit(tmp_path, quick(**{name: "val_top1"}), val=squares(read=boxed), max_epochs=2)
     assert len([each for each in caught if "val_top1" in str(each.message)]) == 1
 
 

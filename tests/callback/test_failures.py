@@ -1,5 +1,6 @@
 import signal
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,7 @@ def test_the_next_start_gives_the_callback_another_chance(tmp_path):
     with pytest.warns(SESSWarning) as caught:
         fit(tmp_path, callback, max_epochs=3)
     assert "is off" in str(caught[-1].message)
-    callback.method = Spy()
+    callback.settings = replace(callback.settings, method=Spy())
     assert validate(tmp_path, callback).logger.of("sess/n") == [4]
 
 

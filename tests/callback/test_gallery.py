@@ -1,7 +1,12 @@
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sess_lightning.callback.gallery import Exhibit
+from sess_lightning import SESS
+from sess_lightning.callback.gallery import Exhibit, Legend
+from sess_lightning.engine.fusion import smooth
+from sess_lightning.methods import CentreGaussian, GradCAM, ScoreCAM
+from sess_lightning.ops import min_max
 from sess_lightning.types import Batch
 
 
@@ -27,3 +32,28 @@ def test_what_is_sent_to_the_host_is_not_waited_for():
         here = Exhibit(sample, there, torch.zeros(9, device="meta")).sent()
     assert copies.waits == [False] * 3
     assert {each.device.type for each in (*here.maps.values(), here.figures)} == {"cpu"}
+
+
+class Renamed(SESS):
+    """SESS under another name."""
+
+
+SEAMS = torch.arange(24.0 * 24).remainder(7).view(24, 24) / 6
+
+
+@pytest.mark.parametrize("method", [SESS(GradCAM()), Renamed(GradCAM())])
+def test_the_seams_of_sess_are_smoothed_once_for_pictures_whatever_its_class_is_called(method):
+    expected = min_max(smooth(SEAMS[None]))[0]
+    assert torch.equal(Legend({"": method}).displayed_map("", SEAMS), expected)
+    assert not torch.allclose(expected, SEAMS, atol=0.05)
+
+
+@pytest.mark.parametrize("method", [SESS(GradCAM(), smoothing=True), GradCAM()])
+def test_maps_without_seams_are_shown_as_they_are(method):
+    legend = Legend({"": method, "SESS": method})
+    assert legend.displayed_map("", SEAMS) is legend.displayed_map("SESS", SEAMS) is SEAMS
+
+
+def test_every_method_that_looks_at_the_model_is_shown_and_controls_are_not():
+    legend = Legend({"": SESS(GradCAM()), "base": GradCAM(), "plus plus": ScoreCAM(), "c": CentreGaussian()})
+    assert legend.shown == ["", "base", "plus plus"]

@@ -121,3 +121,15 @@ def test_a_multi_label_loss_is_noticed_and_scores_are_read_with_a_sigmoid(tmp_pa
     curve = insertion_curve(module, images, maps, targets, activation="sigmoid")
     (logged,) = its.logger.of("sess/random/insertion")
     assert logged == pytest.approx(curve_auc(curve).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("verb", [validate, fit])
+def test_no_batch_passes_twice_through_the_adapter_in_one_run(tmp_path, verb):
+    passed = []
+
+    def adapt(batch):
+        passed.append(batch[0].sum().item())
+        return batch
+
+    verb(tmp_path, spying(batch_adapter=adapt)[0], num_sanity_val_steps=0)
+    assert len(passed) == len(set(passed)) == 4

@@ -3,12 +3,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from callbacks import Broken, Spy, Watch, quick
+from callbacks import WORST, Broken, Spy, Watch, quick
 from lightning_models import (
     Classifier,
     fit,
 )
-from sess_lightning.callback.callback import WORST
 from sess_lightning.types import SESSWarning
 
 

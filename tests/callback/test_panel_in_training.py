@@ -13,7 +13,7 @@ from lightning_models import (
     validate,
 )
 from sess_lightning import SESSMetric
-from sess_lightning.callback import callback as callback_module
+from sess_lightning.callback import gallery
 from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.methods import GradCAM, RandomMap
 from sess_lightning.reporting.panels import displayed
@@ -28,7 +28,7 @@ def test_the_panel_travels_to_the_host_while_the_figures_are_computed(tmp_path, 
 
     noting(Exhibit, "sent")
     noting(SESSMetric, "summary")
-    noting(callback_module, "wait_for")
+    noting(gallery, "wait_for")
     noting(Exhibit, "panel")
     fit(tmp_path, spying(num_images=2)[0])
     assert done == ["sent", "sent", "summary", "wait_for", "panel", "panel"]
@@ -44,7 +44,7 @@ def test_the_panel_shows_the_same_samples_in_every_epoch(tmp_path, shelf):
     for one, other in zip(first, second, strict=True):
         assert np.array_equal(one.image, other.image)
         assert one.boxes == other.boxes
-        assert list(one.overlays) == list(other.overlays) == ["base", "SESS"]
+        assert list(one.overlays) == list(other.overlays) == ["GradCAM", "SESS"]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from callbacks import WORST
 from faults import FAULTS
 from processes import SAMPLED
-from sess_lightning.callback.callback import WORST
 
 
 @pytest.fixture(scope="module")

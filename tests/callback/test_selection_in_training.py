@@ -51,3 +51,19 @@ def test_selection_goes_on_after_a_resume_and_past_epochs_without_a_run(tmp_path
 def test_selection_needs_an_accuracy(tmp_path):
     its = fit(tmp_path, straying(), val=squares(read=boxed))
     assert "sess/selection" not in its.callback_metrics
+
+
+class TwoAccuracies(Level):
+    """Logs the accuracy of another head under the likelier name."""
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.log("acc", 0.1 * self.current_epoch)
+
+
+def test_the_accuracy_may_be_named_while_the_alarm_is_off(tmp_path, recwarn):
+    kept = selecting(tmp_path / "kept")
+    fit(tmp_path, straying(accuracy="val_acc", alarm=False), kept, module=TwoAccuracies,
+        val=squares(read=boxed), max_epochs=4, num_sanity_val_steps=0)  # fmt: skip
+    assert kept.best_model_path.endswith("epoch=0.ckpt")
+    assert not [each for each in recwarn if "Clever Hans" in str(each.message)]

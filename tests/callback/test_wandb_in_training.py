@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from callbacks import QUICK, quick
+from callbacks import QUICK, WORST, quick
 from lightning_models import (
     MEAN,
     STD,
@@ -21,7 +21,6 @@ from lightning_models import (
     validate,
 )
 from sess_lightning import SESS, SESSCallback
-from sess_lightning.callback.callback import WORST
 from sess_lightning.methods import GradCAM
 from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.reporting.panels import displayed
@@ -155,7 +154,7 @@ def check_panel(folder, panel):
         assert re.fullmatch(r"prediction: (red|green|blue|yellow)", lines[2])
         assert re.fullmatch(r"score of the label: 0\.\d{3}", lines[3])
         assert re.fullmatch(r"SESS: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)", lines[4])
-        assert re.fullmatch(r"base: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)", lines[5])
+        assert re.fullmatch(r"GradCAM: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)", lines[5])
         drawn = np.asarray(Image.open(folder / "files" / name))
         assert drawn.shape == (32, 3 * 32, 3)
         # The mean colour of the picture, its normalisation undone, outlives the jpg.

@@ -1,0 +1,122 @@
+"""RunGuard: an error costs a warning, not the training, and all processes give a run up together."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+
+from sess_lightning.introspection.lending import keep_rng
+from sess_lightning.types import SESSWarning
+
+PATIENCE = 3
+"""So many failed runs in a row switch the callback off."""
+
+
+class RunGuard:
+    """Turns errors into warnings, counts what failed, and has processes agree whether a run goes on.
+
+    Args:
+        on_error: ``"warn"``, or ``"raise"`` what went wrong.
+
+    Attributes:
+        failed: Runs of this training in which something failed.
+        seconds: What the run has taken so far.
+    """
+
+    def __init__(self, on_error: Literal["warn", "raise"] = "warn") -> None:
+        self.on_error = on_error
+        self.failed, self.seconds = 0, 0.0
+        self._in_a_row, self._broken, self._flawed = 0, False, False
+        self._place = "process 0, epoch 0"
+
+    @property
+    def is_off(self) -> bool:
+        """Whether too many runs in a row have failed."""
+        return self._in_a_row >= PATIENCE
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether this run has failed on this process."""
+        return self._broken
+
+    def start(self, trainer: Trainer) -> None:
+        """Begin to fit, validate or test: earlier failures are forgiven."""
+        self._in_a_row = 0
+        self.start_run(trainer)
+
+    def start_run(self, trainer: Trainer) -> None:
+        """Begin a run."""
+        self._broken, self._flawed, self.seconds = False, False, 0.0
+        self._place = f"process {trainer.global_rank}, epoch {trainer.current_epoch}"
+
+    @contextmanager
+    def protect(self, costs: str = "") -> Iterator[None]:
+        """Turn any error into a warning, and keep the global random generators.
+
+        Args:
+            costs: What an error costs, such as ``"panel is missing"``; empty where it costs the whole run.
+        """
+        started = time.perf_counter()
+        try:
+            with keep_rng():  # Some loggers, too, draw from the global generators.
+                yield
+        except Exception as error:
+            self._flawed, self._broken = True, self._broken or not costs
+            if self.on_error == "raise":
+                raise
+            # The text only: an exception holds on to tensors.
+            self.warn(f"{type(error).__name__}: {error} Training goes on; this run's "
+                      f"{costs or 'explanations are left out'}. {_remedy(error)}")  # fmt: skip
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def agree(self, trainer: Trainer) -> bool:
+        """Return whether the run is sound on all processes; each of them has to ask."""
+        return trainer.strategy.reduce_boolean_decision(not self._broken, all=True)
+
+    def end_run(self, succeeded: bool) -> None:
+        """Count the run; all processes say the same of it."""
+        self.failed += self._flawed or not succeeded
+        self._in_a_row = 0 if succeeded else self._in_a_row + 1
+        if self.is_off:
+            self.warn("three runs failed in a row; SESSCallback is off until the next start.")
+
+    def warn(self, text: str) -> None:
+        """Warn, and say which process and epoch speaks."""
+        text = f"SESSCallback ({self._place}): {text}"
+        try:
+            warnings.warn(text, SESSWarning, stacklevel=4)
+        except SESSWarning:  # Warnings may be errors in this process; the run still goes on.
+            rank_zero_info(text)
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "Smaller validation batches, fewer scales or a smaller num_samples need less memory."
+    if isinstance(error, OSError):
+        return "Check that the disk has room and the folder may be written to."
+    return 'SESSCallback(on_error="raise") shows where it happened.'
+
+
+def refuse_shards(strategy: object) -> None:
+    """Refuse strategies whose every forward is a collective: processes explain different numbers of samples.
+
+    Raises:
+        ValueError: Before training has begun.
+    """
+    sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+    if sharded or getattr(strategy, "zero_stage_3", False):
+        raise ValueError(
+            f"SESSCallback does not work with {type(strategy).__name__}: parameters are sharded, so that all "
+            "processes would have to explain equally many samples, or wait for each other for ever. Use "
+            "DDP, or leave the callback out and run it in a Trainer of its own: "
+            "Trainer(devices=1, callbacks=[SESSCallback()]).validate(model, ...)."
+        )

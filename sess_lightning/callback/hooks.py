@@ -1,0 +1,91 @@
+"""Lightning's hooks around validation and test, brought down to four verbs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+
+class RunHooks(Callback):
+    """Sees a run begin, pass batch by batch, finish and close, be it a validation or a test.
+
+    Lightning also calls these hooks in the sanity check.
+    """
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a run."""
+
+    def _watch(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        """Look at a batch, with the very weights that were validated."""
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the run: the last moment at which a hook may."""
+
+    def _close(self, trainer: Trainer) -> None:
+        """End the run: all that the module logs is known by now."""
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a run."""
+        self._begin(trainer, pl_module)
+
+    @override
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a run."""
+        self._begin(trainer, pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Look at a batch."""
+        self._watch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Look at a batch."""
+        self._watch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the run."""
+        self._finish(trainer, pl_module)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the run."""
+        self._finish(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the run."""
+        self._close(trainer)
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the run."""
+        self._close(trainer)
+
+
+def batches_of(trainer: Trainer, dataloader_idx: int) -> float:
+    """Return how many batches of a loader pass in a run; may be infinite."""
+    counts: Any = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    return float(counts[dataloader_idx] if isinstance(counts, list) else counts)

@@ -1,0 +1,94 @@
+"""What a validation run will do on this model, these images and this loader, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from sess_lightning.callback.sampling import Order, find_order
+from sess_lightning.callback.settings import Settings
+from sess_lightning.cost.budget import SHARED, Budget
+from sess_lightning.ops import size_of
+from sess_lightning.types import Batch
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What every run does, settled on the first batch that passes.
+
+    Attributes:
+        size: (height, width) of the images.
+        order: In which order samples pass; None if unknown.
+        budget: What is paid for: on all processes together, or without an order on each.
+        limits: For how many samples the curves of a compared method are drawn, by name; of all if missing.
+        count: Samples of the whole data set, of which the model's accuracy is a mean; infinite if unknown.
+        details: How the scores are made, in words and numbers.
+    """
+
+    size: tuple[int, int]
+    order: Order | None
+    budget: Budget
+    limits: Mapping[str, int]
+    count: float
+    details: Mapping[str, Any]
+
+    @property
+    def line(self) -> str:
+        """What is announced."""
+        told = self.details
+        return (
+            f"each run explains {told['samples']} samples of {self.size[0]}x{self.size[1]} px with "
+            f"{told['method']}, {told['forwards per map']} forwards a map, beside "
+            f"{told['beside (samples)']}; {told['objects']}; "
+            f"at most {told['forwards per run, at most']:,} forwards a run"
+        )
+
+
+def plan_run(
+    settings: Settings, trainer: Trainer, model: LightningModule, loader: Any, batch: Batch,
+    batch_idx: int, batches: float,
+) -> RunPlan:  # fmt: skip
+    """Settle what runs do.
+
+    Args:
+        settings: What is wanted.
+        trainer: Runs the processes.
+        model: What is explained.
+        loader: Gives the batches.
+        batch: The first one that passed.
+        batch_idx: Which one it is.
+        batches: How many will pass; may be infinite.
+
+    Raises:
+        ValueError: If the budget does not pay for a single sample.
+    """
+    world, size = trainer.world_size, size_of(batch.images)
+    order = find_order(loader, batches, trainer.global_rank, world)
+    if order is not None and order.passing(batch_idx) != len(batch):
+        order = None  # The adapter, or what collates, leaves samples out.
+    shares = world if order is None else 1
+    available = len(batch) * batches if order is None else float(order.length)
+    budget = settings.budget(model, size, available, shares)
+    method, compare = settings.methods(model)
+    limits = {name: budget.floors for name, other in compare.items() if other.forwards == 0}
+    has_regions = batch.boxes is not None or batch.masks is not None
+    details = {
+        "method": str(method),
+        "forwards per map": method.count_forwards(model, size),
+        "samples": budget.samples * shares,
+        "beside (samples)": ", ".join(
+            f"{name} ({limits.get(name, budget.samples) * shares})" for name in compare
+        ),
+        "explained class": settings.target,
+        "image size": f"{size[0]} × {size[1]} px",
+        "objects": f"Pointing Game within {settings.tolerance_on(batch):.3g} px"
+        if has_regions
+        else "no boxes or masks, no Pointing Game",
+        "forwards per run, at most": budget.forwards + (0 if order is None else SHARED * (world - 1)),
+        "model": type(model).__name__,
+        "device": f"{model.device}, {trainer.precision}, {world} process{'es' * (world > 1)}",
+    }
+    return RunPlan(size, order, budget, limits, available * shares, details)

@@ -1,0 +1,103 @@
+"""What a validation run leaves behind, so that later runs on the same samples can be compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from sess_lightning.metrics.functional import rank_correlation
+from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
+
+FIGURES = ("relevance_mass", "pointing_game", "overall")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One validation run; tensors and plain values only, so that a checkpoint may hold it.
+
+    Attributes:
+        epoch: When it was.
+        step: Optimiser steps until then.
+        key: What tells the samples from others, the classes explained; runs are compared only if it is equal.
+        figures: Per sample, the figures of ``FIGURES`` and ``region_share``; NaN where there is none.
+        small: Each sample's map on a small grid.
+        accuracy: The model's, on the whole validation set; NaN if unknown.
+    """
+
+    epoch: int
+    step: int
+    key: tuple[int, ...]
+    figures: dict[str, Float[Tensor, " N"]]
+    small: Float[Tensor, "N G G"]
+    accuracy: float = float("nan")
+
+    def mean(self, figure: str) -> float:
+        """Return a figure's mean over the samples that have it."""
+        return float(self.figures[figure].nanmean())
+
+    @property
+    def quality(self) -> float:
+        """How well the model is explained, in [0, 1]: relevance mass, overall where there are no regions."""
+        mass = self.mean("relevance_mass")
+        return mass if mass == mass else (self.mean("overall") + 1) / 2
+
+
+def moment(trainer: Trainer, loaded: dict[str, int] | None = None) -> dict[str, int]:
+    """Return epoch and step: those of Lightning's own validation rows, so that pictures stand beside them.
+
+    Args:
+        trainer: Trains or validates.
+        loaded: Epoch and step of the checkpoint that ``validate`` or ``test`` was given.
+    """
+    if loaded is not None and trainer.state.fn != "fit":
+        return loaded  # Lightning would say 0.
+    loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
+    step = int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+    return {"epoch": trainer.current_epoch, "step": step}
+
+
+def record(when: Mapping[str, int], key: Sequence[int], samples: Samples) -> Run:
+    """Return what is remembered of a run."""
+    figures = {
+        "relevance_mass": samples.mass,
+        "pointing_game": samples.hits.float().masked_fill(samples.hits == NO_TRIAL, torch.nan),
+        "overall": samples.insertion - samples.deletion,
+        "region_share": samples.share,
+    }
+    return Run(when["epoch"], when["step"], tuple(key), figures, samples.small.half())
+
+
+def comparable(runs: Sequence[Run], now: Run) -> list[Run]:
+    """Return the runs on the very samples of ``now``."""
+    return [run for run in runs if run.key == now.key and run.small.shape == now.small.shape]
+
+
+def remembered(runs: Sequence[Run], now: Run) -> list[Run]:
+    """Return, in order, the runs to keep: the first, the best by each figure, and this one."""
+    every = [*comparable(runs, now), now]
+    best = [max(every, key=lambda run: _known(run.mean(figure))) for figure in FIGURES]
+    return [run for run in every if any(run is kept for kept in (every[0], *best, now))]
+
+
+def _known(value: float) -> float:
+    return value if value == value else -torch.inf
+
+
+def drift(runs: Sequence[Run], now: Run) -> dict[str, Float[Tensor, " N"]]:
+    """Return how alike each sample's map is to that of the previous and of the first run.
+
+    Spearman's rank correlation of the small maps: 1 the same order, 0 none in common; NaN for flat maps.
+    Empty where there is no earlier run on the same samples.
+    """
+    earlier = comparable(runs, now)
+    if not earlier:
+        return {}
+    return {
+        name: rank_correlation(now.small.float().flatten(1), run.small.float().flatten(1))
+        for name, run in (("drift_previous", earlier[-1]), ("drift_initial", earlier[0]))
+    }

@@ -1,0 +1,129 @@
+"""What a SESSCallback was asked to do: its arguments, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from sess_lightning.callback.batches import find_class_names, find_normalisation
+from sess_lightning.callback.gallery import Legend
+from sess_lightning.cost.budget import Budget, afford
+from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.methods.controls import controls
+from sess_lightning.ops import size_of
+from sess_lightning.scores import check_names
+from sess_lightning.types import Batch, SaliencyMethod
+
+LITERATURE_TOLERANCE, LITERATURE_SIDE = 15.0, 224
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of ``SESSCallback``, which explains them.
+
+    Raises:
+        TypeError: If the method is none.
+        ValueError: If an argument makes no sense.
+    """
+
+    method: SaliencyMethod | None
+    num_samples: int
+    num_images: int
+    every_n_epochs: int
+    prefix: str
+    target: Literal["label", "predicted"]
+    batch_adapter: Callable[[Any], Any] | None
+    on_error: Literal["warn", "raise"]
+    max_forwards: int
+    tolerance: float | None
+    compare: Mapping[str, SaliencyMethod] | None
+    class_names: list[str] | None
+    normalisation: tuple[list[float], list[float]] | None
+    dataloader_idx: int
+    report: bool
+    alarm: bool | str
+    accuracy: str | None
+    num_rows: int
+    show_names: bool
+
+    def __post_init__(self) -> None:
+        if self.method is not None and not isinstance(self.method, SaliencyMethod):
+            raise TypeError(
+                "SESSCallback: method must be a saliency method such as SESS(GradCAM()), "
+                f"got {self.method!r}."
+            )
+        for name, least in (
+            ("num_samples", 1), ("num_images", 0), ("num_rows", 0), ("every_n_epochs", 1),
+            ("max_forwards", 1), ("dataloader_idx", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"SESSCallback: {name} must be a whole number of at least {least}, got {value!r}."
+                )
+        if not self.prefix or self.prefix.startswith("/") or ".." in self.prefix.split("/"):
+            raise ValueError(
+                f'SESSCallback: prefix begins keys and folders: no "..", no leading "/", got {self.prefix!r}.'
+            )
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"SESSCallback: tolerance must be positive px, got {self.tolerance!r}.")
+        if self.target not in ("label", "predicted"):
+            raise ValueError(f'SESSCallback: target must be "label" or "predicted", got {self.target!r}.')
+        if self.on_error not in ("warn", "raise"):
+            raise ValueError(f'SESSCallback: on_error must be "warn" or "raise", got {self.on_error!r}.')
+        check_names(self.compare or ())
+
+    @property
+    def accuracy_key(self) -> str | None:
+        """The key under which the accuracy is logged; None to look for one."""
+        return self.accuracy or (self.alarm if isinstance(self.alarm, str) else None)
+
+    def methods(self, model: nn.Module) -> tuple[SaliencyMethod, dict[str, SaliencyMethod]]:
+        """Return the method that a run scores on this model, and by name those it scores beside it."""
+        method = self.method if self.method is not None else SESS(GradCAM(activation=_activation(model)))
+        return method, dict(self.compare) if self.compare is not None else controls(method)
+
+    def budget(
+        self, model: nn.Module, size: tuple[int, int], available: float = float("inf"), shares: int = 1
+    ) -> Budget:
+        """Return what a run on images of one size will do.
+
+        Args:
+            model: The model to explain.
+            size: (height, width) of the images as the model takes them.
+            available: Samples that there are, in one share.
+            shares: Processes that each choose samples of their own; 1 where they share one choice.
+
+        Raises:
+            ValueError: If ``max_forwards`` does not pay for a single sample.
+        """
+        return afford(
+            *self.methods(model), model, size, num_samples=self.num_samples, available=available,
+            max_forwards=self.max_forwards, fixed=1 + (self.target == "predicted"), shares=shares,
+        )  # fmt: skip
+
+    def legend(self, methods: Mapping[str, SaliencyMethod], *owners: Any) -> Legend:
+        """Return how samples and methods are named and displayed.
+
+        Args:
+            methods: What is scored, by name; the explained method is ``""``.
+            owners: Where class names and normalisation are looked for if none are given.
+        """
+        class_names = (self.class_names or find_class_names(*owners)) if self.show_names else None
+        normalisation = self.normalisation or find_normalisation(*owners)
+        return Legend(methods, self.target, class_names, normalisation, self.show_names)
+
+    def tolerance_on(self, batch: Batch) -> float:
+        """Return the Pointing Game's tolerance, px of the batch's regions."""
+        size = size_of(batch.images)
+        resized = batch.size is None if batch.masks is None else size_of(batch.masks) == size
+        scale = min(size) / LITERATURE_SIDE if resized else 1
+        return self.tolerance or LITERATURE_TOLERANCE * scale
+
+
+def _activation(model: nn.Module) -> Literal["softmax", "sigmoid"]:
+    sigmoid = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+    return "sigmoid" if any(isinstance(module, sigmoid) for module in model.modules()) else "softmax"
