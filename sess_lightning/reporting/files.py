@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from sess_lightning.reporting.panels import Picture, curve_figure, sheet
-from sess_lightning.reporting.run import RunReport, without_pictures
-from sess_lightning.reporting.sink import Sink
+from sess_lightning.reporting.paths import inside, write_whole
+from sess_lightning.reporting.run import RunReport
+from sess_lightning.reporting.sink import Sink, columns_of, pictures, plain_tables
+
+TAIL = 1 << 16
+"""More than a line of a table takes, bytes."""
 
 
 class FileSink(Sink):
-    """PNG and CSV files: a picture per validation run, a row per score, point of a curve, or sample."""
+    """PNG and CSV files: a picture per validation run, a row per score, point of a curve, or sample.
+
+    Several trainings may write into one folder: rows carry the name of theirs in the column ``run``, and
+    pictures in the name of the file.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
@@ -27,44 +36,119 @@ class FileSink(Sink):
 
     def write(self, report: RunReport) -> None:
         """Append to the tables, then write the pictures: numbers do not wait for them."""
-        self._append(report, "scalars", ({"name": name, "value": v} for name, v in report.values.items()))
-        self._append(report, "curves", _points(report))
-        for name, rows in report.tables.items():
-            self._append(report, name, map(without_pictures, rows))
-        if report.panels:
-            self._write(report, "panel", sheet(report.panels))
-        if report.curves:
-            self._write(report, "curves", curve_figure(report.labelled_curves(), report.title))
-
-    def _write(self, report: RunReport, name: str, picture: Picture) -> None:
-        folder = self._inside(report.key(name))
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / f"epoch={report.epoch:03d}-step={report.step:06d}.png")
-
-    def _inside(self, name: str) -> Path:
-        path = self._folder / name
-        if not path.resolve().is_relative_to(self._folder.resolve()):
-            raise ValueError(
-                f'"{name}" leads out of {self._folder}; use a prefix without ".." or leading "/".'
-            )
-        return path
-
-    def _append(self, report: RunReport, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        whole = [{**report.when, **row} for row in rows]
-        if not whole:
-            return
-        path = self._inside(report.key(f"{name}.csv"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, whole[0])
-            if new:
-                writer.writeheader()
-            writer.writerows(whole)
+        tables: dict[str, Iterable[Mapping[str, Any]]] = {
+            "scalars": ({"name": name, "value": value} for name, value in report.values.items()),
+            "curves": _points(report),
+            **plain_tables(report),
+        }
+        for name, rows in tables.items():
+            whole = [{"run": report.run, **report.when, **row} for row in rows]
+            if whole:
+                append_rows(inside(self._folder, report.key(f"{name}.csv")), whole)
+        for name, picture in pictures(report):
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "PNG")
+            write_whole(inside(self._folder, report.key(f"{name}/{report.stem}.png")), [file.getvalue()])
 
 
-def _points(report: RunReport) -> Iterable[dict[str, Any]]:
+def _points(report: RunReport) -> Iterator[dict[str, Any]]:
     for method, curves in report.curves.items():
         about = {"method": report.label(method), "n": report.count(method)}
         for i, (insertion, deletion) in enumerate(curves.T.tolist()):
             yield {**about, "step_of_curve": i, "insertion": insertion, "deletion": deletion}
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append one run's rows to a CSV.
+
+    A last line that was cut short is dropped. So are rows of the same training from this epoch and step on:
+    they come from a branch that was left when it was resumed from an earlier checkpoint.
+
+    Args:
+        path: The table; it and its folder are made if they are not there.
+        rows: All with the same columns, among them ``run``, ``epoch`` and ``step``.
+    """
+    columns = list(rows[0])
+    old = _header(path)
+    if old and (old != columns or not _follows(path, columns, rows[0])):
+        columns = list(dict.fromkeys([*old, *columns]))
+        _keep(path, columns, lambda row: _is_before(row, rows[0]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One write: rows of another process that appends at this moment do not come between.
+    text = table(rows, columns, header=not old)
+    with path.open("ab") as file:
+        file.write(text.encode())
+
+
+def _header(path: Path) -> list[str]:
+    """Return the columns of a table; none of one that is not there or has no whole line."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        line = file.readline()
+        if not line.endswith(b"\n"):
+            os.truncate(path, 0)
+            return []
+    return next(csv.reader([line.decode(errors="replace")]))
+
+
+def _follows(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> bool:
+    """Tell whether a table ends with a whole line that ``row`` may follow: as a rule, and cheap to ask."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        end = file.read()
+    last = end[:-1].rpartition(b"\n")[2].decode(errors="replace")
+    if not end.endswith(b"\n"):
+        return False
+    values = next(csv.reader([last]))
+    if values == list(columns):
+        return True
+    told = dict(zip(columns, values, strict=False))
+    return told.get("run") == row["run"] and _is_before(told, row)
+
+
+def _is_before(old: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Tell whether a row of the table belongs to another training, or to an earlier run of the same."""
+    if old.get("run") != row["run"]:
+        return True
+    try:
+        return (int(old["epoch"]), int(old["step"])) < (row["epoch"], row["step"])
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
+def _keep(path: Path, columns: Sequence[str], kept: Callable[[Mapping[str, str]], bool]) -> None:
+    """Rewrite a table under ``columns`` with the rows that are kept, if that changes anything."""
+    text = path.read_bytes().decode(errors="replace")
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    rows = [row for row in csv.DictReader(lines) if kept(row)]
+    whole = table(rows, columns)
+    if whole != text:
+        write_whole(path, [whole.encode()])
+
+
+def table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, *, header: bool = True
+) -> str:
+    """Return rows as CSV, each on a line of its own, with no cell that a spreadsheet takes for a formula."""
+    file, columns = io.StringIO(newline=""), columns_of(rows) if columns is None else columns
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows({key: _cell(row.get(key)) for key in columns} for row in rows)
+    return file.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = " ".join(value.splitlines())
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

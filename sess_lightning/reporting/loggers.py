@@ -17,12 +17,6 @@ def is_dummy(logger: Any) -> bool:
     return "DummyLogger" in kinds(logger)
 
 
-def prefixed(logger: Any, key: str) -> str:
-    """Return a key as the logger itself would write it: ``WandbLogger(prefix="a")`` puts ``"a-"`` before."""
-    prefix = getattr(logger, "_prefix", None)
-    return f"{prefix}-{key}" if isinstance(prefix, str) and prefix else key
-
-
 def run_folder(logger: Any, default: str | Path) -> Path:
     """Return where a logger keeps the files of its run; for one that tells of none, below ``default``."""
     if folder := getattr(logger, "log_dir", None):

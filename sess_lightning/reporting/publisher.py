@@ -10,14 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sess_lightning.reporting.comet import CometSink
 from sess_lightning.reporting.files import FileSink
 from sess_lightning.reporting.loggers import is_dummy, kinds, report_folder, run_folder
+from sess_lightning.reporting.mlflow import MLflowSink
 from sess_lightning.reporting.report.sink import ReportSink
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.sink import Sink
 from sess_lightning.reporting.tensorboard import TensorBoardSink
 from sess_lightning.reporting.wandb import WandbSink
 
+SINKS: dict[str, Callable[[Any], Sink]] = {
+    "WandbLogger": WandbSink, "TensorBoardLogger": TensorBoardSink, "MLFlowLogger": MLflowSink,
+    "CometLogger": CometSink,
+}  # fmt: skip
+"""Name of a logger's class -> its sink."""
 PATIENCE = 3
 """So many failures in a row are told of one by one."""
 
@@ -75,7 +82,8 @@ class Publisher:
         for logger in loggers or (None,):
             with self._protect(f"pictures are missing in {type(logger).__name__}"):
                 sink = sink_for(logger, run_folder(logger, log_dir))
-                self._sinks += [] if sink is None else [sink]
+                if sink is not None and all(sink.place != other.place for other in self._sinks):
+                    self._sinks.append(sink)
         if report:
             with self._protect("report is missing"):
                 folder = report_folder(loggers, log_dir) / prefix
@@ -130,8 +138,7 @@ def sink_for(logger: Any, folder: str | Path) -> Sink | None:
     names = kinds(logger)
     if is_dummy(logger):
         return None
-    if "WandbLogger" in names:
-        return WandbSink(logger)
-    if "TensorBoardLogger" in names:
-        return TensorBoardSink(logger)
+    for name, sink in SINKS.items():
+        if name in names:
+            return sink(logger)
     return FileSink(folder)

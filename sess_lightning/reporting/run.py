@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -55,6 +54,12 @@ class RunReport:
         return {"epoch": self.epoch, "step": self.step}
 
     @property
+    def stem(self) -> str:
+        """Name of a picture's file, without its kind."""
+        run = f"-run={self.run[:8]}" if self.run else ""
+        return f"epoch={self.epoch:03d}-step={self.step:06d}{run}"
+
+    @property
     def title(self) -> str:
         """Headline of a picture of the mean curves."""
         return f"Mean curves after epoch {self.epoch}, step {self.step}"
@@ -92,8 +97,3 @@ def display_names(methods: Mapping[str, Any]) -> dict[str, str]:
     if "base" in methods and base not in names.values():
         names["base"] = base
     return names | {key: f"{key} (compared)" for key in methods if key == own}
-
-
-def without_pictures(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a table can hold of a row."""
-    return {name: value for name, value in row.items() if not isinstance(value, np.ndarray)}

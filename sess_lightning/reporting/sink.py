@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from sess_lightning.reporting.panels import Picture, curve_figure, sheet
 from sess_lightning.reporting.run import RunReport
 
 
@@ -16,6 +20,11 @@ class Sink(ABC):
 
     name: str
 
+    @property
+    def place(self) -> Hashable:
+        """Where things end up: of two sinks for one place only the first is used."""
+        return self.name
+
     @abstractmethod
     def write(self, report: RunReport) -> None:
         """Show a run whose scores are known; the user's metrics and the alerts are still to come."""
@@ -25,6 +34,52 @@ class Sink(ABC):
 
     def alert(self, title: str, text: str) -> None:  # noqa: B027
         """Tell the user now, where the logger can."""
+
+
+class LoggerSink(Sink):
+    """Sends runs through a Lightning logger, under keys as the logger itself writes them."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    @property
+    def place(self) -> Hashable:
+        """The logger's folder, else its run, else the logger itself."""
+        known = (getattr(self._logger, name, None) for name in ("log_dir", "version"))
+        return self.name, next((each for each in known if each is not None), id(self._logger))
+
+    @property
+    def experiment(self) -> Any:
+        """The client of the logger's package."""
+        return self._logger.experiment
+
+    def key(self, report: RunReport, name: str) -> str:
+        """Return a key with the logger's own prefix: ``WandbLogger(prefix="a")`` puts ``"a-"`` before."""
+        prefix = getattr(self._logger, "_prefix", None)
+        return f"{prefix}-{report.key(name)}" if isinstance(prefix, str) and prefix else report.key(name)
+
+
+def pictures(report: RunReport) -> Iterator[tuple[str, Picture]]:
+    """Yield the sheet of the samples and the figure of the mean curves, as far as they are there."""
+    if report.panels:
+        yield "panel", sheet(report.panels)
+    if report.curves:
+        yield "curves", curve_figure(report.labelled_curves(), report.title)
+
+
+def plain_tables(report: RunReport) -> dict[str, list[dict[str, Any]]]:
+    """Return the tables that have rows, without pictures."""
+    return {name: [*map(plain_row, rows)] for name, rows in report.tables.items() if rows}
+
+
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without its pictures."""
+    return {name: value for name, value in row.items() if not isinstance(value, np.ndarray)}
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of all columns, in the order in which they come up."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def cell(value: Any) -> str:

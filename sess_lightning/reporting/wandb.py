@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sess_lightning.reporting.loggers import prefixed
 from sess_lightning.reporting.panels import Panel, curve_figure
-from sess_lightning.reporting.run import RunReport, without_pictures
-from sess_lightning.reporting.sink import Sink, cell
+from sess_lightning.reporting.run import RunReport
+from sess_lightning.reporting.sink import LoggerSink, cell, plain_row
 
 BEST = {
     "insertion": "max", "overall": "max", "pointing_game": "max", "relevance_mass": "max", "deletion": "min",
@@ -18,36 +17,31 @@ BEST = {
 """Which end of a figure is the good one, by the last part of its name."""
 
 
-class WandbSink(Sink):
+class WandbSink(LoggerSink):
     """Weights & Biases: one media key whose step slider replays the training, and a chart of the curves."""
 
     name = "W&B"
 
-    def __init__(self, logger: Any) -> None:
-        self._logger = logger
-
     def write(self, report: RunReport) -> None:
         """Add all to W&B's open row, which Lightning's own row of this validation run completes."""
         self._define(report)
-        logged = {name: value for part in _parts(report) for name, value in part.items()}
-        row = {prefixed(self._logger, report.key(name)): value for name, value in logged.items()}
+        row = {self.key(report, name): value for part in _parts(report) for name, value in part.items()}
         # Uncommitted and without step=: every committed row moves W&B's own step, and rows that the user
         # logs with a step of her own, such as trainer.global_step, are then dropped.
-        self._logger.experiment.log(
-            {**row, "trainer/global_step": report.step, "epoch": report.epoch}, commit=False
-        )
+        row |= {"trainer/global_step": report.step, "epoch": report.epoch}
+        self.experiment.log(row, commit=False)
 
     def alert(self, title: str, text: str) -> None:
         """Send W&B's alert, by mail or Slack as the user has set."""
-        self._logger.experiment.alert(title=title, text=text, level="WARN")
+        self.experiment.alert(title=title, text=text, level="WARN")
 
     def _define(self, report: RunReport) -> None:
         """Have W&B's summary keep the best and the last value of the scores that Lightning logs."""
         for name in report.values:
             best = BEST.get(name.rsplit("/", 1)[-1])
             if best is not None and not name.startswith("minus_"):
-                self._logger.experiment.define_metric(
-                    prefixed(self._logger, report.key(name)), step_metric="trainer/global_step",
+                self.experiment.define_metric(
+                    self.key(report, name), step_metric="trainer/global_step",
                     step_sync=True, summary=f"{best},last",
                 )  # fmt: skip
 
@@ -96,7 +90,7 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     import wandb
 
     # In a table, pictures would become an artifact, which has no step slider.
-    plain = [without_pictures(row) for row in rows]
+    plain = [plain_row(row) for row in rows]
     table = wandb.Table(columns=list(plain[0]), data=[list(row.values()) for row in plain])
     pictures = [
         wandb.Image(value, caption="\n".join(f"{k}: {cell(v)}" for k, v in row.items()), file_type="jpg")

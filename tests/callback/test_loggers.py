@@ -7,22 +7,24 @@ from callbacks import quick, spying
 from lightning_models import (
     fit,
 )
+from sess_lightning.reporting.report.records import read
 from sess_lightning.types import SESSWarning
 
 
 def test_without_a_logger_pictures_and_figures_become_files(tmp_path):
     fit(tmp_path, quick(num_images=2), logger=False, max_epochs=2)
     folder = tmp_path / "sess"
-    names = ["epoch=000-step=000003.png", "epoch=001-step=000007.png"]
+    (run,) = {record.run for record in read(folder / "records")}
+    names = [f"epoch={epoch:03d}-step={step:06d}-run={run[:8]}.png" for epoch, step in ((0, 3), (1, 7))]
     assert sorted(path.name for path in (folder / "panel").iterdir()) == names
     assert sorted(path.name for path in (folder / "curves").iterdir()) == names
     with Image.open(folder / "panel" / names[0]) as sheet:
         assert sheet.size == (3 * 228 + 300, 26 + 2 * 230)
-    assert (folder / "scalars.csv").read_text().startswith("epoch,step,name,value\n0,3,n,4.0\n")
+    assert (folder / "scalars.csv").read_text().startswith(f"run,epoch,step,name,value\n{run},0,3,n,4.0\n")
     assert (
         (folder / "curves.csv")
         .read_text()
-        .startswith("epoch,step,method,n,step_of_curve,insertion,deletion\n0,3,SESS,4,0,")
+        .startswith(f"run,epoch,step,method,n,step_of_curve,insertion,deletion\n{run},0,3,SESS,4,0,")
     )
 
 

@@ -178,3 +178,23 @@ def check_curves(folder, logged, figures):
     key = "deletion, GradCAM (n=4)"
     curve = torch.tensor([point["lineVal"] for point in points if point["lineKey"] == key])
     assert curve_auc(curve).item() == pytest.approx(figures["sess/base/deletion"], abs=1e-6)
+
+
+class Diarist(Classifier):
+    """Logs to W&B by itself, at steps of its own, as much code does."""
+
+    def training_step(self, batch, batch_idx):
+        self.logger.experiment.log({"mine": self.global_step}, step=self.global_step)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_images": 0, "num_rows": 0}])
+@pytest.mark.parametrize("trainer_options", [{}, {"val_check_interval": 2}])
+def test_rows_that_the_user_logs_at_steps_of_her_own_are_all_kept(
+    tmp_path, wandb_logger, options, trainer_options
+):
+    fit(tmp_path, quick(**options), module=Diarist, logger=wandb_logger, max_epochs=4, **trainer_options)
+    wandb_logger.experiment.finish()
+    rows = history(run_folder(tmp_path))
+    assert [row["mine"] for row in rows if "mine" in row] == list(range(16))
+    assert len([row for row in rows if "sess/curves_table" in row]) == (8 if trainer_options else 4)

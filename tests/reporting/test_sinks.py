@@ -1,6 +1,8 @@
 import csv
 import io
 import json
+import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +13,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sess_lightning.reporting.comet import CometSink
 from sess_lightning.reporting.files import FileSink
+from sess_lightning.reporting.mlflow import MLflowSink
 from sess_lightning.reporting.panels import Panel, curve_figure, sheet
-from sess_lightning.reporting.publisher import sink_for
+from sess_lightning.reporting.publisher import Publisher, sink_for
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.tensorboard import TensorBoardSink
 from sess_lightning.reporting.wandb import WandbSink
@@ -73,8 +77,8 @@ def test_files_get_curves_as_a_figure_and_as_numbers(tmp_path):
     table = rows(tmp_path / "sess" / "curves.csv")
     assert len(table) == 2 * 2 * 5
     assert table[6] == {
-        "epoch": "2", "step": "17", "method": "GradCAM", "n": "8", "step_of_curve": "1", "insertion": "0.125",
-        "deletion": "0.375",
+        "run": "", "epoch": "2", "step": "17", "method": "GradCAM", "n": "8", "step_of_curve": "1",
+        "insertion": "0.125", "deletion": "0.375",
     }  # fmt: skip
     assert table[10]["epoch"] == "3"
 
@@ -84,9 +88,9 @@ def test_files_get_a_row_per_score(tmp_path):
     sink.write(report(values={"insertion": 0.5, "base/overall": 0.25}))
     sink.write(report(3, 25, values={"insertion": 0.75}))
     assert rows(tmp_path / "sess" / "scalars.csv") == [
-        {"epoch": "2", "step": "17", "name": "insertion", "value": "0.5"},
-        {"epoch": "2", "step": "17", "name": "base/overall", "value": "0.25"},
-        {"epoch": "3", "step": "25", "name": "insertion", "value": "0.75"},
+        {"run": "", "epoch": "2", "step": "17", "name": "insertion", "value": "0.5"},
+        {"run": "", "epoch": "2", "step": "17", "name": "base/overall", "value": "0.25"},
+        {"run": "", "epoch": "3", "step": "25", "name": "insertion", "value": "0.75"},
     ]
 
 
@@ -167,7 +171,7 @@ def test_a_table_goes_to_files_without_its_pictures(tmp_path):
     FileSink(tmp_path).write(report(tables={"samples": ROWS}))
     FileSink(tmp_path).write(report(3, 25, tables={"samples": ROWS[:1]}))
     told = rows(tmp_path / "sess" / "samples.csv")
-    assert told[0] == {"epoch": "2", "step": "17", "sample": "a|b", "score": "0.25", "hit": ""}
+    assert told[0] == {"run": "", "epoch": "2", "step": "17", "sample": "a|b", "score": "0.25", "hit": ""}
     assert [row["epoch"] for row in told] == ["2", "2", "3"]
 
 
@@ -246,6 +250,122 @@ def test_every_logger_gets_its_own_sink(tmp_path):
     assert isinstance(sink_for(TensorBoardLogger(tmp_path), tmp_path), TensorBoardSink)
     assert isinstance(sink_for(WandbLogger(save_dir=tmp_path), tmp_path), WandbSink)
     assert sink_for(DummyLogger(), tmp_path) is None
+
+
+class Notes:
+    """Takes any call, as the client of a package that is not installed would; notes what comes."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
+
+    def of(self, name):
+        return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
+
+
+class MLFlowLogger(SimpleNamespace):
+    """Shaped like Lightning's."""
+
+
+class CometLogger(SimpleNamespace):
+    """Shaped like Lightning's."""
+
+
+def test_mlflow_gets_pictures_with_a_step_and_tables_below_its_run(tmp_path, panels):
+    logger = MLFlowLogger(experiment=Notes(), run_id="r7", version="r7", _prefix="")
+    sink = sink_for(logger, tmp_path)
+    assert isinstance(sink, MLflowSink)
+    sink.write(report(panels=panels, curves=CURVES, tables={"samples": ROWS, "classes": []}))
+    sink.close(report(alerts=["look at a", "and at b"]))
+    (panel, at), (curves, _) = logger.experiment.of("log_image")
+    assert panel[0] == curves[0] == "r7"
+    assert at == {"key": "sess/panel", "step": 17}
+    assert np.array_equal(panel[1], sheet(panels))
+    assert np.array_equal(curves[1], figure())
+    text = "sample,score,hit\na|b,0.25,\nc,0.5,miss\n"
+    assert logger.experiment.of("log_text") == [(("r7", text, "sess/samples/epoch=002-step=000017.csv"), {})]
+    assert logger.experiment.of("set_tag") == [(("r7", "sess/alert", "look at a\nand at b"), {})]
+
+
+def test_mlflow_itself_takes_it(tmp_path, monkeypatch, panels):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger(save_dir=str(tmp_path / "mlruns"))
+    sink = sink_for(logger, tmp_path)
+    sink.write(report(panels=panels, curves=CURVES, tables={"samples": ROWS}))
+    sink.close(report(alerts=["look at a"]))
+    run = tmp_path / "mlruns" / logger.experiment_id / logger.run_id
+    assert (run / "tags" / "sess" / "alert").read_text() == "look at a"
+    assert (run / "artifacts" / "sess" / "samples" / "epoch=002-step=000017.csv").exists()
+    names = sorted(path.name for path in (run / "artifacts" / "images").rglob("*.png"))
+    assert [re.split(r"\W", name)[:4] for name in names] == [
+        ["sess", "curves", "step", "17"], ["sess", "panel", "step", "17"],
+    ]  # fmt: skip
+
+
+def test_comet_gets_pictures_and_tables_at_their_step(tmp_path, panels):
+    logger = CometLogger(experiment=Notes(), version="k7", _prefix="mine")
+    sink = sink_for(logger, tmp_path)
+    assert isinstance(sink, CometSink)
+    sink.write(report(panels=panels, curves=CURVES, tables={"samples": ROWS}))
+    sink.close(report(alerts=["look at a"]))
+    (panel, at), (_, other) = logger.experiment.of("log_image")
+    assert np.array_equal(panel[0], sheet(panels))
+    assert at == {"name": "mine-sess/panel", "step": 17}
+    assert other == {"name": "mine-sess/curves", "step": 17}
+    assert logger.experiment.of("log_table") == [(
+        ("mine-sess/samples/epoch=002-step=000017.csv",),
+        {"tabular_data": [["a|b", 0.25, None], ["c", 0.5, "miss"]], "headers": ["sample", "score", "hit"]},
+    )]  # fmt: skip
+    assert logger.experiment.of("log_text") == [(("look at a",), {"step": 17})]
+
+
+def test_a_prefix_of_the_logger_begins_every_key_of_wandb(monkeypatch, tmp_path, panels):
+    for _ in offline(monkeypatch, tmp_path):
+        logger = WandbLogger(offline=True, save_dir=tmp_path, prefix="fold1")
+        sink_for(logger, tmp_path).write(report(values={"overall": 0.5}, panels=panels, curves=CURVES))
+        logger.experiment.finish()
+        folder = run_folder(tmp_path)
+        (row,) = history(folder)
+        assert {key.partition("/")[0] for key in row if "sess" in key} == {"fold1-sess"}
+        (path,) = folder.glob("run-*.wandb")
+        defined = [each.metric.name for each in records(path) if each.WhichOneof("record_type") == "metric"]
+        assert "fold1-sess/overall" in defined
+
+
+@pytest.mark.parametrize(
+    ("loggers", "count"),
+    [
+        (lambda folder: [WandbLogger(id="a1", save_dir=folder), WandbLogger(id="a1", save_dir=folder)], 1),
+        (lambda folder: [WandbLogger(id="a1", save_dir=folder), WandbLogger(id="b2", save_dir=folder)], 2),
+        (lambda folder: [TensorBoardLogger(folder, version=0), TensorBoardLogger(folder, version=0)], 1),
+        (lambda folder: [TensorBoardLogger(folder, "a"), TensorBoardLogger(folder, "b")], 2),
+        (lambda folder: [CSVLogger(folder, version=0), CSVLogger(folder, version=0)], 1),
+        (lambda folder: [MLFlowLogger(version="r7"), MLFlowLogger(version="r8")], 2),
+        (lambda folder: [CometLogger(version="k7"), CometLogger(version="k7")], 1),
+    ],
+)  # fmt: skip
+def test_two_loggers_of_one_run_get_one_sink(tmp_path, loggers, count):
+    publisher = Publisher(lambda _: nullcontext(), pytest.fail)
+    publisher.connect(loggers(tmp_path), tmp_path, prefix="sess", report=False)
+    assert len(publisher.names) == count
+
+
+def test_files_of_a_logger_without_pictures_go_where_its_run_goes(tmp_path):
+    class Mine(SimpleNamespace):
+        """Knows its run, and that is all."""
+
+    for version in ("run0", "run1"):
+        publisher = Publisher(lambda _: nullcontext(), pytest.fail)
+        publisher.connect(
+            [Mine(name="1", version=version, save_dir=str(tmp_path))], "elsewhere", prefix="sess"
+        )
+        folder = tmp_path / "1" / version
+        assert publisher.names == [f"files in {folder}", str(folder / "sess" / "report.html")]
 
 
 @pytest.mark.parametrize("prefix", ["..", "/tmp", "sess/../.."])

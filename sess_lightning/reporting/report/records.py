@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from sess_lightning.reporting.panels import Panel, Picture
-from sess_lightning.reporting.run import RunReport, without_pictures
+from sess_lightning.reporting.run import RunReport
+from sess_lightning.reporting.sink import plain_tables
 
 RUNS = "runs.jsonl"
 PICTURE = re.compile(r"[0-9a-f]{16}\.jpg")
@@ -86,7 +87,7 @@ def record_of(folder: str | Path, report: RunReport) -> RunRecord:
         run=report.run, epoch=report.epoch, step=report.step, scalars=report.values, metrics=report.metrics,
         curves={method: curves.tolist() for method, curves in report.curves.items()},
         panel=[keep_sample(folder, panel) for panel in report.panels],
-        tables={name: [*map(without_pictures, rows)] for name, rows in report.tables.items()},
+        tables=plain_tables(report),
         settings=report.settings, alerts=list(report.alerts), method=report.method, names=report.names,
     )  # fmt: skip
 
