@@ -45,24 +45,68 @@ class Panel:
         return np.concatenate([self.image, *self.overlays.values()], axis=1)
 
 
+MOST_CLIPPED = 0.2
+"""Share of an image's values beyond black and white above which its range cannot be the right one."""
+PERCENTILES = (2, 98)
+"""Of an image's values, what is black and what is white where the range is not known."""
+
+
 def displayed(
-    images: Float[Tensor, "B C H W"], normalisation: tuple[Sequence[float], Sequence[float]] | None = None
+    images: Float[Tensor, "B C H W"],
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+    channels: Sequence[int] | None = None,
 ) -> list[Picture]:
     """Undo the normalisation and return pictures.
 
-    Where it is unknown, each image is stretched to its own range. Images of one channel become grey; of
-    several, the first three are shown.
+    A mean or deviation above 1 says that pixels were in 0..255, one above 255 that their range is unknown.
+    Then, and where the normalisation is unknown or most pixels fit no range, each image is stretched between
+    its percentiles.
+
+    Args:
+        images: As the model takes them.
+        normalisation: (mean, std), a value per channel or one for all.
+        channels: Those to show, one or three (red, green, blue); None is the first three, or of fewer the
+            first one as grey.
+
+    Raises:
+        ValueError: If the images have no such channels.
     """
-    pixels = images.detach().float().cpu()
+    pixels, white = images.detach().float().cpu(), None
     if normalisation is not None:
-        mean, std = (torch.tensor(list(each)).view(1, -1, 1, 1) for each in normalisation)
+        mean, std = (torch.tensor(list(values)).view(1, -1, 1, 1) for values in normalisation)
         if mean.shape[1] in (1, pixels.shape[1]):
-            pixels = pixels * std + mean
-    else:
-        low, high = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
-        pixels = (pixels - low) / (high - low).clamp(min=1e-12)
-    pixels = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
-    return list((pixels.nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+            pixels, white = pixels * std + mean, _white(normalisation)
+    shown = _shown_channels(pixels.shape[1], channels)
+    return [_as_bytes(image, white) for image in pixels[:, shown].expand(-1, 3, -1, -1).numpy()]
+
+
+def _white(normalisation: tuple[Sequence[float], Sequence[float]]) -> float | None:
+    largest = max(abs(value) for values in normalisation for value in values)
+    return next((white for white in (1.0, 255.0) if largest <= white), None)
+
+
+def _shown_channels(count: int, asked: Sequence[int] | None) -> list[int]:
+    if asked is None:
+        return [0, 1, 2] if count >= 3 else [0]
+    if len(asked) not in (1, 3) or not all(0 <= channel < count for channel in asked):
+        raise ValueError(
+            f"display_channels must be one or three of the images' channels 0..{count - 1}, "
+            f"got {list(asked)}."
+        )
+    return list(asked)
+
+
+def _as_bytes(image: npt.NDArray[np.float32], white: float | None) -> Picture:
+    known = image[np.isfinite(image)]
+    low, high = 0.0, white or 0.0
+    margin = 0.02 * high  # Of rounding, and of bicubic resizing.
+    if white is None or np.mean((known < low - margin) | (known > high + margin)) > MOST_CLIPPED:
+        low, high = np.percentile(known, PERCENTILES) if known.size else (0.0, 0.0)
+        if low == high and known.size:  # A small thing on an even ground.
+            low, high = known.min(), known.max()
+    scaled = (image - low) / (high - low if high > low else np.inf)
+    shown: Picture = (np.nan_to_num(scaled).clip(0, 1) * 255).round().astype(np.uint8)
+    return shown.transpose(1, 2, 0)
 
 
 @lru_cache(maxsize=4)

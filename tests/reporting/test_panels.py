@@ -38,6 +38,68 @@ def test_an_unknown_normalisation_stretches_each_image_to_its_own_range():
     assert flat.tolist() == [[[0, 0, 0]]]
 
 
+def test_a_few_outliers_do_not_make_the_rest_black():
+    ramp = torch.linspace(0, 1, 1000).repeat(3, 1).view(1, 3, 10, 100)
+    ramp[..., 0, 0], ramp[..., -1, -1] = -50, 900
+    (image,) = displayed(ramp)
+    assert image[5, 0, 0] == pytest.approx(
+        255 * (0.5 - 0.02) / 0.96, abs=1
+    )  # Between the percentiles 2 and 98.
+
+
+def test_a_small_thing_on_an_even_ground_is_still_seen():
+    images = torch.full((1, 1, 20, 20), 3.0)
+    images[..., 4:6, 4:6] = 9
+    assert np.unique(displayed(images)[0], return_counts=True)[1].tolist() == [3 * 396, 3 * 4]
+
+
+PIXELS = torch.randint(0, 256, (2, 3, 8, 10), generator=torch.Generator().manual_seed(1)).float()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),  # ImageNet's, of bytes.
+        ([123.68, 116.779, 103.939], [1.0, 1.0, 1.0]),  # Caffe's.
+        ([0.0], [255.0]),
+        ([127.5], [127.5]),
+    ],
+)
+def test_a_normalisation_of_bytes_is_undone_exactly(mean, std):
+    normalised = (PIXELS - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    for image, original in zip(displayed(normalised, (mean, std)), PIXELS, strict=True):
+        assert np.array_equal(image, original.permute(1, 2, 0).numpy())
+
+
+def test_reflectances_are_stretched_and_three_of_their_bands_are_shown():
+    mean, std = [1300.0 + band for band in range(13)], [250.0] * 13
+    bands = torch.rand(1, 13, 32, 32, generator=torch.Generator().manual_seed(0)) * 3000
+    normalised = (bands - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    (image,) = displayed(normalised, (mean, std), channels=(3, 2, 1))
+    low, high = np.percentile(bands[0, [3, 2, 1]].numpy(), (2, 98))
+    expected = ((bands[0, [3, 2, 1]] - low) / (high - low)).clamp(0, 1) * 255
+    # Rounding to bytes, and of float32 to and fro through the normalisation.
+    assert np.abs(image.astype(float) - expected.permute(1, 2, 0).numpy()).max() <= 0.51
+    assert (image == 255).mean() < 0.03
+
+
+def test_a_normalisation_that_is_not_the_images_own_does_not_make_them_white():
+    (image,) = displayed(PIXELS[:1], (MEAN, STD))
+    assert (image == 255).mean() < 0.05
+    assert (image == 0).mean() < 0.05
+
+
+def test_one_channel_may_be_chosen_and_is_shown_grey():
+    images = torch.tensor([0.2, 0.4, 0.6, 0.8]).view(1, 4, 1, 1)
+    assert displayed(images, ([0.0], [1.0]), channels=[2])[0].tolist() == [[[153, 153, 153]]]
+
+
+@pytest.mark.parametrize("channels", [[0, 1], [0, 1, 4], [-1], []])
+def test_channels_that_the_images_do_not_have_are_refused(channels):
+    with pytest.raises(ValueError, match=r"must be one or three of the images' channels 0\.\.3"):
+        displayed(torch.zeros(1, 4, 2, 2), channels=channels)
+
+
 @pytest.mark.parametrize(
     ("channels", "expected"), [(1, [51, 51, 51]), (2, [51, 51, 51]), (4, [51, 102, 153])]
 )
