@@ -56,7 +56,11 @@ def run_compare(arguments: Sequence[str]) -> None:
     parser.add_argument("--x", help="option to draw over, e.g. num_scales (default: what differs)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="for compare.csv and .png")
     config = parser.parse_args(arguments)
-    sys.stdout.write("".join(f"{path}\n" for path in compare(config.runs, config.out, config.x)))
+    try:
+        written = compare(config.runs, config.out, config.x)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    sys.stdout.write("".join(f"{path}\n" for path in written))
 
 
 def _commands(command: str) -> ModuleType:
