@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from sess_lightning.methods import SESS, CentreGaussian, GradCAM
 from sess_lightning.methods.controls import controls
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.ops import size_of
+from sess_lightning.reporting.text import text_table
 from sess_lightning.types import SaliencyMethod
 
 SCALES = tuple(range(1, 13))
@@ -125,6 +126,7 @@ class Costs:
             ["of one image", "forwards", "s", "bare forward, s", "ratio [range]", "peak MiB", "bare MiB"],
             ["", "forwards a map", "s a map", "samples", "forwards a run", "s a run"],
         )
+        tables = *text_table([heads[0], *parts]), "", *text_table([heads[1], *knobs])
         told = [f"{name}: {value}" for name, value in self.setting.items()]
         notes = [
             "",
@@ -133,7 +135,7 @@ class Costs:
             "of a knob estimated from the parts. A pre-filter saves no forward where scores and maps come",
             "out of the same one (the CAM family); coarse_to_fine does, and may keep other windows.",
         ]
-        return "\n".join([*told, "", *_aligned(heads[0], parts), "", *_aligned(heads[1], knobs), *notes])
+        return "\n".join([*told, "", *tables, *notes])
 
     def to_csv(self, path: str | Path) -> None:
         """Write parts and knobs as rows of one file; the first column tells which."""
@@ -147,14 +149,6 @@ class Costs:
 
 def _mib(size: float) -> str:
     return f"{size / 2**20:.1f}" if size == size else "-"
-
-
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells))
-        for cells in ([*zip(row, widths, strict=True)] for row in (head, *rows))
-    ]
 
 
 def measure_cost(
