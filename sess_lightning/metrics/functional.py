@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
+from torchmetrics.functional import spearman_corrcoef
 
 from sess_lightning.batching import batch_limit, blank_batch, by_image, in_batches
 from sess_lightning.introspection.lending import borrowed, explaining
@@ -227,16 +228,12 @@ def relevance_mass(
 def rank_correlation(first: Float[Tensor, "B N"], second: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
     """Return Spearman's rank correlation of each pair of rows, ties sharing their mean rank.
 
-    NaN where a row is constant. Memory is B x N x N: meant for small maps.
+    NaN where a row is constant.
     """
-
-    def ranks(values: Tensor) -> Tensor:
-        less = values[:, None, :] < values[:, :, None]
-        more = values[:, None, :] > values[:, :, None]
-        return (less.sum(2) - more.sum(2)).double()
-
-    a, b = ranks(first), ranks(second)  # Twice the rank, less its mean.
-    return ((a * b).sum(1) / (a.square().sum(1) * b.square().sum(1)).sqrt()).to(first.dtype)
+    constant = (first == first[:, :1]).all(1) | (second == second[:, :1]).all(1)
+    # Two columns at least: torchmetrics reads a single one as one list of values.
+    pairs = (torch.cat([rows, rows[:1]]).mT for rows in (first, second))
+    return spearman_corrcoef(*pairs)[: len(first)].masked_fill(constant, torch.nan).to(first.dtype)
 
 
 def _near_mask(masks: Tensor, u: Tensor, v: Tensor, tolerance: float) -> Tensor:
