@@ -33,8 +33,8 @@ from sess_lightning.evaluation.datasets import PictureFolder, Sample, read_pictu
 from sess_lightning.introspection.folding import folded
 from sess_lightning.introspection.lending import explaining
 from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.metrics.bootstrap import Mean, interval, resample
 from sess_lightning.metrics.functional import curve_auc, deletion_curve, insertion_curve, pointing_hits
-from sess_lightning.metrics.statistics import Mean, interval, resample
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -166,7 +166,7 @@ def columns(rows: list[dict[str, str]]) -> dict[str, Tensor]:
 
 def change(difference: Tensor) -> str:
     mean = Mean(difference, torch.arange(len(difference)))
-    low, high = interval("", resample({"": mean}, len(difference))[""]).values()
+    low, high = interval(resample({"": mean}, len(difference))[""])
     return f"{float(difference.mean()):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 

@@ -26,6 +26,8 @@ MOVED = {
     "journal": ["evaluation.journal"],
     "lending": ["introspection.lending", "introspection.folding"],
     "methods.baselines": ["methods.controls"],
+    "metrics.samples": ["metrics.per_sample"],
+    "metrics.statistics": ["metrics.bootstrap"],
     "reporting.charts": ["reporting.report.charts"],
     "reporting.html": ["reporting.report.page"],
     "reporting.records": ["reporting.report.records"],

@@ -26,6 +26,7 @@ class Score:
         bounds: Lowest and highest value there can be; None where it is open.
         note: What it measures, in a few words.
         is_count: Whether it counts samples, images or runs.
+        is_shared: Whether it is true of the samples whatever explains them: compared methods have none.
     """
 
     key: str
@@ -35,6 +36,7 @@ class Score:
     bounds: tuple[float, float] | None = None
     note: str = ""
     is_count: bool = False
+    is_shared: bool = False
 
 
 class Key(NamedTuple):
@@ -53,8 +55,8 @@ class Key(NamedTuple):
     end: str = ""
 
 
-def _count(key: str, label: str) -> Score:
-    return Score(key, label, is_count=True)
+def _count(key: str, label: str, is_shared: bool = True) -> Score:
+    return Score(key, label, is_count=True, is_shared=is_shared)
 
 
 _UNIT = (0.0, 1.0)
@@ -68,7 +70,7 @@ SCORES = {
         Score("pointing_game", "Pointing Game", "higher", 0.0, _UNIT),
         Score("pointing_game_difficult", "Pointing Game, difficult", "higher", None, _UNIT),
         Score("relevance_mass", "Relevance mass", "higher", 0.0, _UNIT, "share inside the object"),
-        Score("region_share", "Object's share of the image", "", None, _UNIT),
+        Score("region_share", "Object's share of the image", "", None, _UNIT, is_shared=True),
         Score("insertion_normalised", "Insertion, normalised", "higher"),
         Score("deletion_normalised", "Deletion, normalised", "lower"),
         Score("tied_share", "Tied pixels", "", None, _UNIT, "share of a map whose order is arbitrary"),
@@ -77,7 +79,7 @@ SCORES = {
         Score("selection", "Selection", "higher"),
         Score("seconds_per_image", "Seconds per image", "lower"),
         _count("n", "explained"),
-        _count("curves_n", "with curves"),
+        _count("curves_n", "with curves", is_shared=False),
         _count("pointing_game_n", "in the Pointing Game"),
         _count("pointing_game_difficult_n", "in the Pointing Game, difficult"),
         _count("images", "images"),
@@ -87,7 +89,7 @@ SCORES = {
         _count("skipped", "without object"),
         _count("misclassified", "misclassified"),
         _count("nan", "not finite"),
-        _count("flat", "flat maps"),
+        _count("flat", "flat maps", is_shared=False),
         _count("failed", "failed runs"),
     )
 }

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sess_lightning.callback.runs import FIGURES, Run, comparable
-from sess_lightning.metrics.statistics import Mean, resample
+from sess_lightning.metrics.bootstrap import Mean, resample
 
 LEAST_RISE = 0.02
 """How much accuracy must have risen for a fall of the explanations to be told."""

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from sess_lightning.evaluation.journal import read_settings
-from sess_lightning.evaluation.results import FIGURES, SECONDS, write_table
+from sess_lightning.evaluation.results import SECONDS, SHOWN, write_table
 from sess_lightning.reporting.panels import Picture
 
 
@@ -122,7 +122,7 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
         told = ", ".join(label)
         for row in run.rows:
             own = row["method"] not in run.others
-            if row["figure"] not in (*FIGURES, SECONDS) or " - " in row["method"]:
+            if row["figure"] not in (*SHOWN, SECONDS) or " - " in row["method"]:
                 continue
             name = str(run.options["method"]) if own else row["method"]
             if len(runs) == 1:
@@ -180,7 +180,7 @@ def draw(label: str, found: Sequence[Point]) -> Picture:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [name for name in (*FIGURES, SECONDS) if any(point.figure == name for point in found)]
+    shown = [name for name in (*SHOWN, SECONDS) if any(point.figure == name for point in found)]
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.8 * lines), dpi=110, layout="constrained")

@@ -21,8 +21,8 @@ from sess_lightning.metrics import SESSMetric
 from sess_lightning.ops import resize, size_of, wait_for
 from sess_lightning.types import SaliencyMethod
 
-FORMAT = 2
-"""Of the records: 2 marks where a new image begins."""
+FORMAT = 3
+"""Of the records: 2 marks where a new image begins, 3 has all methods in one column."""
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from torch import Tensor
 
-from sess_lightning.metrics import SESSMetric
-from sess_lightning.metrics.functional import curve_auc
+from sess_lightning.metrics.summary import Rows, sample_scores
 from sess_lightning.reporting.panels import curve_figure
+from sess_lightning.reporting.text import text_table
+from sess_lightning.scores import ENDS, SCORES, build
 
-FIGURES = ("insertion", "deletion", "overall", "pointing_game", "pointing_game_difficult")
-COUNTS = ("n", "images", "broken", "missing", "all_difficult", "skipped", "misclassified", "nan", "flat")
+SHOWN = tuple(key for key, score in SCORES.items() if score.better and score.bounds)
+"""Scores that the table and pictures show; files hold all."""
+SHARED = tuple(key for key, score in SCORES.items() if score.is_shared)
 SECONDS = "seconds_per_image"
+OWN = "method"
+"""What the tables of samples and classes call the explained method."""
 
 
 @dataclass(frozen=True)
@@ -56,37 +59,42 @@ class Results:
             paper: Figures as printed there, in percent (``seconds_per_image`` in s); ``base/...`` for the
                 base method's.
         """
-        prefixes = {"": self.method} | {f"{name}/": name for name in self.others}
-        prefixes |= {f"minus_{name}/": f"{self.method} - {name}" for name in self.others}
+        labels = {("", False): self.method} | {(name, False): name for name in self.others}
+        labels |= {(name, True): f"{self.method} - {name}" for name in self.others}
         found = [
-            _row(self.figures, paper or {}, prefix, label, figure)
-            for prefix, label in prefixes.items()
-            for figure in (*FIGURES, "insertion_normalised", "deletion_normalised", "flat", "curves_n")
-            if prefix + figure in self.figures
+            _row(self.figures, paper or {}, build(score, *of), label, score)
+            for of, label in labels.items()
+            for score in SCORES
+            if score not in SHARED and build(score, *of) in self.figures
         ]
-        taken = {f"{name}/" if name else "": seconds for name, seconds in self.seconds.items()}
-        for prefix, seconds in taken.items():
-            found.append(_line(prefixes[prefix], SECONDS, seconds, (paper or {}).get(prefix + SECONDS)))
-        counts = (*COUNTS, "pointing_game_n", "pointing_game_difficult_n")
-        return found + [_row(self.figures, {}, "", "", figure) for figure in counts if figure in self.figures]
+        for name, seconds in self.seconds.items():
+            printed = (paper or {}).get(build(SECONDS, name))
+            found.append(_line(labels[name, False], SECONDS, seconds, printed))
+        return found + [_row(self.figures, {}, key, "", key) for key in SHARED if key in self.figures]
 
     def table(self, paper: Mapping[str, float] | None = None) -> str:
         """Return the figures in percent as text: a line per method, 95 % intervals in brackets."""
-        shown = [figure for figure in FIGURES if figure in self.figures]
+        paper = paper or {}
+        shown = [score for score in SHOWN if score in self.figures]
         lines = [["", *shown, SECONDS]]
-        for name, label in (("", self.method), *((name, name) for name in self.others)):
-            prefix, seconds = f"{name}/" if name else "", self.seconds.get(name)
-            time = "-" if seconds is None else f"{seconds:.3g}"
-            lines.append([label, *(_cell(self.figures, prefix + figure) for figure in shown), time])
-            if any(prefix + figure in (paper or {}) for figure in (*shown, SECONDS)):
-                printed = (paper or {}).get(prefix + SECONDS, "-")
-                beside = (_beside(self.figures, paper, prefix + figure) for figure in shown)
-                lines.append(["  in the paper", *beside, str(printed)])
+        for name in ("", *self.others):
+            keys = [build(score, name) for score in shown]
+            time = f"{self.seconds[name]:.3g}" if name in self.seconds else "-"
+            lines.append([name or self.method, *(_cell(self.figures, key) for key in keys), time])
+            if paper.keys() & {*keys, build(SECONDS, name)}:
+                beside = (_beside(self.figures, paper, key) for key in keys)
+                lines.append(["  in the paper", *beside, str(paper.get(build(SECONDS, name), "-"))])
         for name in self.others:
-            paired = (_cell(self.figures, f"minus_{name}/{figure}", signed=True) for figure in shown)
+            paired = (_cell(self.figures, build(score, name, minus=True), signed=True) for score in shown)
             lines.append([f"less {name}", *paired, ""])
-        counts = [f"{name} {self.figures[name]:.0f}" for name in COUNTS if name in self.figures]
-        return "\n".join([*_aligned(lines), ", ".join(counts)])
+        return "\n".join([*text_table(lines), ", ".join(self._notes())])
+
+    def _notes(self) -> Iterator[str]:
+        """Yield what is told once below the table."""
+        for key, score in SCORES.items():
+            if key in self.figures and (score.is_count or score.is_shared):
+                value = self.figures[key]
+                yield f"{key} {value:.0f}" if score.is_count else f"{key} {100 * value:.2f}"
 
     def write(
         self,
@@ -131,76 +139,59 @@ def _class_name(names: Sequence[str], target: int) -> str:
     return names[target] if target < len(names) else str(target)
 
 
-def per_class(metric: SESSMetric, names: Sequence[str], others: Sequence[str]) -> list[dict[str, Any]]:
+def per_class(rows: Rows, names: Sequence[str], others: Sequence[str]) -> list[dict[str, Any]]:
     """Return the Pointing Game's trials and hits, a row per class.
 
     Args:
-        metric: Holds the rows of all samples.
+        rows: Of all samples.
         names: Of the classes, as far as known.
-        others: Names of the methods beside, in the metric's order.
+        others: Names of the methods beside, in the rows' order.
     """
-    targets = metric.rows("targets")
     table = []
-    for target in targets.unique().tolist():
-        row: dict[str, Any] = {"class": _class_name(names, target)}
-        for place, name in enumerate(("method", *others)):
-            hits = metric.rows(f"hits_{place}")[targets == target]
-            row |= {"trials": int((hits >= 0).sum()), f"{name}_hits": int((hits == 1).sum())}
+    for target in rows.targets.unique().tolist():
+        hits = rows.hits[rows.targets == target]
+        row: dict[str, Any] = {"class": _class_name(names, target), "trials": int((hits[:, 0] >= 0).sum())}
+        row |= {f"{name}_hits": int((hits[:, i] == 1).sum()) for i, name in enumerate((OWN, *others))}
         table.append(row)
     return table
 
 
 def per_sample(
-    metric: SESSMetric,
-    names: Sequence[str],
-    others: Sequence[str],
-    entries: Mapping[int, Mapping[str, Any]],
+    rows: Rows, names: Sequence[str], others: Sequence[str], entries: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, npt.NDArray[Any]]:
     """Return the columns of a table with a row per trial, method and figure.
 
     Args:
-        metric: Holds the rows of all samples.
+        rows: Of all samples.
         names: Of the classes, as far as known.
-        others: Names of the methods beside, in the metric's order.
+        others: Names of the methods beside, in the rows' order.
         entries: The records that the rows came from, by sample.
     """
     counts = [len(entry["rows"]["targets"]) for entry in entries.values()]
-    targets = metric.rows("targets").numpy()
     known = {
         "sample": np.repeat(list(entries), counts),
         "id": np.repeat([str(entry["id"]) for entry in entries.values()], counts),
-        "target": targets,
-        "class": np.array([_class_name(names, target) for target in targets.tolist()]),
-        "predicted": metric.rows("predicted").numpy(),
-        "score": metric.rows("ends")[:, 0].double().numpy(),
-        "difficult": metric.rows("difficult").numpy(),
+        "target": rows.targets.numpy(),
+        "class": np.array([_class_name(names, target) for target in rows.targets.tolist()]),
+        "predicted": rows.predicted.numpy(),
+        "score": rows.ends[:, 0].double().numpy(),
+        "difficult": rows.difficult.numpy(),
     }
     parts = []
-    for place, name in enumerate(("method", *others)):
-        insertion, deletion = curve_auc(metric.rows(f"curves_{place}").double()).unbind(1)
-        hits = metric.rows(f"hits_{place}").double()
-        found = {
-            "insertion": insertion,
-            "deletion": deletion,
-            "overall": insertion - deletion,
-            "hit": hits.where(hits >= 0, torch.nan),
-            "flat": metric.rows(f"flat_{place}").double(),
-        }
-        for figure, values in found.items():
-            there = values.isfinite().numpy()
-            own = {"method": name, "figure": figure}
-            part = {column: each[there] for column, each in known.items()}
-            part |= {column: np.repeat(told, there.sum()) for column, told in own.items()}
-            parts.append({**part, "value": values.numpy()[there]})
+    for i, name in enumerate((OWN, *others)):
+        for figure, values in sample_scores(rows, i).items():
+            finite = values.isfinite().numpy()
+            part = {column: entry[finite] for column, entry in known.items()}
+            part |= {"method": np.repeat(name, finite.sum()), "figure": np.repeat(figure, finite.sum())}
+            parts.append({**part, "value": values.numpy()[finite]})
     return {column: np.concatenate([part[column] for part in parts]) for column in parts[0]}
 
 
 def _row(
-    figures: Mapping[str, float], paper: Mapping[str, float], prefix: str, label: str, figure: str
+    figures: Mapping[str, float], paper: Mapping[str, float], key: str, label: str, figure: str
 ) -> dict[str, Any]:
-    key = prefix + figure
     line = _line(label, figure, figures[key], paper[key] / 100 if key in paper else None)
-    return line | {end: figures.get(f"{key}_{end}") for end in ("ci_low", "ci_high")}
+    return line | {end: figures.get(f"{key}_{end}") for end in ENDS}
 
 
 def _line(label: str, figure: str, value: float, printed: float | None) -> dict[str, Any]:
@@ -219,21 +210,15 @@ def _cell(figures: Mapping[str, float], key: str, signed: bool = False) -> str:
     if key not in figures:
         return "-"
     form = "{:+.2f}" if signed else "{:.2f}"
-    ends = [f"{key}_ci_low", f"{key}_ci_high"]
+    ends = [f"{key}_{end}" for end in ENDS]
     inside = ", ".join(form.format(100 * figures[end]) for end in ends if end in figures)
     return form.format(100 * figures[key]) + (f" [{inside}]" if inside else "")
 
 
-def _beside(figures: Mapping[str, float], paper: Mapping[str, float] | None, key: str) -> str:
-    if not paper or key not in paper or key not in figures:
+def _beside(figures: Mapping[str, float], paper: Mapping[str, float], key: str) -> str:
+    if key not in paper or key not in figures:
         return "-"
     return f"{paper[key]:.1f} ({100 * figures[key] - paper[key]:+.2f})"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> Iterable[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
 def write_table(path: Path, columns: Mapping[str, Any], parquet: bool | None) -> list[Path]:

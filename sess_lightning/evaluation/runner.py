@@ -36,6 +36,7 @@ from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import classify, predict
 from sess_lightning.jsonl import plain
 from sess_lightning.metrics import SESSMetric
+from sess_lightning.metrics.summary import mean_curves, scores
 
 
 def describe(model: nn.Module, benchmark: Benchmark, experiment: Experiment) -> dict[str, str]:
@@ -236,21 +237,23 @@ def summarise(
     scored = {number: entry for number, entry in entries.items() if entry.get("rows")}
     for entry in scored.values():
         metric.load_rows(entry["rows"])
-    figures = metric.compute() if scored else {}
+    rows, others = metric.gather(), tuple(experiment.methods())
+    names = [*metric.methods]
+    figures = scores(rows, names)
     if experiment.target == "predicted":
         figures["misclassified"] = _total(entries, "misclassified")
     figures["images"] = float(len(entries))
     figures["broken"] = float(len(broken))
     figures["missing"] = float(len(set(chosen) - set(entries)))
     figures["all_difficult"] = _total(entries, "all_difficult")
-    given = metric, benchmark.class_names, tuple(experiment.methods())
+    classes = benchmark.class_names
     return Results(
         method=str(experiment.method),
-        others=tuple(experiment.methods()),
+        others=others,
         figures=figures,
-        curves=metric.curves() if scored else {},
-        classes=per_class(*given) if scored else [],
-        samples=per_sample(*given, scored) if scored else {},
+        curves=mean_curves(rows, names) if scored else {},
+        classes=per_class(rows, classes, others),
+        samples=per_sample(rows, classes, others, scored) if scored else {},
         seconds=_mean_seconds(scored.values()),
         settings=dict(settings),
     )

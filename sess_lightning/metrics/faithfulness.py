@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sess_lightning.metrics.functional import Ties, curve_auc, deletion_curve, insertion_curve
-from sess_lightning.metrics.samples import PerSample
+from sess_lightning.metrics.per_sample import PerSample
 from sess_lightning.types import Activation
 
 

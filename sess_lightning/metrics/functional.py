@@ -145,8 +145,11 @@ def pixel_steps(maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first") 
 
 
 def tied_share(maps: Float[Tensor, "B H W"]) -> Float[Tensor, " B"]:
-    """Return the share of each map's pixels whose value another has too: tie order decides about those."""
-    ranked = maps.flatten(1).sort(dim=1).values
+    """Return the share of each map's pixels whose value another has too: tie order decides about those.
+
+    NaN counts as 0, as in ``pixel_steps``.
+    """
+    ranked = maps.flatten(1).nan_to_num(0).sort(dim=1).values
     same = ranked[:, 1:] == ranked[:, :-1]
     edge = same.new_zeros(same.shape[0], 1)
     return (torch.cat([edge, same], 1) | torch.cat([same, edge], 1)).float().mean(1)

@@ -17,9 +17,10 @@ from sess_lightning.evaluation.datasets import BrokenSampleError, PictureFolder,
 from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.results import Results
 from sess_lightning.evaluation.runner import describe, evaluate, evaluate_with, summarise
-from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.methods import SESS, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import insertion_curve, pointing_hits
+from sess_lightning.scores import SCORES, split
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,6 +143,12 @@ def test_records_of_other_settings_are_refused(voc, whole, change, told):
         evaluate(build("tiny"), FiveClasses(voc), made, whole[1])
 
 
+def test_records_of_an_older_format_are_refused(voc, whole, monkeypatch):
+    monkeypatch.setattr("sess_lightning.evaluation.runner.FORMAT", 4)
+    with pytest.raises(ValueError, match=r"format was 3, is 4.*; use another folder"):
+        evaluate(build("tiny"), FiveClasses(voc), experiment(), whole[1])
+
+
 def test_records_of_other_weights_are_refused(voc, whole):
     model = copy.deepcopy(build("tiny"))
     with torch.no_grad():
@@ -225,20 +232,44 @@ def test_samples_are_a_tidy_table(whole, tmp_path):
     results.write(tmp_path, parquet=False)
     with (tmp_path / "samples.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 5 * 3 * len({"insertion", "deletion", "overall", "hit", "flat"})
+    of_each = {"insertion", "deletion", "overall", "hit", "relevance_mass", "tied_share", "flat"}
+    assert len(rows) == 5 * (3 * len(of_each) + len({"region_share"}))
     assert [rows[0][column] for column in ("sample", "id", "method", "figure")] == [
         "0", "000001", "method", "insertion",
     ]  # fmt: skip
-    own = {"overall": [], "hit": []}
+    own = {figure: [] for figure in ("overall", "hit", "relevance_mass", "region_share", "tied_share")}
     for row in rows:
         if row["method"] == "method" and row["figure"] in own:
             own[row["figure"]].append(float(row["value"]))
     assert sum(own["overall"]) / 5 == pytest.approx(results.figures["overall"], abs=1e-12)
     hits = {row["class"]: row["method_hits"] for row in results.classes}
     assert sum(own["hit"]) == sum(hits.values())
+    for figure in ("relevance_mass", "region_share", "tied_share"):
+        assert sum(own[figure]) / 5 == pytest.approx(results.figures[figure])
     assert [row["id"] for row in rows if (row["method"], row["figure"]) == ("base", "flat")] == [
         "000001", "000001", "000002", "000003", "000003",
     ]  # fmt: skip
+
+
+def test_no_score_is_dropped_on_its_way_into_the_files(voc, tmp_path):
+    made = experiment(compare={"base": GradCAM(), "plus plus": RandomMap()})
+    results = run(voc, tmp_path / "out", made)
+    results.write(tmp_path, parquet=False)
+    keys = [split(name) for name in results.figures]
+    assert None not in keys
+    with (tmp_path / "results.csv").open() as file:
+        rows = {(row["method"], row["figure"]): row for row in csv.DictReader(file)}
+    for key, value in zip(keys, results.figures.values(), strict=True):
+        own = "" if SCORES[key.score].is_shared else results.method
+        label = f"{results.method} - {key.method}" if key.minus else key.method or own
+        assert float(rows[label, key.score][key.end or "value"]) == value
+    with (tmp_path / "samples.csv").open() as file:
+        told = {(row["method"], row["figure"]) for row in csv.DictReader(file)}
+    single = {"pointing_game": "hit", "pointing_game_difficult": "hit"}  # Difficult is a column.
+    means = [key for key in keys if not (SCORES[key.score].is_count or "normalised" in key.score)]
+    for key in means:
+        assert (key.method or "method", single.get(key.score, key.score)) in told
+    assert {"relevance_mass", "region_share", "tied_share"} < {key.score for key in means}
 
 
 def test_tables_are_written_as_parquet_too(whole, tmp_path):
@@ -300,7 +331,7 @@ def test_records_are_readable_by_anyone(whole):
     assert set(head) == {"fingerprint", "settings"}
     assert (first["sample"], first["id"], first["all_difficult"]) == (0, "000001", 1)
     metric = SESSMetric(GradCAM(), compare={"a": GradCAM(), "b": GradCAM()})
-    assert set(first["rows"]) == set(metric.take_rows())
+    assert set(first["rows"]) == set(metric.states)
     assert first["rows"]["begins"] == [1, 0]
 
 

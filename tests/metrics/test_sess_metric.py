@@ -20,6 +20,7 @@ from sess_lightning.metrics.functional import (
     insertion_curve,
     pointing_hits,
     relevance_mass,
+    tied_share,
 )
 from sess_lightning.ops import min_max
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
@@ -99,9 +100,10 @@ def test_every_figure_comes_with_its_interval_its_floor_and_its_counts(model, im
         "pointing_game_n",
         "flat",
         "curves_n",
+        "tied_share",
         "region_share",
     }
-    base = {f"base/{name}" for name in with_intervals(played) | {"flat", "curves_n"}}
+    base = {f"base/{name}" for name in with_intervals(played) | {"flat", "curves_n", "tied_share"}}
     minus = {f"minus_base/{name}" for name in with_intervals(played)}
     optional = {
         f"{prefix}{kind}_normalised" for prefix in ("", "base/") for kind in ("insertion", "deletion")
@@ -176,7 +178,7 @@ def test_limits_count_the_numbers_that_samples_have(model, images):
     metric = SESSMetric(Channel(0), compare={"random": RandomMap()}, limits={"random": 2})
     metric.update(model, images[:4], TARGETS[:4], numbers=[5, 0, 3, 2])
     metric.update(model, images[4:], TARGETS[4:], numbers=[4, 1])
-    drawn = torch.cat([curves[:, 0, 0] for curves in metric.curves_1]).isfinite()
+    drawn = metric.rows("probabilities")[:, 1, 0, 0].isfinite()
     assert drawn.tolist() == [False, True, False, False, False, True]
     own, floor = (
         areas(model, images[[1, 5]], method(model, images[[1, 5]], TARGETS[[1, 5]]), TARGETS[[1, 5]])
@@ -269,7 +271,8 @@ def test_without_a_single_finite_curve_there_is_no_figure_but_the_counts():
     images[:, 0, 0, 0] = 100.0
     metric = SESSMetric(Channel())
     metric.update(Bright(), images, torch.tensor([1, 1]))
-    assert metric.compute() == {"n": 2, "nan": 2, "misclassified": 0, "curves_n": 0, "flat": 0}
+    counts = {"n": 2, "nan": 2, "misclassified": 0, "curves_n": 0, "flat": 0}
+    assert metric.compute() == counts | {"tied_share": 0.0}
 
 
 def test_misclassified_and_flat_are_counted(model):
@@ -610,7 +613,7 @@ def test_a_summary_that_fails_gives_the_process_its_own_rows_back(model, images,
     for process in processes:
         process.update(model, images[:2], TARGETS[:2])
     metric = gathered(processes)
-    monkeypatch.setattr(metric, "_curves", lambda: 1 / 0)
+    monkeypatch.setattr(metric, "_rows", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         metric.summary()
     assert [len(each) for each in metric.targets] == [2]
@@ -637,6 +640,14 @@ def test_relevance_mass_is_that_of_the_functions_over_images_with_a_region(model
     difference = (masses[0] - masses[1]).nanmean().item()
     assert values["minus_base/relevance_mass"] == pytest.approx(difference, abs=1e-6)
     assert values["region_share"] == pytest.approx(6 * 8 / 32**2, abs=1e-6)
+
+
+def test_tied_pixels_are_told_of_every_method(model, images):
+    images[:2, 0, :16] = 0.5  # Half of the red channel has one value.
+    values = run(SESSMetric(Channel(1), compare={"red": Channel(0)}), model, images)
+    green = tied_share(Channel(1)(model, images, TARGETS)).mean().item()
+    assert values["tied_share"] == pytest.approx(green)
+    assert values["red/tied_share"] == pytest.approx((2 * 0.5 + 4 * 0) / 6)
 
 
 def test_samples_tell_of_each_what_the_figures_tell_of_all(model, images, boxes):
@@ -674,8 +685,21 @@ def test_what_is_no_method_is_refused(unchecked):
         TypeError, match=r"method must be a saliency method such as SESS\(GradCAM\(\)\), got 'sess'"
     ):
         SESSMetric("sess")
-    with pytest.raises(ValueError, match="a compared method needs a name"):
+    with pytest.raises(ValueError, match="a method cannot be called ''"):
         SESSMetric(TWO_SCALES, compare={"": GradCAM()})
+    with pytest.raises(ValueError, match="'minus_blur': \"minus_\" begins the keys of differences"):
+        SESSMetric(TWO_SCALES, compare={"minus_blur": GradCAM()})
+    with pytest.raises(ValueError, match="cannot be told from 'SESS', the name of the explained method"):
+        SESSMetric(TWO_SCALES, compare={"SESS": GradCAM()})
+
+
+def test_an_update_that_fails_leaves_no_row_behind(model, images, monkeypatch):
+    metric = SESSMetric(TWO_SCALES)
+    run(metric, model, images)
+    monkeypatch.setattr("sess_lightning.metrics.sess_metric.deletion_curve", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        metric.update(model, images, TARGETS)
+    assert {name: len(metric.rows(name)) for name in metric.states} == dict.fromkeys(metric.states, 6)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -37,19 +37,19 @@ def bootstrap_counts(
         yield counts.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand_as(drawn))
 
 
-Statistic: TypeAlias = Callable[[Tensor], Tensor]
-"""How often each image is drawn in each resample, (R, images) -> a figure of each resample, (R,)."""
-
-
 class Mean:
     """The mean of a value over samples, which stay together with their image.
 
     Args:
         values: Of each sample, float64.
         image_of: The image each sample belongs to.
+
+    Attributes:
+        value: The mean of all samples.
     """
 
     def __init__(self, values: Float[Tensor, " N"], image_of: Int[Tensor, " N"]) -> None:
+        self.value = float(values.mean())
         self._images, place = image_of.unique(return_inverse=True)
         empty = values.new_zeros(len(self._images))
         self._sums = empty.index_add(0, place, values)
@@ -68,6 +68,9 @@ class ClassMean:
         hits: Of each sample, 1 or 0, float64.
         image_of: The image each sample belongs to.
         targets: Its class.
+
+    Attributes:
+        value: The mean of all samples.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class ClassMean:
         self._hits, self._image_of = hits, image_of
         classes, self._class_of = targets.unique(return_inverse=True)
         self._classes = len(classes)
+        self.value = float(self(torch.ones(1, int(image_of.max()) + 1, dtype=torch.float64)))
 
     def __call__(self, counts: Float[Tensor, "R G"]) -> Float[Tensor, " R"]:
         """Return the mean of each resample; NaN where it drew no sample."""
@@ -87,21 +91,25 @@ class ClassMean:
         return sums.scatter_add_(1, self._class_of.expand_as(columns), columns)
 
 
+Statistic: TypeAlias = "Mean | ClassMean"
+"""Called with how often each image is drawn in each resample, (R, images), gives that of each, (R,)."""
+K = TypeVar("K")
+
+
 def resample(
-    statistics: Mapping[str, Statistic], images: int, rows: int | None = None
-) -> dict[str, Float[Tensor, " R"]]:
+    statistics: Mapping[K, Statistic], images: int, rows: int | None = None
+) -> dict[K, Float[Tensor, " R"]]:
     """Return each statistic of every bootstrap resample; arguments as for ``bootstrap_counts``."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in statistics}
+    parts: dict[K, list[Tensor]] = {key: [] for key in statistics}
     for counts in bootstrap_counts(images, rows):
-        for name, statistic in statistics.items():
-            parts[name].append(statistic(counts))
-    return {name: torch.cat(each) for name, each in parts.items()}
+        for key, statistic in statistics.items():
+            parts[key].append(statistic(counts))
+    return {key: torch.cat(drawn) for key, drawn in parts.items()}
 
 
-def interval(name: str, resampled: Float[Tensor, " R"]) -> dict[str, float]:
-    """Return the 95 % percentile interval of a resampled figure, or nothing if it never was finite."""
+def interval(resampled: Float[Tensor, " R"]) -> list[float]:
+    """Return both ends of the 95 % percentile interval, an empty list if nothing was finite."""
     finite = resampled[resampled.isfinite()]
     if not len(finite):
-        return {}
-    low, high = torch.quantile(finite, torch.tensor([0.025, 0.975], dtype=finite.dtype)).tolist()
-    return {f"{name}_ci_low": low, f"{name}_ci_high": high}
+        return []
+    return torch.quantile(finite, torch.tensor([0.025, 0.975], dtype=finite.dtype)).tolist()

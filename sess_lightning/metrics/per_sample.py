@@ -20,10 +20,20 @@ class PerSample(Metric):
         super().__init__(**kwargs)
         self._empty: dict[str, Tensor] = {}
 
+    @property
+    def states(self) -> list[str]:
+        """Names of the states that hold rows."""
+        return list(self._empty)
+
     def add_rows(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
         """Register a state of rows of ``shape``; ``update`` appends (B, *shape) to the attribute ``name``."""
         self.add_state(name, default=[], dist_reduce_fx="cat")
         self._empty[name] = torch.empty(0, *shape, dtype=dtype)
+
+    def append(self, **rows: Tensor) -> None:
+        """Append rows to the states of these names."""
+        for name, new in rows.items():
+            getattr(self, name).append(new)
 
     def rows(self, name: str) -> Tensor:
         """Return a state's rows, (N, *shape)."""

@@ -3,9 +3,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sess_lightning.metrics import statistics
+from sess_lightning.metrics import bootstrap
+from sess_lightning.metrics.bootstrap import ClassMean, Mean, bootstrap_counts, interval, resample
 from sess_lightning.metrics.functional import class_mean
-from sess_lightning.metrics.statistics import ClassMean, Mean, bootstrap_counts, interval, resample
 
 
 class Largest(TorchDispatchMode):
@@ -58,6 +58,13 @@ def test_with_one_sample_an_image_the_figures_are_bit_for_bit_those_of_a_bootstr
     assert torch.equal(found["pointing"], class_mean(counts @ (one_hot * hits[:, None]), counts @ one_hot))
 
 
+def test_a_statistic_also_has_its_value_on_all_samples():
+    values, hits, image_of, targets = samples(12, images=4)
+    assert Mean(values, image_of).value == float(values.mean())
+    by_class = [hits[targets == target].mean() for target in targets.unique()]
+    assert ClassMean(hits, image_of, targets).value == pytest.approx(float(torch.stack(by_class).mean()))
+
+
 def test_samples_of_an_image_are_drawn_together():
     values, hits, image_of, targets = samples(12, images=4)
     (counts,) = bootstrap_counts(4, 12)
@@ -75,7 +82,7 @@ def test_many_samples_are_resampled_in_chunks_with_the_same_draws(monkeypatch):
     values, hits, image_of, targets = samples(600, images=200)
     figures = {"mean": Mean(values, image_of), "pointing": ClassMean(hits, image_of, targets)}
     whole = resample(figures, 200, 600)
-    monkeypatch.setattr(statistics, "ELEMENTS", 7 * 600)
+    monkeypatch.setattr(bootstrap, "ELEMENTS", 7 * 600)
     chunks = list(bootstrap_counts(200, 600))
     assert [len(each) for each in chunks] == [7] * 285 + [5]
     assert torch.equal(torch.cat(chunks), all_counts(200))
@@ -84,18 +91,18 @@ def test_many_samples_are_resampled_in_chunks_with_the_same_draws(monkeypatch):
 
 
 def test_fifty_thousand_samples_stay_within_the_bound(monkeypatch):
-    monkeypatch.setattr(statistics, "RESAMPLES", 400)
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 400)
     values, hits, image_of, targets = samples(50_000)
     with Largest() as largest:
         found = resample(
             {"mean": Mean(values, image_of), "pointing": ClassMean(hits, image_of, targets)}, 50_000
         )
-    assert largest.elements <= statistics.ELEMENTS < 400 * 50_000
+    assert largest.elements <= bootstrap.ELEMENTS < 400 * 50_000
     spread = values.std() / 50_000**0.5
     assert found["mean"].std().item() == pytest.approx(spread.item(), rel=0.1)
 
 
 def test_an_interval_is_the_middle_95_percent_of_what_is_finite():
     resampled = torch.cat([torch.arange(1001.0), torch.tensor([torch.nan])])
-    assert interval("x", resampled) == {"x_ci_low": 25.0, "x_ci_high": 975.0}
-    assert interval("x", torch.tensor([torch.nan])) == {}
+    assert interval(resampled) == [25.0, 975.0]
+    assert interval(torch.tensor([torch.nan])) == []
