@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-_LENT: ContextVar[tuple[nn.Module, ...]] = ContextVar("_LENT", default=())
+from sess_lightning.introspection.state import State
+
+_LENT: ContextVar[frozenset[int]] = ContextVar("_LENT", default=frozenset())
+"""The modules, by their ids, that are lent right now."""
 
 
 @contextmanager
@@ -21,22 +24,23 @@ def explaining(model: nn.Module) -> Iterator[nn.Module]:
     """Borrow a model: eval mode, gradients on, inference mode off, eager; all is given back whatever happens.
 
     Inside, Lightning's inference mode is off, so clone what came out of it before use (``borrowed``). On the
-    way out each submodule has its own mode back, buffers and attributes their values, and the random
-    generators their state.
+    way out, everything that the model holds is as it was (``State`` says what that is), and so are the random
+    generators. What is lent already, or a part of that, is not borrowed again.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        if any(lent is model for lent in _LENT.get()):
+        if id(model) in _LENT.get():
             yield model
             return
         with ExitStack() as stack:
-            stack.enter_context(keep_rng(model))
-            stack.enter_context(_no_inference_tensors(model))
-            stack.enter_context(_keep_state(model))
-            stack.enter_context(_evaluating(model))
+            state = State()
+            stack.callback(state.put_back)
+            modules = state.note_model(model)
+            stack.enter_context(keep_rng(state.devices))
+            stack.enter_context(_evaluating(modules))
             stack.enter_context(_plain_attention())
             stack.enter_context(_no_autocast_cache())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            token = _LENT.set((*_LENT.get(), model))
+            token = _LENT.set(_LENT.get().union(map(id, modules)))
             stack.callback(_LENT.reset, token)
             yield model
 
@@ -47,70 +51,34 @@ def borrowed(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
     # Not `model.eval()`: an override of `train` may do more than can be undone, such as merging LoRA weights.
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in modules if module.training]
+    recurrent: list[Any] = [module for module in modules if type(module) in _RECURRENT]
+    dropouts = [module.dropout for module in recurrent]
     try:
-        for module, _ in modes:
+        for module in training:
             module.training = False
+        for module in recurrent:
+            # In eval mode cuDNN refuses their gradients; dropout is all that is different in train mode.
+            module.training, module.dropout = True, 0.0
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, dropout in zip(recurrent, dropouts, strict=True):
+            module.training, module.dropout = False, dropout
+        for module in training:
+            module.training = True
 
 
-_TORCHS_OWN = frozenset(vars(nn.Module())) - {"_buffers"}
-
-
-def _stores(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield the dicts where a model keeps what is no parameter: attributes, buffers, caches.
-
-    Parameters are left to those who swap them in the forward, as FSDP does. Metrics are left out: the one
-    that is being updated with the model may be a part of it, as Lightning's are.
-    """
-    for module in model.modules():
-        if isinstance(module, Metric):
-            continue
-        yield vars(module)
-        yield from (
-            value
-            for name, value in vars(module).items()
-            if isinstance(value, dict) and name not in _TORCHS_OWN
-        )
+_RECURRENT = frozenset({nn.RNN, nn.LSTM, nn.GRU})
 
 
 @contextmanager
-def _keep_state(model: nn.Module) -> Iterator[None]:
-    # `_version` counts in-place writes, so that only tensors that a forward wrote to are copied back.
-    kept = [(store, dict(store)) for store in _stores(model)]
-    values = [value for _, before in kept for value in before.values()]
-    tensors = [
-        (value, value._version, value.detach().clone()) for value in values if isinstance(value, Tensor)
-    ]
-    lists = [(value, list(value)) for value in values if isinstance(value, list)]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, version, copy in tensors:
-                if tensor._version != version:
-                    tensor.copy_(copy)
-        for values, copies in lists:
-            values[:] = copies
-        for store, before in kept:
-            for name in store.keys() - before.keys():
-                del store[name]
-            store.update(before)
-
-
-@contextmanager
-def keep_rng(model: nn.Module | None = None) -> Iterator[None]:
-    """Give Python's, NumPy's and torch's generators their state back, and those of the model's GPUs."""
+def keep_rng(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Give Python's, NumPy's and torch's generators their state back, and those of the CUDA devices named."""
     # Lightning's isolate_rng restores nothing after an error.
-    parameters = model.parameters() if model is not None else ()
-    devices = {p.device for p in parameters if p.device.type == "cuda"}
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+    cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
     try:
         yield
     finally:
@@ -119,23 +87,6 @@ def keep_rng(model: nn.Module | None = None) -> Iterator[None]:
         torch.set_rng_state(cpu)
         for device, state in cuda.items():
             torch.cuda.set_rng_state(state, device)
-
-
-@contextmanager
-def _no_inference_tensors(model: nn.Module) -> Iterator[None]:
-    # What was created under inference mode (lazy caches, re-assigned buffers) cannot enter autograd.
-    swapped: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-    for store in (*_stores(model), *(module._parameters for module in model.modules())):
-        for name, value in list(store.items()):
-            if isinstance(value, Tensor) and value.is_inference():
-                store[name] = value.detach().clone()
-                swapped.append((store, name, value, store[name]))
-    try:
-        yield
-    finally:
-        for store, name, value, clone in swapped:
-            if store.get(name) is clone:
-                store[name] = value
 
 
 @contextmanager

@@ -75,8 +75,8 @@ DEFECTS = (
         "tests/callback/test_same_training.py::test_weights_are_bit_identical_though_every_explanation_fails",
     ),
     Defect(
-        "buffers keep what an explanation's forward wrote", "introspection/lending.py",
-        "                    tensor.copy_(copy)\n", "                    pass\n",
+        "buffers keep what an explanation's forward wrote", "introspection/copies.py",
+        "                        words.copy_(copy)\n", "                        pass\n",
         "tests/callback/test_same_training.py::test_what_the_users_forward_logs_and_counts_is_not_disturbed",
     ),
     Defect(

@@ -15,6 +15,9 @@ from lightning_models import Classifier, Recorder, fit, small_net, squares
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 
+# beartype's checks of lists draw from Python's generator.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def moving_average():
     if not hasattr(callbacks, "EMAWeightAveraging"):

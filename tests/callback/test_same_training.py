@@ -11,6 +11,9 @@ from lightning_models import (
 from sess_lightning import SESSCallback
 from sess_lightning.types import SESSWarning
 
+# beartype's checks of lists draw from Python's generator.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 
 def everything(its):
     """All that a training leaves behind, by name."""

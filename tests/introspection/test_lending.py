@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torchmetrics import CatMetric
 
+from sess_lightning import SESSMetric
 from sess_lightning.introspection.layers import find_target_layer
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.methods import SESS, GradCAM, GroupCAM, GuidedBackprop
@@ -49,7 +50,6 @@ def settings():
         "inference": torch.is_inference_mode_enabled(),
         "attention": torch.backends.mha.get_fastpath_enabled(),
         "autocast cache": torch.is_autocast_cache_enabled(),
-        "matmul": torch.get_float32_matmul_precision(),
         "stance": torch._dynamo.eval_frame._stance.stance,
         "random": torch.get_rng_state().tolist(),
     }
@@ -119,8 +119,11 @@ def test_inside_all_modules_are_in_eval_mode_with_gradients_and_outside_modes_ar
     assert [module.training for module in restless.modules()] == before
 
 
-def test_parameters_that_the_forward_swaps_are_left_to_it(images):
-    class Unsharding(Net):
+def test_parameters_that_a_sharded_models_forward_swaps_are_left_to_it(images):
+    class FSDPModule:
+        """By this name torch's FSDP is known."""
+
+    class Unsharding(FSDPModule, Net):
         def forward(self, images):
             self.head._parameters["weight"] = self.whole
             return super().forward(images)
@@ -131,12 +134,14 @@ def test_parameters_that_the_forward_swaps_are_left_to_it(images):
     assert model.head.weight is model.whole
 
 
-def test_a_metric_that_is_a_part_of_the_model_keeps_what_it_is_told_inside():
+def test_a_metric_of_ours_that_is_a_part_of_the_model_keeps_what_it_is_told_inside(images):
     model = made(Net)
-    model.metric = CatMetric()
+    model.metric, model.other = SESSMetric(GradCAM()), CatMetric()
     with explaining(model):
-        model.metric.update(torch.tensor([3.0, 4.0]))
-    assert model.metric.compute().tolist() == [3, 4]
+        model.other.update(torch.tensor([3.0, 4.0]))
+    model.metric.update(model, images, torch.tensor([0, 1]))
+    assert model.metric.summary().values["n"] == 2
+    assert model.other.value == []
 
 
 def test_an_overridden_train_is_not_called_since_it_may_not_be_undone():
@@ -299,3 +304,26 @@ def test_channels_last(method, images):
     model = made(Net).to(memory_format=torch.channels_last)
     got = maps_of(model, images.contiguous(memory_format=torch.channels_last), method)
     same(got, maps_of(made(Net), images, method), 1e-5)
+
+
+class Reading(Net):
+    """Reads its features as a sequence."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.reader = nn.LSTM(16, 16, 2, dropout=dropout, batch_first=True)
+
+    def forward(self, images):
+        features = self.features(images)
+        return self.head(self.reader(features.flatten(2).mT)[0][:, -1])
+
+
+@method_cases
+def test_a_recurrent_head_is_explained_in_train_mode_without_dropout(images, method):
+    # In eval mode, cuDNN refuses its gradients.
+    model = made(lambda: Reading(dropout=0.5)).eval()
+    expected = maps_of(made(Reading).eval(), images, method)
+    with explaining(model):
+        assert (model.reader.training, model.reader.dropout, model.training) == (True, 0, False)
+    same(maps_of(model, images, method), expected)
+    assert (model.reader.training, model.reader.dropout) == (False, 0.5)

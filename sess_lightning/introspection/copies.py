@@ -1,0 +1,161 @@
+"""What tensors hold, copied and put back in place: by storage, so that views and tied weights count once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sess_lightning.types import SESSWarning
+
+LARGE = 1 << 20
+"""From this many bytes on, a storage on the CPU is compared by itself, without another copy."""
+
+
+class Copies:
+    """Copies of tensors of any layout, type and device.
+
+    Storages are copied as plain words, and written back past their tensors: no version moves, so that a graph
+    that was recorded before may still be differentiated. On a GPU nothing waits for the device. Meta tensors
+    hold nothing to copy.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        groups: dict[object, list[Tensor]] = {}
+        self._opaque: list[tuple[Tensor, Tensor]] = []
+        self._places: dict[int, int] = {}
+        for place, tensor in enumerate(tensors):
+            for part in _parts(tensor):
+                try:
+                    storage = part.untyped_storage()
+                except NotImplementedError:  # Sparse and opaque tensors have none.
+                    self._opaque.append((part, part.detach().clone()))
+                    continue
+                if storage._cdata not in self._places and storage.device.type != "meta" and storage.nbytes():
+                    self._places[storage._cdata] = place
+                    words = _words(storage)
+                    alone = words.is_cpu and words.nbytes > LARGE
+                    groups.setdefault(place if alone else (words.device, words.dtype), []).append(words)
+        self._groups = [(words, torch.cat(words)) for words in groups.values()]
+
+    def put_back(self) -> set[int]:
+        """Put back what was changed, and return which tensors on the CPU that were, by their places."""
+        changed = set()
+        for group, flat in self._groups:
+            copies = flat.split([words.numel() for words in group])
+            held = [pair for pair in zip(group, copies, strict=True) if _is_held(pair[0])]
+            if flat.is_cpu:
+                if len(held) == len(group) > 1 and _same(torch.cat(group), flat):
+                    continue
+                for words, copy in held:
+                    if not _same(words, copy):
+                        words.copy_(copy)
+                        changed.add(self._places[words.untyped_storage()._cdata])
+            elif held:
+                torch._foreach_copy_([words for words, _ in held], [copy for _, copy in held])
+        for tensor, copy in self._opaque:
+            with torch.no_grad():
+                tensor.copy_(copy)
+        return changed
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors that a wrapper, such as a DTensor, consists of."""
+    if type(tensor) in _PLAIN_TENSORS or not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
+
+
+def _words(storage: torch.UntypedStorage) -> Tensor:
+    # Wide words are compared and copied fastest; as integers, NaN equals itself.
+    size = storage.nbytes()
+    dtype = torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else torch.uint8
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
+
+
+def _is_held(words: Tensor) -> bool:
+    # Sharded models free what they gathered.
+    return words.untyped_storage().nbytes() >= words.nbytes
+
+
+def _same(words: Tensor, copy: Tensor) -> bool:
+    # By NumPy, since torch's own comparison cannot be told from one that waits for a device.
+    return bool((words.numpy() == copy.numpy()).all())
+
+
+def note_memory(tensors: list[Tensor]) -> Callable[[], None]:
+    """Note which memory tensors show and whether they require gradients; return what puts that back."""
+    memory = [tensor.data for tensor in tensors]
+    recorded = [tensor.requires_grad for tensor in tensors]
+
+    def put_back() -> None:
+        for tensor, data, requires_grad in zip(tensors, memory, recorded, strict=True):
+            if type(tensor) in _PLAIN_TENSORS and not _is_same_memory(tensor, data):
+                tensor.data = data
+            if tensor.requires_grad is not requires_grad and tensor.is_leaf:
+                tensor.requires_grad_(requires_grad)
+
+    return put_back
+
+
+_PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
+
+
+def _is_same_memory(tensor: Tensor, data: Tensor) -> bool:
+    return tensor.layout is not torch.strided or (
+        tensor.data_ptr() == data.data_ptr() and tensor.shape == data.shape
+    )
+
+
+def take_gradients(parameters: list[Tensor]) -> Callable[[], None]:
+    """Take gradients off, so that a forward's `backward` adds to none; return what puts them back."""
+    leaves = [parameter for parameter in parameters if parameter.is_leaf]
+    gradients = [parameter.grad for parameter in leaves]
+    for parameter, gradient in zip(leaves, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = None
+
+    def put_back() -> None:
+        for parameter, gradient in zip(leaves, gradients, strict=True):
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+
+    return put_back
+
+
+_WRITTEN = WeakIdKeyDictionary()
+"""Model -> how many parameters it has, and the places of those that an explanation's forward wrote to."""
+
+
+def watch(model: nn.Module, parameters: list[Tensor]) -> Callable[[], None]:
+    """Copy parameters: all at first, then those that were seen to change; return what puts them back.
+
+    On a CPU, copying all of them each time would take a good part of a forward pass.
+    """
+    count, written = _WRITTEN.get(model, (0, frozenset()))
+    places = sorted(written) if count == len(parameters) else range(len(parameters))
+    copies = Copies(parameters[place] for place in places)
+    versions = [parameter._version for parameter in parameters]
+
+    def put_back() -> None:
+        changed = {places[place] for place in copies.put_back()}
+        after = [parameter._version for parameter in parameters]
+        late = (
+            set() if after == versions else {i for i, v in enumerate(versions) if after[i] != v} - {*places}
+        )
+        _WRITTEN[model] = (len(parameters), written | changed | late)
+        if late:
+            warnings.warn(
+                f"SESS: the forward of {type(model).__name__} wrote to {len(late)} parameters in an "
+                "explanation, as it had not done in its first one; that stays, and is undone from now on.",
+                SESSWarning,
+                stacklevel=2,
+            )
+
+    return put_back
