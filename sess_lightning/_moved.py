@@ -21,7 +21,7 @@ MOVED = {
     "benchmarks.pascal": ["evaluation.datasets.pascal"],
     "benchmarks.samples": ["evaluation.datasets.samples", "evaluation.datasets.pictures"],
     "comparison": ["evaluation.comparison"],
-    "data": ["callback.batches"],
+    "data": ["callback.batches", "callback.names"],
     "gallery": ["callback.gallery"],
     "journal": ["evaluation.journal"],
     "lending": ["introspection.lending", "introspection.folding"],

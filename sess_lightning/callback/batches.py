@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sess_lightning.types import Batch
 
@@ -183,80 +183,3 @@ def check_boxes(batch: Batch) -> None:
                     "model takes them: convert from (x, y, w, h) or from shares, and resize them with "
                     "the images."
                 )
-
-
-def find_class_names(*owners: Any) -> list[str] | None:
-    """Return class names from the first owner that has them: datamodule, data set, weights, config."""
-    for owner in _unwrapped(owners):
-        for name in ("class_names", "classes", "categories"):
-            value = getattr(owner, name, None)
-            if (
-                isinstance(value, (list, tuple))
-                and value
-                and all(isinstance(each, (str, tuple)) for each in value)
-            ):
-                return [each if isinstance(each, str) else str(each[0]) for each in value]
-        names = getattr(owner, "id2label", None)
-        if isinstance(names, Mapping) and names:
-            return [str(names[key]) for key in sorted(names, key=lambda key: (len(str(key)), str(key)))]
-        meta = getattr(owner, "meta", None)
-        if isinstance(meta, Mapping) and "categories" in meta:
-            return list(meta["categories"])
-    return None
-
-
-def find_normalisation(*owners: Any) -> tuple[list[float], list[float]] | None:
-    """Return (mean, std) per channel from the first owner that has them, or has a ``Normalize``."""
-    for owner in _unwrapped(owners):
-        for names in (("mean", "std"), ("image_mean", "image_std")):
-            mean, std = (_floats(getattr(owner, name, None)) for name in names)
-            if mean and std:
-                return mean, std
-    return None
-
-
-def _unwrapped(owners: Sequence[Any]) -> Iterator[Any]:
-    """Walk from owners to what they wrap: data sets, transforms, weights and configs."""
-    queue, seen = list(owners), set()
-    while queue:
-        owner = queue.pop(0)
-        if owner is None or id(owner) in seen or isinstance(owner, (str, int, float, Tensor)):
-            continue
-        seen.add(id(owner))
-        yield owner
-        if isinstance(owner, (list, tuple, nn.Sequential)):
-            queue += list(owner)[:8]
-            continue
-        if isinstance(owner, Mapping):
-            queue += [_Namespace(owner)] if "mean" in owner else []
-            continue
-        held = {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
-        queue += [held[name] for name in _WRAPPERS if name in held]
-        transforms = getattr(owner, "transforms", None)
-        if hasattr(owner, "meta") and callable(transforms):
-            queue.append(transforms())  # torchvision's weights make their preset on demand.
-        elif transforms is not None:
-            queue.append(transforms)
-
-
-_WRAPPERS = (
-    "dataset", "datasets", "data", "val_dataset", "val_set", "val", "val_data", "dataset_val",
-    "transform", "val_transform", "weights", "pretrained_cfg", "config", "model", "net", "backbone",
-    "image_processor", "processor",
-)  # fmt: skip
-
-
-class _Namespace:
-    def __init__(self, mapping: Mapping[str, Any]) -> None:
-        self.mean, self.std = mapping.get("mean"), mapping.get("std")
-
-
-def _floats(value: Any) -> list[float] | None:
-    if isinstance(value, Tensor):
-        value = value.flatten().tolist()
-    if isinstance(value, (int, float)):
-        return [float(value)]
-    try:
-        return [float(each) for each in value]
-    except (TypeError, ValueError):
-        return None

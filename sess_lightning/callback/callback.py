@@ -75,9 +75,10 @@ class SESSCallback(RunHooks):
             else 15 px at 224 px in proportion to the images' shorter side.
         compare: Methods to score beside it, by name; None is the base method, a random map and a centre
             Gaussian.
-        class_names: Names for the captions; None looks on datamodule, data set and weights.
-        normalisation: (mean, std) to undo for display; None looks on datamodule, data set, transforms and
-            weights.
+        class_names: Names for the captions; None looks on datamodule, data set, model and all they hold.
+        normalisation: (mean, std) to undo for display; None looks there, too.
+        display_channels: Which of the images' channels are shown as red, green and blue, or a single one as
+            grey; None looks for ``rgb_bands`` there, else takes the first three.
         dataloader_idx: Which validation loader to watch.
         report: Keep a page, ``report.html`` beside the logger's files, that replays the training offline.
         alarm: Whether to warn, once, when validation accuracy rises while the maps leave the object
@@ -109,6 +110,7 @@ class SESSCallback(RunHooks):
         compare: Mapping[str, SaliencyMethod] | None = None,
         class_names: list[str] | None = None,
         normalisation: tuple[list[float], list[float]] | None = None,
+        display_channels: list[int] | None = None,
         dataloader_idx: int = 0,
         report: bool = True,
         alarm: bool | str = True,
@@ -121,8 +123,8 @@ class SESSCallback(RunHooks):
             method=method, num_samples=num_samples, num_images=num_images, every_n_epochs=every_n_epochs,
             prefix=prefix, target=target, batch_adapter=batch_adapter, on_error=on_error,
             max_forwards=max_forwards, tolerance=tolerance, compare=compare, class_names=class_names,
-            normalisation=normalisation, dataloader_idx=dataloader_idx, report=report, alarm=alarm,
-            accuracy=accuracy, num_rows=num_rows, show_names=show_names,
+            normalisation=normalisation, display_channels=display_channels, dataloader_idx=dataloader_idx,
+            report=report, alarm=alarm, accuracy=accuracy, num_rows=num_rows, show_names=show_names,
         )  # fmt: skip
         self.guard = RunGuard(on_error)
         self.keeper = SampleKeeper()

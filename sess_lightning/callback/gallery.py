@@ -31,6 +31,7 @@ class Legend:
         target: Which class is explained, ``"label"`` or ``"predicted"``.
         class_names: Names of the classes; None shows numbers.
         normalisation: (mean, std) to undo for display.
+        channels: Which of the images' channels are shown as red, green and blue.
         shows_ids: Whether samples are called by their ids.
     """
 
@@ -38,6 +39,7 @@ class Legend:
     target: str = "label"
     class_names: Sequence[str] | None = None
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None
+    channels: Sequence[int] | None = None
     shows_ids: bool = True
 
     @property
@@ -62,7 +64,11 @@ class Legend:
     def picture(self, sample: Batch, small: Tensor) -> Picture:
         """Return a sample under its small map."""
         large = upsample(small[None], size_of(sample.images))
-        return overlay(displayed(sample.images, self.normalisation)[0], min_max(large)[0])
+        return overlay(self.displayed(sample), min_max(large)[0])
+
+    def displayed(self, sample: Batch) -> Picture:
+        """Return a sample's image as people see it."""
+        return displayed(sample.images, self.normalisation, self.channels)[0]
 
     def displayed_map(self, name: str, saliency: Float[Tensor, "H W"]) -> Float[Tensor, "H W"]:
         """Return a method's map for a picture: as in the paper, the seams of SESS are smoothed there only."""
@@ -93,7 +99,7 @@ class Exhibit:
 
     def panel(self, number: int, legend: Legend) -> Panel:
         """Return what loggers show."""
-        picture = displayed(self.sample.images, legend.normalisation)[0]
+        picture = legend.displayed(self.sample)
         label, predicted, score, *rest = self.figures.tolist()
         lines = [
             f"label: {legend.name(label)}",

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sess_lightning.callback.batches import find_class_names, find_normalisation
 from sess_lightning.callback.gallery import Legend
+from sess_lightning.callback.names import find_class_names, find_display_channels, find_normalisation
 from sess_lightning.cost.budget import Budget, afford
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.methods.controls import controls
@@ -42,6 +42,7 @@ class Settings:
     compare: Mapping[str, SaliencyMethod] | None
     class_names: list[str] | None
     normalisation: tuple[list[float], list[float]] | None
+    display_channels: list[int] | None
     dataloader_idx: int
     report: bool
     alarm: bool | str
@@ -110,11 +111,12 @@ class Settings:
 
         Args:
             methods: What is scored, by name; the explained method is ``""``.
-            owners: Where class names and normalisation are looked for if none are given.
+            owners: Where class names, normalisation and channels are looked for if none are given.
         """
         class_names = (self.class_names or find_class_names(*owners)) if self.show_names else None
         normalisation = self.normalisation or find_normalisation(*owners)
-        return Legend(methods, self.target, class_names, normalisation, self.show_names)
+        channels = self.display_channels or find_display_channels(*owners)
+        return Legend(methods, self.target, class_names, normalisation, channels, self.show_names)
 
     def tolerance_on(self, batch: Batch) -> float:
         """Return the Pointing Game's tolerance, px of the batch's regions."""
