@@ -85,8 +85,10 @@ def _is_held(words: Tensor) -> bool:
 
 
 def _same(words: Tensor, copy: Tensor) -> bool:
-    # By NumPy, since torch's own comparison cannot be told from one that waits for a device.
-    return bool((words.numpy() == copy.numpy()).all())
+    # By NumPy, since torch's own comparison cannot be told from one that waits for a device; through copies,
+    # since what NumPy has seen can never be resized again.
+    chunks = zip(words.split(LARGE // 8), copy.split(LARGE // 8), strict=True)
+    return all((chunk.clone().numpy() == kept.numpy()).all() for chunk, kept in chunks)
 
 
 def note_memory(tensors: list[Tensor]) -> Callable[[], None]:

@@ -161,7 +161,7 @@ def _attributes(value, seen):
     if isinstance(value, nn.Module):
         yield [reading(parameter.grad, seen) for parameter in value.parameters()]
     yield [
-        (name, reading(item, seen))
+        (name, len(item) if name == "_forward_hooks" else reading(item, seen))  # Torch counts all hooks ever.
         for name, item in getattr(value, "__dict__", {}).items()
         if not isinstance(item, type) and name not in {"update", "compute", "_update_signature"}
     ]

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 
+from holdings import reading
+
 
 def _print(value):
     """A short string that differs whenever the value does."""
@@ -53,6 +55,7 @@ def snapshot(trainer, module, batch=None):
             f"{name} hooks": len(each._backward_hooks or ()),
         }
     found |= dict(module.named_buffers())
+    found["held"] = reading(getattr(module, "held", None))
     for i, optimizer in enumerate(trainer.optimizers):
         for j, group in enumerate(optimizer.param_groups):
             found |= {f"{i} {j} {key}": value for key, value in group.items() if key != "params"}

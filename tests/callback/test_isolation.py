@@ -1,5 +1,6 @@
 import math
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
 
+from holdings import HOLDINGS
 from isolation import Ledger, difference
 from lightning_models import Classifier, Recorder, fit, small_net, squares
 from sess_lightning import SESS, SESSCallback
@@ -95,6 +97,24 @@ class TwoLoaders(Classifier):
         super().validation_step(batch, batch_idx)
 
 
+class Holding(Classifier):
+    """Holds what its forward changes."""
+
+    def __init__(self, kinds):
+        super().__init__()
+        self.changes = [HOLDINGS[kind][1] for kind in kinds]
+        self.held = [HOLDINGS[kind][0]() for kind in kinds]
+
+    def forward(self, images):
+        for held, change in zip(self.held, self.changes, strict=True):
+            change(held)
+        return super().forward(images)
+
+
+def holding(*kinds, **options):
+    return partial(Holding, kinds), {"max_epochs": 1, **options}
+
+
 CASES = {
     "batch norm and dropout": (Classifier, {}),
     "a vision transformer": (Attentive, {}),
@@ -124,6 +144,21 @@ CASES = {
     "two loaders": (TwoLoaders, {"val": lambda: [squares(8), squares(8)]}),
     "no logger": (Classifier, {"logger": lambda folder: False}),
     "two loggers": (Classifier, {"logger": lambda folder: [Recorder(), CSVLogger(folder)]}),
+    "buffers and data": holding("batch norm on buffers, data and parameters without gradients"),
+    "gradients of a forward": holding("gradients", inference_mode=False),
+    "lists": holding("a list", "a list of tensors", "a list with attributes"),
+    "dicts": holding("nested dicts", "a defaultdict", "a Counter", "an order"),
+    "sets, deques and bytes": holding("a set", "a deque", "bytes", "an array of Python's"),
+    "arrays": holding("an array", "an array of objects"),
+    "torch's generator": holding("torch's generator"),
+    "NumPy's generators": holding("NumPy's generator", "NumPy's old generator"),
+    "Python's generator": holding("Python's generator"),
+    "objects in a cycle": holding("a plain object in a cycle"),
+    "slots and dataclasses": holding("slots", "a frozen dataclass"),
+    "a closure": holding("a closure"),
+    "a module in a box": holding("a module in a box"),
+    "a metric": holding("a metric"),
+    "odd tensors": holding("tensors in a tuple", "a sparse tensor", "a resized tensor"),
 }  # fmt: skip
 
 
@@ -178,6 +213,7 @@ MEDDLING = {
     "0 0 0 momentum_buffer": lambda trainer, module: [
         state["momentum_buffer"].mul_(2) for state in trainer.optimizers[0].state.values()
     ],
+    "held": lambda trainer, module: setattr(module, "held", [torch.ones(1)]),
     "attention's fast path": lambda trainer, module: torch.backends.mha.set_fastpath_enabled(False),
     "autocast cache": lambda trainer, module: torch.set_autocast_cache_enabled(False),
 }

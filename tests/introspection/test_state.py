@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from holdings import HOLDINGS, reading
+from sess_lightning.introspection.copies import LARGE
 from sess_lightning.introspection.lending import explaining
 from sess_lightning.methods import SESS, GradCAM, GuidedBackprop
 from sess_lightning.types import SESSWarning
@@ -77,6 +78,20 @@ ODD = {
     "float8": lambda: torch.zeros(3).to(torch.float8_e4m3fn),
     "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
 }
+
+
+def test_what_was_compared_may_still_be_resized():
+    # NumPy forbids that to every storage that it has seen.
+    model = nn.Module()
+    model.register_buffer("small", torch.zeros(2))
+    model.register_buffer("large", torch.zeros(LARGE))
+    with explaining(model):
+        model.small.data.add_(1)
+        model.large.data[-1] = 1
+    assert not model.small.any()
+    assert not model.large.any()
+    assert model.small.resize_(5).shape == (5,)
+    assert model.large.resize_(2 * LARGE).shape == (2 * LARGE,)
 
 
 @pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested|quantize)")
