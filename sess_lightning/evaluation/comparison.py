@@ -15,6 +15,7 @@ from PIL import Image
 from sess_lightning.evaluation.journal import read_settings
 from sess_lightning.evaluation.results import SECONDS, SHOWN, write_table
 from sess_lightning.reporting.panels import Picture
+from sess_lightning.scores import SCORES
 
 
 class Run(NamedTuple):
@@ -39,14 +40,14 @@ class Point(NamedTuple):
     Attributes:
         x: What stands below it: a number, or a name.
         series: The line it belongs to.
-        own: Whether it is the method's, not that of one beside it.
+        is_explained: Whether it is the explained method's, not that of one beside it.
         figure: Its name.
         value: Its value; ``low`` and ``high`` end its 95 % interval, ``paper`` is the paper's.
     """
 
     x: Any
     series: str
-    own: bool
+    is_explained: bool
     figure: str
     value: float
     low: float | None
@@ -81,7 +82,9 @@ def _hyper_parameters(method: str) -> dict[str, Any]:
     call = ast.parse(method, mode="eval").body
     if not isinstance(call, ast.Call):
         return {"method": method}
-    return {"method": ast.unparse(call.func)} | {str(each.arg): _value(each.value) for each in call.keywords}
+    return {"method": ast.unparse(call.func)} | {
+        str(keyword.arg): _value(keyword.value) for keyword in call.keywords
+    }
 
 
 def _value(node: ast.expr) -> Any:
@@ -95,7 +98,7 @@ def varied(runs: Sequence[Run]) -> dict[str, int]:
     """Return the options that differ between runs, and how many values each has; most values first."""
     names = dict.fromkeys(name for run in runs for name in run.options)
     counts = {name: len({repr(run.options.get(name)) for run in runs}) for name in names}
-    return {name: counts[name] for name in sorted(names, key=lambda each: -counts[each]) if counts[name] > 1}
+    return {name: counts[name] for name in sorted(names, key=lambda name: -counts[name]) if counts[name] > 1}
 
 
 def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]:
@@ -117,23 +120,26 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
         differing, axis = ({axis: 0} | differing) if axis else differing, None
     rest = [name for name in differing if name != axis]
     labels = zip(*(_short([run.options.get(name) for run in runs]) for name in rest), strict=True)
-    found = []
+    figures = []
     for run, label in zip(runs, labels if rest else [()] * len(runs), strict=True):
-        told = ", ".join(label)
+        title = ", ".join(label)
         for row in run.rows:
-            own = row["method"] not in run.others
-            if row["figure"] not in (*SHOWN, SECONDS) or " - " in row["method"]:
+            is_explained = row["method"] not in run.others
+            differences = tuple(f" - {name}" for name in run.others)
+            if row["figure"] not in (*SHOWN, SECONDS) or (
+                is_explained and row["method"].endswith(differences)
+            ):
                 continue
-            name = str(run.options["method"]) if own else row["method"]
+            name = str(run.options["method"]) if is_explained else row["method"]
             if len(runs) == 1:
                 place, series = name, ""
             elif axis is None:
-                place, series = told or run.folder.name, name
+                place, series = title or run.folder.name, name
             else:
-                place, series = run.options[axis], f"{name} ({told})" if told else name
+                place, series = run.options[axis], f"{name} ({title})" if title else name
             ends = (float(row[end]) if row[end] else None for end in ("value", "ci_low", "ci_high", "paper"))
-            found.append(Point(place, series, own, row["figure"], *ends))  # type: ignore[arg-type]
-    return (axis or ("method" if len(runs) == 1 else ", ".join(rest))), found
+            figures.append(Point(place, series, is_explained, row["figure"], *ends))  # type: ignore[arg-type]
+    return (axis or ("method" if len(runs) == 1 else ", ".join(rest))), figures
 
 
 def _short(values: Sequence[Any]) -> list[str]:
@@ -162,7 +168,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, x: str | None = None) 
     runs = [read_run(path) for path in paths]
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    label, found = points(runs, x)
+    label, figures = points(runs, x)
     options = list(varied(runs))
     rows = [
         {"folder": str(run.folder), **{name: run.options.get(name) for name in options}, **row}
@@ -171,66 +177,65 @@ def compare(paths: Sequence[str | Path], out: str | Path, x: str | None = None) 
     ]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     written = write_table(out / "compare.csv", columns, parquet=False)
-    Image.fromarray(draw(label, found)).save(out / "compare.png")
+    Image.fromarray(draw(label, figures)).save(out / "compare.png")
     return [*written, out / "compare.png"]
 
 
-def draw(label: str, found: Sequence[Point]) -> Picture:
+def draw(label: str, figures: Sequence[Point]) -> Picture:
     """Draw figures over what differs: a field per figure, a line per method, the paper's values beside."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [name for name in (*SHOWN, SECONDS) if any(point.figure == name for point in found)]
+    shown = [name for name in (*SHOWN, SECONDS) if any(point.figure == name for point in figures)]
     columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.8 * lines), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     fields = figure.subplots(lines, columns, squeeze=False).flat
-    places = list(dict.fromkeys(point.x for point in found))
+    places = list(dict.fromkeys(point.x for point in figures))
     numeric = all(_is_number(place) for place in places)
-    series = list(dict.fromkeys(point.series for point in found))
+    series = list(dict.fromkeys(point.series for point in figures))
     for field, name in zip(fields, shown, strict=False):
-        for number, each in enumerate(series):
-            own = sorted(
-                (p for p in found if (p.figure, p.series) == (name, each)),
+        for number, line in enumerate(series):
+            of_line = sorted(
+                (p for p in figures if (p.figure, p.series) == (name, line)),
                 key=lambda p: p.x if numeric else places.index(p.x),
             )
             # Side by side, or intervals at the same place would hide one another.
             shift = 0.0 if numeric else 0.12 * (number - (len(series) - 1) / 2)
-            _draw_series(
-                field, own, [float(p.x) if numeric else places.index(p.x) + shift for p in own], f"C{number}"
-            )
-        field.set(title=name, xlabel=label)
+            where = [float(p.x) if numeric else places.index(p.x) + shift for p in of_line]
+            _draw_series(field, of_line, where, f"C{number}")
+        field.set(title=SCORES[name].label, xlabel=label)
         if not numeric:
             field.set_xlim(-0.5, len(places) - 0.5)
             field.set_xticks(range(len(places)), [str(place) for place in places], rotation=20, ha="right")
         field.grid(alpha=0.3)
     for field in list(figure.axes)[len(shown) :]:
         field.remove()
-    told = [each.get_legend_handles_labels() for each in figure.axes]
-    names = {name: handle for handles, labels in told for name, handle in zip(labels, handles, strict=True)}
+    legends = [field.get_legend_handles_labels() for field in figure.axes]
+    names = {name: line for lines, labels in legends for name, line in zip(labels, lines, strict=True)}
     if names:
         figure.legend(names.values(), names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _draw_series(field: Any, own: Sequence[Point], where: Sequence[float], colour: str) -> None:
-    if not own:
+def _draw_series(field: Any, line: Sequence[Point], where: Sequence[float], colour: str) -> None:
+    if not line:
         return
     ends = [(p.value - (p.low if p.low is not None else p.value),
-             (p.high if p.high is not None else p.value) - p.value) for p in own]  # fmt: skip
+             (p.high if p.high is not None else p.value) - p.value) for p in line]  # fmt: skip
     field.errorbar(
-        where, [p.value for p in own], yerr=np.array(ends).T, label=own[0].series or None, color=colour,
-        marker="o", ms=4, capsize=3, lw=2 if own[0].own else 1, ls="-" if _joined(own) else "none",
+        where, [p.value for p in line], yerr=np.array(ends).T, label=line[0].series or None, color=colour,
+        marker="o", ms=4, capsize=3, lw=2 if line[0].is_explained else 1, ls="-" if _joined(line) else "none",
     )  # fmt: skip
-    printed = [(x, p.paper) for x, p in zip(where, own, strict=True) if p.paper is not None]
+    printed = [(x, p.paper) for x, p in zip(where, line, strict=True) if p.paper is not None]
     if printed:
-        told = f"{own[0].series} in the paper".strip()
+        title = f"{line[0].series} in the paper".strip()
         field.plot(
-            *zip(*printed, strict=True), ls="none", marker="D", ms=7, mfc="none", color=colour, label=told
+            *zip(*printed, strict=True), ls="none", marker="D", ms=7, mfc="none", color=colour, label=title
         )
 
 
-def _joined(own: Sequence[Point]) -> bool:
-    return all(_is_number(p.x) for p in own)
+def _joined(line: Sequence[Point]) -> bool:
+    return all(_is_number(p.x) for p in line)

@@ -31,8 +31,8 @@ class Experiment:
 
     Attributes:
         method: The method to score.
-        compare: Methods to score beside it, by name; None is the base of a SESS, and the floors: a random
-            map, a centre Gaussian and the base's map, blurred.
+        compare: Methods to score beside it, by name; None is the base of a SESS, and the controls: a
+            random map, a centre Gaussian and the base's map, blurred.
         size: Side the model was built for, px.
         target: Explain each class that the labels name (``"label"``), or once per picture what the model
             ``"predicted"``, which is no trial of the Pointing Game where no label agrees.
@@ -90,7 +90,7 @@ class Experiment:
             size = scaled_size(*size, self.size)
         elif self.framing == "square":
             size = self.size, self.size
-        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.mean, self.std))
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return resize(((picture / 255 - mean) / std)[None], size, self.antialias)
 
     def chosen(self, count: int) -> list[int]:

@@ -54,8 +54,10 @@ def read_journal(path: Path, settings: Mapping[str, str]) -> dict[int, dict[str,
         raise ValueError(f"{path}: is damaged ({error}); delete it, or use another folder.") from error
     if written != fingerprint(settings):
         differing = [key for key in {*before, *settings} if before.get(key) != settings.get(key)]
-        told = "; ".join(f"{key} was {before.get(key)}, is {settings.get(key)}" for key in sorted(differing))
-        raise ValueError(f"{path}: was written under other settings ({told}); use another folder.")
+        changes = (f"{key} was {before.get(key)}, is {settings.get(key)}" for key in sorted(differing))
+        raise ValueError(
+            f"{path}: was written under other settings ({'; '.join(changes)}); use another folder."
+        )
     return entries
 
 

@@ -61,7 +61,7 @@ class Results:
         """
         labels = {("", False): self.method} | {(name, False): name for name in self.others}
         labels |= {(name, True): f"{self.method} - {name}" for name in self.others}
-        found = [
+        rows = [
             _row(self.figures, paper or {}, build(score, *of), label, score)
             for of, label in labels.items()
             for score in SCORES
@@ -69,8 +69,8 @@ class Results:
         ]
         for name, seconds in self.seconds.items():
             printed = (paper or {}).get(build(SECONDS, name))
-            found.append(_line(labels[name, False], SECONDS, seconds, printed))
-        return found + [_row(self.figures, {}, key, "", key) for key in SHARED if key in self.figures]
+            rows.append(_line(labels[name, False], SECONDS, seconds, printed))
+        return rows + [_row(self.figures, {}, key, "", key) for key in SHARED if key in self.figures]
 
     def table(self, paper: Mapping[str, float] | None = None) -> str:
         """Return the figures in percent as text: a line per method, 95 % intervals in brackets."""
@@ -90,7 +90,7 @@ class Results:
         return "\n".join([*text_table(lines), ", ".join(self._notes())])
 
     def _notes(self) -> Iterator[str]:
-        """Yield what is told once below the table."""
+        """Yield what stands once below the table."""
         for key, score in SCORES.items():
             if key in self.figures and (score.is_count or score.is_shared):
                 value = self.figures[key]

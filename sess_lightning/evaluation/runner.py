@@ -41,18 +41,18 @@ from sess_lightning.metrics.summary import mean_curves, scores
 
 def describe(model: nn.Module, benchmark: Benchmark, experiment: Experiment) -> dict[str, str]:
     """Return what figures depend on, as text: settings, the model's weights, the pictures' names."""
-    told = {field.name: repr(getattr(experiment, field.name)) for field in fields(experiment)}
-    told["compare"] = repr(experiment.methods())
-    told["format"] = str(FORMAT)
+    settings = {field.name: repr(getattr(experiment, field.name)) for field in fields(experiment)}
+    settings["compare"] = repr(experiment.methods())
+    settings["format"] = str(FORMAT)
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     names = hashlib.sha256("\n".join(benchmark.ids).encode())
-    told["model"] = f"{type(model).__name__} {weights.hexdigest()[:16]}"
-    told["benchmark"] = f"{type(benchmark).__name__}, {len(benchmark)} pictures, {names.hexdigest()[:16]}"
-    told["benchmark"] += "".join(f", {name}={value}" for name, value in benchmark.options.items())
-    return told
+    settings["model"] = f"{type(model).__name__} {weights.hexdigest()[:16]}"
+    settings["benchmark"] = f"{type(benchmark).__name__}, {len(benchmark)} pictures, {names.hexdigest()[:16]}"
+    settings["benchmark"] += "".join(f", {name}={value}" for name, value in benchmark.options.items())
+    return settings
 
 
 def evaluate(
@@ -179,7 +179,7 @@ def _entry(
         sample = as_predicted(sample, model, images)
         entry["misclassified"] = int(sample.trials[0].target not in labels)
     entry["rows"] = assess(model, sample, images, metric)
-    entry["seconds"] = {other: round(found.seconds, 6) for other, found in metric.latest.items()}
+    entry["seconds"] = {method: round(scored.seconds, 6) for method, scored in metric.latest.items()}
     return entry
 
 
@@ -265,4 +265,4 @@ def _total(entries: Mapping[int, Mapping[str, Any]], count: str) -> float:
 
 def _mean_seconds(entries: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     taken = [entry["seconds"] for entry in entries]
-    return {name: sum(each[name] for each in taken) / len(taken) for name in (taken[0] if taken else ())}
+    return {name: sum(row[name] for row in taken) / len(taken) for name in (taken[0] if taken else ())}

@@ -64,11 +64,12 @@ class Assessment(NamedTuple):
 
 
 class _Scene(NamedTuple):
-    """What all methods' maps of a batch are scored on."""
+    """What all methods' maps of a batch are scored on; ``ends`` are the scores that all curves share."""
 
     images: Float[Tensor, "B C H W"]
     blurred: Float[Tensor, "B C H W"]
     targets: Int[Tensor, " B"]
+    predicted: Int[Tensor, " B"]
     ends: Float[Tensor, "B 3"]
     regions: Regions | None
     size: tuple[int, int] | None
@@ -145,21 +146,22 @@ class SESSMetric(PerSample):
         self.latest: dict[str, Assessment] = {}
         self._zero: tuple[Any, Tensor] | None = None
         self.grid = grid
+        self._add_states(len(self.methods))
+
+    def _add_states(self, methods: int) -> None:
         self.add_rows("ends", 3)
         self.add_rows("share")
-        if grid:
-            self.add_rows("small", grid, grid)
+        if self.grid:
+            self.add_rows("small", self.grid, self.grid)
         # Begins: 1 + the image's number where a row begins one, else 0. Numbers of several processes may be
         # the same, so that a number alone would not tell images apart.
         for state in ("targets", "predicted", "difficult", "begins"):
             self.add_rows(state, dtype=torch.int64)
-        count = len(self.methods)
-        # Not "curves", which is a method.
-        self.add_rows("probabilities", count, 2, steps + 1)
-        self.add_rows("mass", count)
-        self.add_rows("tied", count)
+        self.add_rows("probabilities", methods, 2, self.steps + 1)  # Not "curves", which is a method.
+        for state in ("mass", "tied"):
+            self.add_rows(state, methods)
         for state in ("hits", "flat"):
-            self.add_rows(state, count, dtype=torch.int64)
+            self.add_rows(state, methods, dtype=torch.int64)
 
     def update(
         self,
@@ -188,33 +190,28 @@ class SESSMetric(PerSample):
         """
         shared = len(images) == 1 < len(targets)
         # Contiguous: in which layout a copy of an expanded tensor lies depends on the number of targets.
-        each = images.expand(len(targets), -1, -1, -1).contiguous() if shared else images
-        check_inputs("SESSMetric", each, targets)
+        trials = images.expand(len(targets), -1, -1, -1).contiguous() if shared else images
+        check_inputs("SESSMetric", trials, targets)
+        with explaining(model), torch.no_grad():
+            scene = self._scene(model, trials, targets, regions, size)
+            numbers = self._numbers(numbers, len(targets), shared)
+            self.latest = self._assessed(model, images if shared else scene.images, scene, numbers)
+            self._append(scene, numbers, difficult, shared)
+
+    def _scene(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        regions: Regions | None,
+        size: tuple[int, int] | None,
+    ) -> _Scene:
         if regions is not None:
             regions = read_regions(regions, size=size_of(images), labels=targets)
-        with explaining(model), torch.no_grad():
-            each, targets = borrowed(each), borrowed(targets).long()
-            blurred = blurred_baseline(each)
-            ends, predicted = self._ends(model, each, blurred, targets)
-            scene = _Scene(each, blurred, targets, ends, regions, size)
-            numbers = self._numbers(numbers, len(targets), shared)
-            self.latest = {}
-            explained = self._explained(model, images if shared else each, targets)
-            for name, (maps, seconds) in zip(self.methods, explained, strict=True):
-                drawn = _drawn(numbers, self.limits.get(name), each.device)
-                self.latest[name] = self._assess(model, maps, scene, drawn)._replace(seconds=seconds)
-            unknown = torch.full_like(targets, NO_TRIAL)
-            begins = torch.tensor([1 + number for number in numbers]).to(targets)
-            if shared:
-                begins[1:] = 0
-            maps = self.latest[OWN].maps
-            self.append(
-                targets=targets, predicted=predicted, ends=ends, begins=begins,
-                difficult=unknown if difficult is None else difficult.to(unknown),
-                share=_masses(torch.ones_like(maps), scene), **_method_rows([*self.latest.values()]),
-            )  # fmt: skip
-            if self.grid:
-                self.append(small=adaptive_avg_pool2d(maps[:, None], self.grid)[:, 0])
+        images, targets = borrowed(images), borrowed(targets).long()
+        blurred = blurred_baseline(images)
+        ends, predicted = self._ends(model, images, blurred, targets)
+        return _Scene(images, blurred, targets, predicted, ends, regions, size)
 
     def _numbers(self, numbers: Sequence[int] | None, count: int, shared: bool) -> Sequence[int]:
         """Return the number of each sample's image."""
@@ -223,27 +220,52 @@ class SESSMetric(PerSample):
             return range(done, done + count)
         return [numbers[0]] * count if shared else numbers
 
+    def _assessed(
+        self, model: nn.Module, images: Tensor, scene: _Scene, numbers: Sequence[int]
+    ) -> dict[str, Assessment]:
+        """Return every method's maps, and what they scored."""
+        assessments = {}
+        explained = self._explained(model, images, scene.targets)
+        for name, (maps, seconds) in zip(self.methods, explained, strict=True):
+            drawn = _drawn(numbers, self.limits.get(name), maps.device)
+            assessments[name] = self._assess(model, maps, scene, drawn)._replace(seconds=seconds)
+        return assessments
+
+    def _append(self, scene: _Scene, numbers: Sequence[int], difficult: Tensor | None, shared: bool) -> None:
+        """Append the rows of a batch: of all states, or, after an error, of none."""
+        maps, unknown = self.latest[OWN].maps, torch.full_like(scene.targets, NO_TRIAL)
+        begins = torch.tensor([1 + number for number in numbers]).to(unknown)
+        if shared:
+            begins[1:] = 0
+        self.append(
+            targets=scene.targets, predicted=scene.predicted, ends=scene.ends, begins=begins,
+            difficult=unknown if difficult is None else difficult.to(unknown),
+            share=_masses(torch.ones_like(maps), scene), **_method_rows([*self.latest.values()]),
+        )  # fmt: skip
+        if self.grid:
+            self.append(small=adaptive_avg_pool2d(maps[:, None], self.grid)[:, 0])
+
     def _explained(self, model: nn.Module, images: Tensor, targets: Tensor) -> list[tuple[Tensor, float]]:
         """Return every method's maps, and the seconds they took."""
         if self.clock is None:
-            own, *others = self.methods.values()
-            return [(each, torch.nan) for each in own.maps_beside(model, images, targets, others)]
-        found = []
+            first, *others = self.methods.values()
+            return [(maps, torch.nan) for maps in first.maps_beside(model, images, targets, others)]
+        timed = []
         for method in self.methods.values():
             started = self.clock(images.device)
-            (each,) = method.maps_beside(model, images, targets)
-            found.append((each, self.clock(images.device) - started))
-        return found
+            (maps,) = method.maps_beside(model, images, targets)
+            timed.append((maps, self.clock(images.device) - started))
+        return timed
 
     def _ends(
         self, model: nn.Module, images: Tensor, blurred: Tensor, targets: Tensor
     ) -> tuple[Float[Tensor, "B 3"], Int[Tensor, " B"]]:
-        """Return the scores of image, blurred image and zeros, which all curves share, and the prediction."""
+        """Return the scores of image, blurred image and zeros, and the prediction."""
         activation = self.methods[OWN].activation
         logits = self._logits(model, images)
         # Zeros look the same in every batch, for as long as nothing writes to the model: once per run.
-        held = (*model.parameters(), *model.buffers())
-        versions = [(id(each), each._version) for each in held if not each.is_inference()]
+        tensors = (*model.parameters(), *model.buffers())
+        versions = [(id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
         key = (id(model), versions, images.shape[1:], images.dtype, images.device)
         if self._zero is None or self._zero[0] != key:
             self._zero = key, classify(model, torch.zeros_like(images[:1])).float()
@@ -257,8 +279,8 @@ class SESSMetric(PerSample):
 
     def _logits(self, model: nn.Module, images: Tensor) -> Float[Tensor, "B N"]:
         size = batch_limit(self.batch_size, images)
-        found = in_batches(lambda part, _: classify(model, stacked(part)), images, size)
-        return torch.cat([*found]).float()
+        logits = in_batches(lambda part, _: classify(model, stacked(part)), images, size)
+        return torch.cat([*logits]).float()
 
     def _assess(self, model: nn.Module, maps: Tensor, scene: _Scene, drawn: slice | Tensor) -> Assessment:
         image, blurred, zeros = scene.ends[drawn].unbind(1)

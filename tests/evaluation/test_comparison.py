@@ -28,7 +28,7 @@ def test_the_number_that_differs_is_the_axis_and_every_method_a_line(folders):
     assert varied(runs) == {"num_scales": 2}
     axis, found = points(runs)
     assert axis == "num_scales"
-    own = {point.x: point for point in found if point.figure == "overall" and point.own}
+    own = {point.x: point for point in found if point.figure == "overall" and point.is_explained}
     assert set(own) == {1, 2}
     assert own[2].low < own[2].value < own[2].high
     assert (own[1].paper, own[2].paper) == (None, pytest.approx(0.573))
@@ -39,6 +39,19 @@ def test_one_run_is_drawn_over_its_methods(folders):
     axis, found = points([read_run(folders[0])])
     assert axis == "method"
     assert [point.x for point in found if point.figure == "overall"] == ["SESS", "base", "random"]
+
+
+def test_a_method_whose_name_has_a_dash_is_no_difference(folders):
+    run = read_run(folders[0])
+    method = run.rows[0]["method"]
+    names = {"base": "GradCAM - blurred", f"{method} - base": f"{method} - GradCAM - blurred"}
+    rows = [{**row, "method": names.get(row["method"], row["method"])} for row in run.rows]
+    _, found = points([run._replace(rows=rows, others=["GradCAM - blurred", "random"])])
+    assert [point.x for point in found if point.figure == "overall"] == [
+        "SESS",
+        "GradCAM - blurred",
+        "random",
+    ]
 
 
 def test_settings_without_number_stand_side_by_side(folders):
