@@ -75,7 +75,8 @@ class Settings:
             raise ValueError(f'SESSCallback: target must be "label" or "predicted", got {self.target!r}.')
         if self.on_error not in ("warn", "raise"):
             raise ValueError(f'SESSCallback: on_error must be "warn" or "raise", got {self.on_error!r}.')
-        check_names(self.compare or ())
+        explained = SESS if self.method is None else type(self.method)
+        check_names(self.compare or (), explained=explained.__name__)
 
     @property
     def accuracy_key(self) -> str | None:

@@ -5,6 +5,7 @@ from lightning_models import (
     fit,
 )
 from sess_lightning import SESSCallback
+from sess_lightning.methods import GradCAM
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,12 @@ from sess_lightning import SESSCallback
         ({"target": "truth"}, ValueError, 'target must be "label" or "predicted", got \'truth\''),
         ({"prefix": "../up"}, ValueError, r'no "\.\.", no leading "/", got \'\.\./up\''),
         ({"prefix": "/etc"}, ValueError, "no leading \"/\", got '/etc'"),
+        ({"compare": {"minus_blur": GradCAM()}}, ValueError, '"minus_" begins the keys of differences'),
+        (
+            {"compare": {"SESS": GradCAM()}},
+            ValueError,
+            "cannot be told from 'SESS', the name of the explained",
+        ),
         ({"on_error": "ignore"}, ValueError, 'on_error must be "warn" or "raise", got \'ignore\''),
     ],
 )
