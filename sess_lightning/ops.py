@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,16 +15,50 @@ from torch.nn import functional as F  # noqa: N812
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Keep our own arithmetic in float32, whatever autocast or TF32 setting the training runs under."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        if before != "highest":
-            torch.set_float32_matmul_precision("highest")
-        with torch.autocast(device.type if device.type != "meta" else "cpu", enabled=False):
+    """Keep our own arithmetic in float32, whatever autocast or precision setting the training runs under."""
+    kind = device.type if device.type != "meta" else "cpu"
+    with _exact_products(kind), torch.autocast(kind, enabled=False):
+        yield
+
+
+@contextmanager
+def _exact_products(kind: str) -> Iterator[None]:
+    """Switch the device's matrix products to float32 where something less is allowed; then switch back.
+
+    Since torch 2.9 each backend has its own field, and the old global switch raises or reports something else
+    once a field was set: where the field exists, only it is read and written.
+    """
+    backend = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
+    products: Any = getattr(backend, "matmul", None)
+    if not hasattr(products, "fp32_precision"):
+        with _exact_products_before_torch_2_9():
             yield
+        return
+    before = products.fp32_precision
+    if before in ("none", "ieee"):
+        yield
+        return
+    products.fp32_precision = "ieee"
+    try:
+        yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        # An unset field shows what a broader one says, torch.backends.fp32_precision: let that go on ruling.
+        products.fp32_precision = "none"
+        if products.fp32_precision != before:
+            products.fp32_precision = before
+
+
+@contextmanager
+def _exact_products_before_torch_2_9() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def wait_for(device: torch.device | str) -> None:

@@ -5,6 +5,8 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from formula import picture
+from precision import precision_flags, reset_precision
+from sess_lightning.methods import SESS, GradCAM, GroupCAM
 from sess_lightning.ops import (
     blur,
     full_precision,
@@ -104,20 +106,89 @@ def test_upper_percentile_refuses_what_is_no_percentage():
         upper_percentile(torch.zeros(1, 2, 2), 101.0)
 
 
-def test_full_precision_keeps_products_in_float32_and_gives_the_setting_back():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+def field(name, value):
+    """Set a field of ``torch.backends``; torch before 2.9 has none."""
+
+    def act():
+        *path, last = name.split(".")
+        owner = torch.backends
+        for part in path:
+            owner = getattr(owner, part, None)
+        if not hasattr(owner, last):
+            pytest.skip(f"this torch has no torch.backends.{name}")
+        setattr(owner, last, value)
+
+    return act
+
+
+PRECISIONS = {
+    "untouched": lambda: None,
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": field("cuda.matmul.allow_tf32", True),
+    "all tf32": field("fp32_precision", "tf32"),
+    "cuda tf32": field("cuda.matmul.fp32_precision", "tf32"),
+    "cudnn tf32": field("cudnn.fp32_precision", "tf32"),
+    "mkldnn bf16": field("mkldnn.matmul.fp32_precision", "bf16"),
+    "mkldnn tf32": field("mkldnn.matmul.fp32_precision", "tf32"),
+    "cuda tf32, then ieee": lambda: [field("cuda.matmul.fp32_precision", v)() for v in ("tf32", "ieee")],
+}
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request):
+    """A training's own setting, and the flags as they stand with it."""
+    fresh = precision_flags()
     try:
-        with torch.autocast("cpu", torch.bfloat16):
-            with full_precision(torch.device("cpu")):
-                assert torch.get_float32_matmul_precision() == "highest"
-                assert (torch.eye(2) @ torch.eye(2)).dtype == torch.float32
-            assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16
-        with pytest.raises(KeyError), full_precision(torch.device("cpu")):
-            raise KeyError
-        assert torch.get_float32_matmul_precision() == "medium"
+        PRECISIONS[request.param]()
+        yield precision_flags()
     finally:
-        torch.set_float32_matmul_precision(before)
+        reset_precision()
+    assert precision_flags() == fresh
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_full_precision_means_float32_and_gives_every_flag_back(device, precision):
+    backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    with full_precision(torch.device(device)):
+        if hasattr(backend.matmul, "fp32_precision"):
+            assert backend.matmul.fp32_precision in ("ieee", "none")
+        else:
+            assert torch.get_float32_matmul_precision() == "highest"
+    assert precision_flags() == precision
+    with pytest.raises(KeyError), full_precision(torch.device(device)):
+        raise KeyError
+    assert precision_flags() == precision
+
+
+def test_full_precision_lets_a_broader_field_go_on_ruling():
+    rule = field("fp32_precision", "tf32")
+    try:
+        rule()
+        with full_precision(torch.device("cpu")):
+            pass
+        field("fp32_precision", "ieee")()
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        reset_precision()
+
+
+def test_full_precision_ends_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        with full_precision(torch.device("cpu")):
+            assert (torch.eye(2) @ torch.eye(2)).dtype == torch.float32
+        assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16
+
+
+METHODS = [GradCAM(), SESS(GradCAM(), num_scales=2), SESS(GroupCAM(8), num_scales=1)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["cam", "sess", "group"])
+def test_methods_run_under_any_precision_and_give_every_flag_back(method, precision, tiny, images):
+    maps = method(tiny, images, torch.tensor([2, 0]))
+    assert precision_flags() == precision
+    assert maps.amax((1, 2)).tolist() == pytest.approx([1, 1])
 
 
 @pytest.fixture

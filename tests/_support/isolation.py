@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback
 
 from holdings import reading
+from precision import precision_flags
 
 
 def _print(value):
@@ -29,7 +30,7 @@ def snapshot(trainer, module, batch=None):
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         "attention's fast path": torch.backends.mha.get_fastpath_enabled(),
-        "matmul": torch.get_float32_matmul_precision(),
+        "precision": precision_flags(),
         "threads": torch.get_num_threads(),
         "compiler": torch._dynamo.eval_frame._stance.stance,
         "python's generator": hash(random.getstate()),

@@ -181,6 +181,7 @@ def train(folder, case, *callbacks):
 
 @pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode")
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("unchecked")  # The run-time checks of types draw from Python's generator.
 def test_nothing_that_a_training_holds_differs_with_the_callback(tmp_path, case):
     without, _ = train(tmp_path / "without", case)
     method = SESS(GradCAM(), num_scales=2)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torchmetrics import CatMetric
 
+from precision import precision_flags
 from sess_lightning import SESSMetric
 from sess_lightning.introspection.layers import find_target_layer
 from sess_lightning.introspection.lending import borrowed, explaining
@@ -50,6 +51,7 @@ def settings():
         "inference": torch.is_inference_mode_enabled(),
         "attention": torch.backends.mha.get_fastpath_enabled(),
         "autocast cache": torch.is_autocast_cache_enabled(),
+        "precision": precision_flags(),
         "stance": torch._dynamo.eval_frame._stance.stance,
         "random": torch.get_rng_state().tolist(),
     }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from formula import Tiny, fill, picture
+from precision import precision_flags
 from sess_lightning import methods
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.metrics import SESSMetric
@@ -89,7 +90,7 @@ def snapshot(model):
         # Python's own generator is left out: the run-time checks of types draw from it.
         "chance": (torch.get_rng_state().tolist(), str(np.random.get_state())),  # noqa: NPY002
         "gradients on": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "settings": (torch.get_float32_matmul_precision(), torch.backends.mha.get_fastpath_enabled()),
+        "settings": (precision_flags(), torch.backends.mha.get_fastpath_enabled()),
         "log": list(model.log),
     }
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
