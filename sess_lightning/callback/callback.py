@@ -175,8 +175,10 @@ class SESSCallback(RunHooks):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Note how old the weights are that ``validate`` or ``test`` was given."""
-        # One less: Lightning's rows at the end of an epoch carry the step of its last batch.
-        self._loaded = {"epoch": int(checkpoint["epoch"]), "step": max(0, int(checkpoint["global_step"]) - 1)}
+        with self.guard.protect("epoch is missing"):
+            # One less: Lightning's rows at the end of an epoch carry the step of its last batch.
+            step = max(0, int(checkpoint["global_step"]) - 1)
+            self._loaded = {"epoch": int(checkpoint["epoch"]), "step": step}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -184,16 +186,23 @@ class SESSCallback(RunHooks):
 
         Where the loader's order is known the same samples are found again; else their pictures are in it.
         """
-        own = {"last": dict(self._last), "failed": self.guard.failed}
-        return own | self.history.state_dict() | self.keeper.state_dict()
+        state: dict[str, Any] = {"last": dict(self._last), "failed": self.guard.failed}
+        for part in (self.history, self.keeper):
+            with self.guard.protect("state is missing in the checkpoint"):
+                state |= part.state_dict()
+        return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what a checkpoint holds."""
-        self._last = {str(name): float(value) for name, value in dict(state_dict.get("last", {})).items()}
-        self.guard.failed = int(state_dict.get("failed", 0))
-        self.history.load_state_dict(state_dict)
-        self.keeper.load_state_dict(state_dict)
+        """Take up what a checkpoint holds; what another version has left out or added costs a line."""
+        with self.guard.protect("state in the checkpoint is left out"):
+            last = dict(state_dict.get("last", {}))
+            self._last = {str(name): float(value) for name, value in last.items()}
+            self.guard.failed = int(state_dict.get("failed", 0))
+        for part in (self.history, self.keeper):
+            with self.guard.protect("state in the checkpoint is left out"):
+                if text := part.load_state_dict(state_dict):
+                    self.guard.warn(text)
 
     def _is_due(self, trainer: Trainer) -> bool:
         if trainer.sanity_checking or self.guard.is_off:
@@ -272,15 +281,15 @@ class SESSCallback(RunHooks):
             self.history.discard()  # What some processes found of it is not remembered by them alone.
         else:
             summary, drifts = outcome
-            values = summary.values | {name: float(drift.nanmean()) for name, drift in drifts.items()}
-            self._last = {name: value for name, value in values.items() if np.isfinite(value)}
             with self.guard.protect("figures are missing"):
                 for name, value in _logged(self._last).items():
                     self._log(pl_module, name, value)
-            if self.publisher.names and self._last:
-                self._show(trainer, summary, drifts)
+            with self.guard.protect("report is missing"):
+                if self.publisher.names and self._last:
+                    self._show(trainer, summary, drifts)
         self.guard.end_run(outcome is not None)
-        self._log(pl_module, "failed", float(self.guard.failed))
+        with self.guard.protect("count of failed runs is missing"):
+            self._log(pl_module, "failed", float(self.guard.failed))
 
     def _outcome(
         self, trainer: Trainer, pl_module: LightningModule
@@ -290,7 +299,10 @@ class SESSCallback(RunHooks):
         if self.publisher.names:
             with self.guard.protect("panel is missing"):  # Under way while the figures are computed.
                 self.gallery.to_host()
-        # A process that fails must not leave the others waiting in a collective: all go on, or none.
+        with self.guard.protect():
+            self._made(pl_module).pack()
+        # A process that fails must not leave the others waiting in a collective: all go on, or none. Until
+        # they have gathered, nothing may fail; what is computed then is agreed upon once more.
         if not self.guard.agree(trainer):
             return None
         with self.guard.protect():
@@ -301,12 +313,19 @@ class SESSCallback(RunHooks):
             predicted = self.settings.target == "predicted"  # Predictions change, the samples do not.
             key = [len(summary.samples.targets)] if predicted else summary.samples.targets.tolist()
             run = record(moment(trainer, self._loaded), key, summary.samples)
-            outcome = summary, self.history.add(run)
+            drifts = self.history.add(run)
+            values = summary.values | {name: float(drift.nanmean()) for name, drift in drifts.items()}
+            self._last = {name: value for name, value in values.items() if np.isfinite(value)}
+            outcome = summary, drifts
         return outcome if self.guard.agree(trainer) else None
 
     def _log(self, pl_module: LightningModule, name: str, value: float, logger: bool | None = None) -> None:
-        name = f"{self.settings.prefix}/{name}"
-        pl_module.log(name, float(value), logger=logger, on_step=False, on_epoch=True, batch_size=1)
+        # Every process has the same values. Lightning synchronises none (rank_zero_only), and with sync_dist
+        # it does not advise to either, once for each key.
+        pl_module.log(
+            f"{self.settings.prefix}/{name}", float(value), logger=logger, on_step=False, on_epoch=True,
+            batch_size=1, sync_dist=True, rank_zero_only=True,
+        )  # fmt: skip
 
     def _show(self, trainer: Trainer, summary: Summary, drifts: Mapping[str, Tensor]) -> None:
         panels: list[Panel] = []
@@ -333,12 +352,11 @@ class SESSCallback(RunHooks):
                     self.guard.warn(text)
                     self.publisher.alert("Clever Hans?", text)
         with self.guard.protect("figures of its own are missing"):
-            own = f"{self.settings.prefix}/"
-            self.publisher.close({
-                name: float(value)
-                for name, value in trainer.callback_metrics.items()
-                if not name.startswith(own)
-            })  # fmt: skip
+            self.publisher.close(_of_others(trainer.callback_metrics, f"{self.settings.prefix}/"))
+
+
+def _of_others(metrics: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if not name.startswith(prefix)}
 
 
 def _logged(values: Mapping[str, float]) -> dict[str, float]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import re
+import signal
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from functools import partial
+from inspect import isfunction, ismethod
+from types import CodeType
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -61,6 +68,8 @@ class RunGuard:
     def protect(self, costs: str = "") -> Iterator[None]:
         """Turn any error into a warning, and keep the global random generators.
 
+        What a signal handler raises, such as a TimeoutError, flies through.
+
         Args:
             costs: What an error costs, such as ``"panel is missing"``; empty where it costs the whole run.
         """
@@ -69,6 +78,8 @@ class RunGuard:
             with keep_rng():  # Some loggers, too, draw from the global generators.
                 yield
         except Exception as error:
+            if comes_from_signal(error):
+                raise
             self._flawed, self._broken = True, self._broken or not costs
             if self.on_error == "raise":
                 raise
@@ -99,11 +110,36 @@ class RunGuard:
 
 
 def _remedy(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(str(error)):
         return "Smaller validation batches, fewer scales or a smaller num_samples need less memory."
-    if isinstance(error, OSError):
-        return "Check that the disk has room and the folder may be written to."
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return "Check that the logger's server can be reached."
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return "Check that the disk has room."
+    if isinstance(error, OSError) and error.errno in _NO_ACCESS:
+        return "Check that the folder may be written to."
     return 'SESSCallback(on_error="raise") shows where it happened.'
+
+
+_NO_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ACCESS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
+)  # fmt: skip
+
+
+def comes_from_signal(error: BaseException) -> bool:
+    """Tell whether a signal handler raised this: it speaks to whoever set it, not of what it interrupted."""
+    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _code(handler: Any) -> CodeType | None:
+    while isinstance(handler, partial):
+        handler = handler.func
+    if not (isfunction(handler) or ismethod(handler)):
+        handler = getattr(type(handler), "__call__", None)  # noqa: B004
+    return getattr(handler, "__code__", None)
 
 
 def refuse_shards(strategy: object) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from sess_lightning.callback.alarm import constant_guess, describe, find_accuracy, findings
 from sess_lightning.callback.runs import Run, drift, remembered
 from sess_lightning.callback.selection import Selection, select
+
+_Record = TypeVar("_Record", Run, Selection)
 
 
 class RunHistory:
@@ -93,14 +95,29 @@ class RunHistory:
             "alarmed": self.alarmed, "selection": dict(vars(self.selection)),
         }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what a checkpoint holds."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> str:
+        """Take up what a checkpoint holds, and return what another version of it lacks or adds."""
         self.training.update({str(k): str(v) for k, v in dict(state.get("history", {})).items()})
-        self.runs = [Run(**run) for run in state.get("runs", [])]
         self.alarmed = bool(state.get("alarmed", False))
-        self.selection = Selection(**state.get("selection", {}))
+        odd: set[str] = set()
+        self.runs = _read(Run, state.get("runs", []), odd)
+        self.selection = next(iter(_read(Selection, [state.get("selection", {})], odd)), Selection())
+        names = ", ".join(sorted(odd))
+        return names and f"the checkpoint is of another version ({names}); earlier runs may be missing."
 
 
 def _missing(key: str, metrics: Mapping[str, Tensor]) -> str:
     logged = ", ".join(sorted(metrics))
     return key and f"accuracy={key!r} is not among the logged keys ({logged}); the alarm is off."
+
+
+def _read(kind: type[_Record], states: Iterable[Mapping[str, Any]], odd: set[str]) -> list[_Record]:
+    """Return the records that have what they need; missing and unknown fields are added to ``odd``."""
+    records = []
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    known = {field.name for field in fields(kind)}
+    for state in states:
+        odd |= (needed - state.keys()) | (state.keys() - known)
+        if needed <= state.keys():
+            records.append(kind(**{name: state[name] for name in known & state.keys()}))
+    return records

@@ -227,9 +227,10 @@ class SampleKeeper:
         kept = {i: (vars(kept.samples), kept.numbers) for i, kept in self._kept.items()}
         return {"samples": self.budget.samples, "kept": kept}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> str:
         """Note what a checkpoint holds, for ``settle``."""
         self._loaded = state
+        return ""
 
 
 def _restored(state: Mapping[str, Any], budget: Budget, batch: Batch) -> dict[int, Kept]:

@@ -38,7 +38,17 @@ class PerSample(Metric):
     def rows(self, name: str) -> Tensor:
         """Return a state's rows, (N, *shape)."""
         held = getattr(self, name)
-        return dim_zero_cat(held) if len(held) else self._empty[name].to(self.device)
+        if not len(held):
+            return self._empty[name].to(self.device)
+        return held[0] if isinstance(held, list) and len(held) == 1 else dim_zero_cat(held)
+
+    def pack(self) -> None:
+        """Put the rows of each state together.
+
+        Gathering then only sends them: a process whose memory ends has failed before the others wait for it.
+        """
+        for name in self._empty:
+            setattr(self, name, [self.rows(name)])
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -78,6 +88,13 @@ class PerSample(Metric):
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
         # What torchmetrics would send for a process without samples fits neither the others' kind nor shape.
-        for name in self._empty:
-            setattr(self, name, [self.rows(name)])
+        self.pack()
         super()._sync_dist(*args, **kwargs)
+
+    def _copy_state_dict(self) -> dict[str, Any]:
+        # Rows are appended and never written to: copying the lists will do, and needs no memory.
+        return {
+            name: list(state) if isinstance(state, list) else state.detach().clone()
+            for name in self._defaults
+            for state in (getattr(self, name),)
+        }

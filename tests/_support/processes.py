@@ -10,15 +10,17 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import multiprocessing
 from torch.utils.data import DataLoader, IterableDataset
 
-from faults import FAULTS, Red
+from faults import FAULTS, STAGES, Red, failing
 from lightning_models import Classifier, Squares, boxed, fit, validate
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
@@ -105,6 +107,26 @@ def faulty(folder, fault):
     return {"weights": fingerprint(its), "epochs": its.current_epoch, "rows": rows.rows, "told": told}
 
 
+def broken_off(folder, stage, on_rank):
+    """Fit while one stage of every run fails on one process; monitors must find their keys all the same."""
+    monitors = (
+        EarlyStopping("sess/overall", mode="max", patience=9),
+        ModelCheckpoint(folder, monitor="sess/overall", mode="max", enable_version_counter=False),
+    )
+    with failing(STAGES[stage], on_rank):
+        mine = SESSCallback(Red(), num_samples=4, compare={})
+        its = fit(folder, mine, *monitors, max_epochs=2, logger=False)
+    return {"weights": fingerprint(its), "epochs": its.current_epoch}
+
+
+def warned(folder, *callbacks):
+    """Return the warnings of all kinds that a training gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(folder, *callbacks, max_epochs=2, module=Rising)
+    return [str(each.message) for each in caught]
+
+
 class Rising(Classifier):
     """Its accuracy rises from run to run."""
 
@@ -155,6 +177,10 @@ def cases(folder, world):
         yield "without", {"weights": fingerprint(fit(folder, module=Classifier, max_epochs=2))}
         for name, fault in FAULTS.items():
             yield f"fault: {name}", faulty(f"{folder}/{name}", fault)
+    if world == 2:
+        yield "warnings", {"with": warned(folder, callback()), "without": warned(folder)}
+        for stage, on_rank in product(STAGES, (0, 1)):
+            yield f"{stage}, {on_rank}", broken_off(f"{folder}/{stage} {on_rank}", stage, on_rank)
 
 
 def process(rank, world, port, folder):

@@ -1,11 +1,15 @@
+import errno
+import re
 import signal
 import warnings
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from callbacks import Broken, Spy, Talkative, quick
@@ -15,6 +19,9 @@ from lightning_models import (
     validate,
 )
 from sess_lightning import SESSCallback
+from sess_lightning.callback.guard import RunGuard
+from sess_lightning.callback.history import RunHistory
+from sess_lightning.callback.sampling import SampleKeeper
 from sess_lightning.types import SESSWarning
 
 
@@ -111,3 +118,70 @@ def test_no_tensor_outlives_an_error(tmp_path):
     assert not [
         value for value in vars(callback).values() if isinstance(value, (BaseException, torch.Tensor))
     ]
+
+
+class Impatient:
+    """Handlers of a signal in the forms people give them."""
+
+    def __call__(self, number, frame):
+        raise TimeoutError("the time is over")
+
+    def method(self, number, frame):
+        self(number, frame)
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [lambda number, frame: Impatient()(number, frame), Impatient(), Impatient().method,
+     partial(Impatient.method, Impatient())],
+    ids=["function", "object", "method", "partial"],
+)  # fmt: skip
+def test_what_a_signal_handler_raises_ends_the_training(tmp_path, handler):
+    class Late(Spy):
+        def explain(self, model, images, targets):
+            signal.raise_signal(signal.SIGALRM)
+            return super().explain(model, images, targets)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with pytest.raises(TimeoutError, match="the time is over"):
+            fit(tmp_path, SESSCallback(Late(), num_samples=4, compare={}))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (TimeoutError("timed out"), "the logger's server can be reached"),
+        (ConnectionResetError("reset by peer"), "the logger's server can be reached"),
+        (OSError(errno.ENOSPC, "no space"), "the disk has room"),
+        (PermissionError(errno.EACCES, "denied"), "the folder may be written to"),
+        (OSError("image file is truncated"), 'on_error="raise"'),
+        (RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), "need less memory"),
+        (MemoryError(), "need less memory"),
+        (KeyError("x"), 'on_error="raise"'),
+    ],
+    ids=repr,
+)
+def test_the_remedy_fits_the_error(error, remedy):
+    guard = RunGuard()
+    with pytest.warns(SESSWarning, match=re.escape(remedy)), guard.protect():
+        raise error
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("part", [RunHistory, SampleKeeper])
+@pytest.mark.parametrize("verb", ["state_dict", "load_state_dict"])
+def test_a_state_that_cannot_be_written_or_read_does_not_end_the_training(tmp_path, monkeypatch, part, verb):
+    def fail(*_):
+        raise RuntimeError("no state")
+
+    kept = ModelCheckpoint(tmp_path, save_last=True)
+    fit(tmp_path, quick(), kept)
+    monkeypatch.setattr(part, verb, fail)
+    again = ModelCheckpoint(tmp_path / "again", save_last=True)
+    with pytest.warns(SESSWarning, match="no state Training goes on; this run's state"):
+        its = fit(tmp_path, quick(on_error="warn"), again, max_epochs=2, ckpt_path=kept.last_model_path)
+    assert its.logger.of("sess/n") == [4]
+    assert "last" in torch.load(again.last_model_path)["callbacks"]["SESSCallback[prefix='sess']"]

@@ -15,6 +15,7 @@ from lightning_models import (
     fit,
     squares,
 )
+from sess_lightning.callback.runs import FIGURES, Run
 from sess_lightning.types import SESSWarning
 
 
@@ -110,3 +111,27 @@ def test_a_checkpoint_of_other_settings_can_be_resumed(tmp_path):
         ckpt_path=checkpoint.last_model_path,
     )  # fmt: skip
     assert its.logger.of("sess/n") == [8]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda state: state["runs"][0].pop("small"), "small"),
+        (lambda state: state["runs"][0].update(weather="fine"), "weather"),
+        (lambda state: state["selection"].update(mood=1), "mood"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_resumed_with_one_line(change, named):
+    first, second = quick(), quick()
+    small = torch.zeros(2, 4, 4)
+    first.history.runs = [Run(0, 3, (1, 2), dict.fromkeys(FIGURES, small[:, 0, 0]), small)]
+    state = first.state_dict()
+    change(state)
+    with pytest.warns(SESSWarning, match=rf"the checkpoint is of another version \({named}\)") as caught:
+        second.load_state_dict(state)
+    assert len(caught) == 1
+
+
+def test_a_checkpoint_that_holds_nothing_is_no_reason_to_warn(recwarn):
+    quick().load_state_dict({})
+    assert not recwarn.list
