@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -173,6 +173,25 @@ class Batch:
             return [value[i] for i in which] if isinstance(value, list) else value
 
         return Batch(**{name: pick(value) for name, value in vars(self).items()})  # type: ignore[arg-type]
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What two batches must have in common to be joined."""
+        masks = None if self.masks is None else self.masks.shape[1:]
+        given = tuple(name for name, value in vars(self).items() if value is not None)
+        return self.images.shape[1:], self.images.dtype, masks, given, self.size
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """Return the samples of batches of one kind as one batch."""
+
+        def join(values: Sequence[Any]) -> Any:
+            if isinstance(values[0], Tensor):
+                return torch.cat(tuple(values))
+            return [item for value in values for item in value] if isinstance(values[0], list) else values[0]
+
+        names = vars(batches[0])
+        return Batch(**{name: join([getattr(batch, name) for batch in batches]) for name in names})
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""

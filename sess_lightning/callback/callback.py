@@ -245,9 +245,13 @@ class SESSCallback(RunHooks):
             batches = batches_of(trainer, dataloader_idx)
             if self._plan is None:
                 self._plan = self._settle(trainer, pl_module, read(), batch_idx, batches)
-            kept = None if trainer.sanity_checking else self.keeper.take(read, batch_idx, batches)
-            if kept is not None:
-                self._explain(trainer, pl_module, kept)
+            if trainer.sanity_checking:
+                return
+            self.keeper.take(read, batch_idx, batches)
+            # All together: full batches. Not once validation is over: then EMA callbacks have swapped the
+            # weights back. Where no batch is known to be the last, each explains its own.
+            if batch_idx + 1 >= batches or batches == float("inf"):
+                self._explain_waiting(trainer, pl_module)
 
     def _settle(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, batches: float
@@ -265,6 +269,10 @@ class SESSCallback(RunHooks):
         self.gallery.legend = settings.legend(metric.methods, *owners)
         rank_zero_info(f"SESSCallback: {plan.line}; pictures: {', '.join(self.publisher.names) or 'none'}.")
         return plan
+
+    def _explain_waiting(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for kept in self.keeper.waiting():
+            self._explain(trainer, pl_module, kept)
 
     def _explain(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
         metric, samples = self._made(pl_module), kept.samples.to(pl_module.device)
@@ -296,6 +304,8 @@ class SESSCallback(RunHooks):
     ) -> tuple[Summary, dict[str, Tensor]] | None:
         """Return what the run found on all processes, and its drifts; None if it failed on any of them."""
         outcome = None
+        with self.guard.protect():  # What a loader left that ended before its announced length.
+            self._explain_waiting(trainer, pl_module)
         if self.publisher.names:
             with self.guard.protect("panel is missing"):  # Under way while the figures are computed.
                 self.gallery.to_host()

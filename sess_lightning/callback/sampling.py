@@ -145,6 +145,7 @@ class SampleKeeper:
         self._kept: dict[int, Kept] = {}
         self._loaded: Mapping[str, Any] = {}
         self._taken = 0
+        self._waiting: list[Kept] = []
 
     @property
     def total(self) -> int:
@@ -178,10 +179,10 @@ class SampleKeeper:
 
     def start_run(self) -> None:
         """Begin a run."""
-        self._taken = 0
+        self._taken, self._waiting = 0, []
 
-    def take(self, read: Callable[[], Batch], batch_idx: int, batches: float) -> Kept | None:
-        """Return a batch's share of the samples: those of the first run, even if the loader shuffles.
+    def take(self, read: Callable[[], Batch], batch_idx: int, batches: float) -> None:
+        """Take a batch's share of the samples: those of the first run, even if the loader shuffles.
 
         Args:
             read: Reads the batch; called at most once.
@@ -190,19 +191,30 @@ class SampleKeeper:
         """
         if batch_idx not in self._kept:
             if self._choice is not None and not self._choice.of_batch(batch_idx):
-                return None
+                return
             batch = read()
             chosen = self._chosen(len(batch), batch_idx, batches)
             places = [place for place in chosen if place < len(batch)]
             if not places:
-                return None
+                return
             samples = batch.take(places).to("cpu")
             check_inputs("SESSCallback", samples.images, samples.labels)
             check_boxes(samples)
             self._kept[batch_idx] = Kept(samples, [chosen[place] for place in places])
         kept = self._kept[batch_idx]
         self._taken += len(kept.samples)
-        return kept
+        self._waiting.append(kept)
+
+    def waiting(self) -> list[Kept]:
+        """Return what was taken since the last call, samples of one kind together."""
+        waiting, self._waiting = self._waiting, []
+        kinds: dict[Any, list[Kept]] = {}
+        for kept in waiting:
+            kinds.setdefault(kept.samples.kind, []).append(kept)
+        return [
+            Kept(Batch.joined([kept.samples for kept in alike]), [n for kept in alike for n in kept.numbers])
+            for alike in kinds.values()
+        ]
 
     def _chosen(self, size: int, batch_idx: int, batches: float) -> dict[int, int]:
         """Return places in a batch, and the numbers of the samples there."""

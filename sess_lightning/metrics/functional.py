@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from itertools import accumulate
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Real
@@ -63,7 +64,9 @@ def insertion_curve(
     Source: Petsiuk et al., "RISE", BMVC 2018.
     """
     start = blurred_baseline(images) if baseline is None else _like(images, baseline)
-    return _transition(model, start, images, maps, targets, steps, ties, activation, batch_size, ends)
+    _check_maps(maps, images.shape[0], size_of(images))
+    transition = _Transition(start, images, pixel_steps(borrowed(maps), steps, ties), targets, ends)
+    return _draw(model, [transition], steps, activation, batch_size)[0]
 
 
 def deletion_curve(
@@ -85,42 +88,126 @@ def deletion_curve(
     space. ``ends`` are the scores of the image and of the baseline.
     """
     end = torch.zeros_like(images) if baseline is None else _like(images, baseline)
-    return _transition(model, images, end, maps, targets, steps, ties, activation, batch_size, ends)
+    _check_maps(maps, images.shape[0], size_of(images))
+    transition = _Transition(images, end, pixel_steps(borrowed(maps), steps, ties), targets, ends)
+    return _draw(model, [transition], steps, activation, batch_size)[0]
 
 
-def _transition(
+def insertion_and_deletion_curves(
     model: nn.Module,
-    start: Tensor,
-    end: Tensor,
-    maps: Tensor,
-    targets: Tensor,
+    images: Float[Tensor, "B C H W"],
+    maps: Sequence[Float[Tensor, "B H W"]],
+    targets: Int[Tensor, " B"],
+    *,
+    steps: int = 28,
+    activation: Activation = "softmax",
+    batch_size: int | None = None,
+    blurred: Float[Tensor, "B C H W"] | None = None,
+    ends: tuple[Tensor, Tensor, Tensor] | None = None,
+    which: Sequence[slice | Tensor] | None = None,
+) -> list[tuple[Float[Tensor, "_ {steps}+1"], Float[Tensor, "_ {steps}+1"]]]:
+    """Return both curves of several maps of each image, from one stream of full batches.
+
+    Args:
+        model: Any classifier; given back as it was.
+        images: As the model takes them.
+        maps: Each method's maps, one per image.
+        targets: The explained class of each image.
+        steps: Number of equal steps.
+        activation: How logits become probabilities.
+        batch_size: Images that go through the model at once; None by the memory there is.
+        blurred: What insertion starts from; None is ``blurred_baseline``.
+        ends: Scores of the images, the blurred images and zeros, which all curves share; None scores them.
+        which: For each method, an index of the images whose curves are drawn; None draws all.
+
+    Returns:
+        For each method, the insertion and the deletion curves.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
+    # Laid out once, for all methods.
+    images, blurred = _last(images), _last(blurred_baseline(images) if blurred is None else blurred)
+    zeros = torch.zeros_like(images)
+    transitions = []
+    for method, some in zip(maps, which or [slice(None)] * len(maps), strict=True):
+        image, blurry, zero = (None, None, None) if ends is None else (end[some] for end in ends)
+        _check_maps(method, len(images), size_of(images))
+        step_of, target = pixel_steps(borrowed(method[some]), steps), targets[some]
+        transitions += [
+            _Transition(blurred[some], images[some], step_of, target, (blurry, image)),
+            _Transition(images[some], zeros[some], step_of, target, (image, zero)),
+        ]
+    curves = _draw(model, transitions, steps, activation, batch_size)
+    return list(zip(curves[::2], curves[1::2], strict=True))
+
+
+class _Transition(NamedTuple):
+    """Images that change into others pixel by pixel, in the order of their maps."""
+
+    start: Float[Tensor, "B C H W"]
+    end: Float[Tensor, "B C H W"]
+    step_of: Int[Tensor, "B H W"]
+    targets: Int[Tensor, " B"]
+    ends: Ends
+
+    def asked(self, steps: int) -> range:
+        """Return the steps that have to be scored: the ends may be known."""
+        return range(0 if self.ends[0] is None else 1, steps + 1 if self.ends[1] is None else steps)
+
+    def paint(self, seen: Float[Tensor, "S C H W"], which: slice, asked: range) -> None:
+        """Write states ``which``, image by image and step by step, into ``seen``."""
+        for image, some, place in by_image(which, len(asked)):
+            changed = _changed(self.step_of[image], asked[some], seen.shape[1])
+            torch.where(changed, self.end[image], self.start[image], out=seen[place])
+
+
+def _draw(
+    model: nn.Module,
+    transitions: Sequence[_Transition],
     steps: int,
-    ties: Ties,
     activation: Activation,
     batch_size: int | None,
-    ends: Ends,
-) -> Tensor:
-    check_inputs("Insertion and deletion", start, targets)
-    _check_maps(maps, start.shape[0], size_of(start))
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
-    asked = range(0 if ends[0] is None else 1, steps + 1 if ends[1] is None else steps)
+) -> list[Float[Tensor, "B {steps}+1"]]:
+    """Return the target's probability along every transition; batches run on from one into the next."""
+    for one in transitions:
+        if len(one.targets):
+            check_inputs("Insertion and deletion", one.start, one.targets)
+    asked = [one.asked(steps) for one in transitions]
+    counts = [len(one.targets) * len(some) for one, some in zip(transitions, asked, strict=True)]
+    first = [0, *accumulate(counts)]
     with explaining(model), torch.no_grad():
-        start, end = (each.detach().clone(memory_format=torch.channels_last) for each in (start, end))
-        step_of = pixel_steps(borrowed(maps), steps, ties)
-        target_of = borrowed(targets).repeat_interleave(len(asked))
+        laid = [one._replace(start=_last(one.start), end=_last(one.end)) for one in transitions]
+        target_of = torch.cat([
+            borrowed(one.targets).repeat_interleave(len(some))
+            for one, some in zip(laid, asked, strict=True)
+        ])  # fmt: skip
 
         def scored(_: Sequence[int], which: slice) -> Tensor:
-            seen = blank_batch(which.stop - which.start, start)
-            for image, some, place in by_image(which, len(asked)):
-                changed = _changed(step_of[image], asked[some], len(seen[0]))
-                torch.where(changed, end[image], start[image], out=seen[place])
+            seen = blank_batch(which.stop - which.start, laid[0].start)
+            for one, some, begin, end in zip(laid, asked, first, first[1:], strict=False):
+                low, high = max(which.start, begin), min(which.stop, end)
+                if low < high:
+                    place = seen[low - which.start : high - which.start]
+                    one.paint(place, slice(low - begin, high - begin), some)
             return score(model, seen, target_of[which], activation).exp()
 
-        batches = in_batches(scored, range(len(target_of)), batch_limit(batch_size, start))
-        scores = torch.cat(list(batches)).unflatten(0, (-1, len(asked)))
-    known = [end[:, None].to(scores) if end is not None else None for end in ends]
-    return torch.cat([part for part in (known[0], scores, known[1]) if part is not None], 1)
+        batches = in_batches(scored, range(first[-1]), batch_limit(batch_size, laid[0].start))
+        none = torch.zeros(0, device=target_of.device)
+        probabilities = torch.cat([none, *batches]).split(counts)
+    return [
+        _with_ends(inner.view(len(one.targets), len(some)), one.ends)
+        for inner, some, one in zip(probabilities, asked, transitions, strict=True)
+    ]
+
+
+def _last(images: Tensor) -> Tensor:
+    return images.detach().contiguous(memory_format=torch.channels_last)
+
+
+def _with_ends(inner: Float[Tensor, "B S"], ends: Ends) -> Float[Tensor, "B T"]:
+    known = [None if end is None else end[:, None].to(inner) for end in ends]
+    return torch.cat([part for part in (known[0], inner, known[1]) if part is not None], 1)
 
 
 def _changed(step_of: Int[Tensor, "H W"], steps: range, channels: int) -> Bool[Tensor, "T C H W"]:
@@ -133,6 +220,8 @@ def _changed(step_of: Int[Tensor, "H W"], steps: range, channels: int) -> Bool[T
 
 def pixel_steps(maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first") -> Int[Tensor, "B H W"]:
     """Return at which step, from 0, each pixel changes: most salient first."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
     flat = maps.flatten(1).nan_to_num(0)
     order = torch.arange(flat.shape[1], device=flat.device)
     if ties == "random":

@@ -15,8 +15,7 @@ from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores, predict
 from sess_lightning.metrics.functional import (
     blurred_baseline,
-    deletion_curve,
-    insertion_curve,
+    insertion_and_deletion_curves,
     pointing_hits,
     relevance_mass,
     tied_share,
@@ -224,12 +223,12 @@ class SESSMetric(PerSample):
         self, model: nn.Module, images: Tensor, scene: _Scene, numbers: Sequence[int]
     ) -> dict[str, Assessment]:
         """Return every method's maps, and what they scored."""
-        assessments = {}
         explained = self._explained(model, images, scene.targets)
-        for name, (maps, seconds) in zip(self.methods, explained, strict=True):
-            drawn = _drawn(numbers, self.limits.get(name), maps.device)
-            assessments[name] = self._assess(model, maps, scene, drawn)._replace(seconds=seconds)
-        return assessments
+        curves = self._curves(model, [maps for maps, _ in explained], scene, numbers)
+        return {
+            name: self._assess(maps, drawn, scene)._replace(seconds=seconds)
+            for (name, drawn), (maps, seconds) in zip(curves.items(), explained, strict=True)
+        }
 
     def _append(self, scene: _Scene, numbers: Sequence[int], difficult: Tensor | None, shared: bool) -> None:
         """Append the rows of a batch: of all states, or, after an error, of none."""
@@ -282,20 +281,26 @@ class SESSMetric(PerSample):
         logits = in_batches(lambda part, _: classify(model, stacked(part)), images, size)
         return torch.cat([*logits]).float()
 
-    def _assess(self, model: nn.Module, maps: Tensor, scene: _Scene, drawn: slice | Tensor) -> Assessment:
-        image, blurred, zeros = scene.ends[drawn].unbind(1)
-        curves = maps.new_full((2, len(maps), self.steps + 1), torch.nan, dtype=torch.float32)
-        if len(image):
-            given = (model, scene.images[drawn], maps[drawn], scene.targets[drawn])
-            options: dict[str, Any] = {
-                "steps": self.steps,
-                "batch_size": self.batch_size,
-                "activation": self.methods[OWN].activation,
-            }
-            curves[0, drawn] = insertion_curve(
-                *given, baseline=scene.blurred[drawn], ends=(blurred, image), **options
-            )
-            curves[1, drawn] = deletion_curve(*given, ends=(image, zeros), **options)
+    def _curves(
+        self, model: nn.Module, maps: Sequence[Tensor], scene: _Scene, numbers: Sequence[int]
+    ) -> dict[str, Float[Tensor, "2 B T"]]:
+        """Return every method's curves; NaN where its limit leaves an image out."""
+        device = scene.images.device
+        which = [_drawn(numbers, self.limits.get(name), device) for name in self.methods]
+        image, blurred, zeros = scene.ends.unbind(1)
+        drawn = insertion_and_deletion_curves(
+            model, scene.images, maps, scene.targets,
+            steps=self.steps, activation=self.methods[OWN].activation, batch_size=self.batch_size,
+            blurred=scene.blurred, ends=(image, blurred, zeros), which=which,
+        )  # fmt: skip
+        curves = {}
+        for name, some, pair in zip(self.methods, which, drawn, strict=True):
+            whole = image.new_full((2, len(image), self.steps + 1), torch.nan, dtype=torch.float32)
+            whole[:, some] = torch.stack(pair)
+            curves[name] = whole
+        return curves
+
+    def _assess(self, maps: Tensor, curves: Float[Tensor, "2 B T"], scene: _Scene) -> Assessment:
         hits = torch.full_like(scene.targets, NO_TRIAL)
         if scene.regions is not None:
             hit = pointing_hits(maps, scene.regions, self.tolerance, scene.size)

@@ -696,7 +696,9 @@ def test_what_is_no_method_is_refused(unchecked):
 def test_an_update_that_fails_leaves_no_row_behind(model, images, monkeypatch):
     metric = SESSMetric(TWO_SCALES)
     run(metric, model, images)
-    monkeypatch.setattr("sess_lightning.metrics.sess_metric.deletion_curve", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(
+        "sess_lightning.metrics.sess_metric.insertion_and_deletion_curves", lambda *_, **__: 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         metric.update(model, images, TARGETS)
     assert {name: len(metric.rows(name)) for name in metric.states} == dict.fromkeys(metric.states, 6)
