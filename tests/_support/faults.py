@@ -17,7 +17,7 @@ from PIL import Image
 from lightning_models import Classifier, boxed, pair, squares
 from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.reporting import files
+from sess_lightning.reporting import sink
 from sess_lightning.types import Explanation, SaliencyMethod
 
 
@@ -130,14 +130,14 @@ def full_disk():
 
 @contextmanager
 def figures_fail_on_one_process():
-    own = SESSMetric._samples
+    own = SESSMetric._rows
 
-    def samples(metric):
+    def rows(metric):
         if on_last():
             raise MemoryError("out of luck")
         return own(metric)
 
-    with mock.patch.object(SESSMetric, "_samples", samples):
+    with mock.patch.object(SESSMetric, "_rows", rows):
         yield
 
 
@@ -222,6 +222,6 @@ FAULTS = {
     "the logger takes no pictures": Fault(None, FINE, logger=CSVLogger),
     "curves cannot be drawn": Fault(
         "RuntimeError: no font", UNSEEN, logger=False,
-        around=lambda folder: mock.patch.object(files, "curve_figure", side_effect=RuntimeError("no font")),
+        around=lambda folder: mock.patch.object(sink, "curve_figure", side_effect=RuntimeError("no font")),
     ),
 }  # fmt: skip
