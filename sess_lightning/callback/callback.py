@@ -24,7 +24,7 @@ from sess_lightning.callback.runs import moment, record
 from sess_lightning.callback.sampling import Kept, SampleKeeper
 from sess_lightning.callback.settings import Settings
 from sess_lightning.cost.budget import Budget
-from sess_lightning.introspection.lending import keep_metrics
+from sess_lightning.introspection.observers import unobserved
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN, Summary
 from sess_lightning.reporting.panels import Panel
@@ -241,7 +241,7 @@ class SESSCallback(RunHooks):
         if not (trainer.sanity_checking or self._is_due(trainer)):
             return
         read = cache(lambda: read_batch(batch, self.settings.batch_adapter))
-        with self.guard.protect(), keep_metrics(pl_module):
+        with self.guard.protect(), unobserved(pl_module):
             batches = batches_of(trainer, dataloader_idx)
             if self._plan is None:
                 self._plan = self._settle(trainer, pl_module, read(), batch_idx, batches)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from sess_lightning.introspection.state import State
 
@@ -109,20 +108,6 @@ def _no_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
-
-
-@contextmanager
-def keep_metrics(model: nn.Module) -> Iterator[None]:
-    """Give the model's torchmetrics their states back, which a forward of the user's may update."""
-    metrics = [module for module in model.modules() if isinstance(module, Metric)]
-    kept = [(metric, metric._update_count, metric._computed, metric._copy_state_dict()) for metric in metrics]
-    try:
-        yield
-    finally:
-        for metric, count, computed, state in kept:
-            metric._update_count, metric._computed = count, computed
-            for name, value in state.items():
-                setattr(metric, name, value)
 
 
 @contextmanager

@@ -55,17 +55,21 @@ class State:
         """Note a model and all that it holds; return its modules."""
         modules = self.note_modules(model)
         self.note()
-        parameters = [parameter for parameter in self._parameters if parameter.is_cpu]
-        there = [parameter for parameter in self._parameters if not parameter.is_cpu]
+        watched = [parameter for parameter in self._parameters if parameter.is_cpu]
+        self._undo.callback(watch(model, watched))
+        self.take([parameter for parameter in self._parameters if not parameter.is_cpu])
+        return modules
+
+    def take(self, parameters: list[Tensor] | None = None) -> None:
+        """Copy the tensors that were noted; of the parameters, if given, only these."""
+        parameters = self._parameters if parameters is None else parameters
         try:
-            copies = Copies(self._tensors + there)
-        except torch.OutOfMemoryError:
+            copies = Copies(self._tensors + parameters)
+        except torch.OutOfMemoryError:  # Hardly a forward writes to its parameters.
             copies = Copies(self._tensors)
         self._undo.callback(copies.put_back)
-        self._undo.callback(watch(model, parameters))
         self._undo.callback(note_memory(self._tensors + self._parameters))
         self._undo.callback(take_gradients(self._parameters))
-        return modules
 
     def put_back(self) -> None:
         """Put everything back; what fails does not keep the rest from it."""
@@ -87,9 +91,20 @@ class State:
         """Call this when the state is put back."""
         self._undo.callback(undo, *args)
 
+    def leave(self, values: Iterable[Any]) -> None:
+        """Leave these values as they are, and what only they hold."""
+        self._seen.update((id(value), value) for value in values)
+
+    def keep(self, store: dict[Any, Any]) -> dict[Any, Any]:
+        """Note a dict's entries, not what they hold, and return a copy."""
+        # Two lists, as thousands of pairs would set off the garbage collector.
+        self._stores.append(store)
+        self._befores.append(before := dict(store))
+        return before
+
     def note_dict(self, store: dict[Any, Any]) -> None:
         """Note a dict's entries, and what they hold."""
-        before = self._keep(store)
+        before = self.keep(store)
         self.lend_items(before.items(), store)
 
     def lend_items(self, items: Iterable[tuple[Any, Any]], store: Any = None) -> None:
@@ -149,7 +164,7 @@ class State:
         return self._twins[id(tensor)]
 
     def _note_module(self, attributes: dict[str, Any], sharded: bool) -> None:
-        self._keep(attributes)
+        self.keep(attributes)
         self._modules.append(attributes)
         for name in attributes.keys() - _MODULES_OWN:
             value = attributes[name]
@@ -162,17 +177,11 @@ class State:
             self._swapped.add(id(parameters))
         for store in filter(None, stores):
             if isinstance(store, dict) and id(store) not in self._swapped:
-                self._keep(store)
+                self.keep(store)
         if buffers:
             self._note_tensors(buffers, self._tensors)
         if parameters:
             self._note_tensors(parameters, None if sharded else self._parameters)
-
-    def _keep(self, store: dict[Any, Any]) -> dict[Any, Any]:
-        # Two lists, as thousands of pairs would set off the garbage collector.
-        self._stores.append(store)
-        self._befores.append(before := dict(store))
-        return before
 
     def _note_tensors(self, store: Any, tensors: list[Tensor] | None) -> None:
         for name, tensor in store.items():
@@ -205,11 +214,12 @@ def _is_inferred(value: Any) -> bool:
 def _note(value: Any, state: State) -> None:
     """Note a plain object's attributes, slots included."""
     kind: Any = type(value)
-    if not _is_foreign(kind):
-        _note_attributes(value, state)
+    if not _is_foreign_kind(kind):
+        note_attributes(value, state)
 
 
-def _note_attributes(value: Any, state: State) -> None:
+def note_attributes(value: Any, state: State) -> None:
+    """Note an object's attributes, slots included, whatever its class."""
     kind: Any = type(value)
     if kind.__dictoffset__:
         state.note_dict(vars(value))
@@ -240,7 +250,7 @@ def _(tensor: Tensor, state: State) -> None:
 def _(store: dict, state: State) -> None:  # type: ignore[type-arg]
     state.note_dict(store)
     if type(store) not in _DICTS:
-        _note_attributes(store, state)
+        note_attributes(store, state)
 
 
 @_note.register
@@ -250,7 +260,7 @@ def _(values: list, state: State) -> None:  # type: ignore[type-arg]
     if not _ATOMIC.issuperset(map(type, before)):
         state.lend_items(enumerate(before), values)
     if type(values) is not list:
-        _note_attributes(values, state)
+        note_attributes(values, state)
 
 
 @_note.register
@@ -316,7 +326,7 @@ def _(generator: np.random.BitGenerator, state: State) -> None:
 
 @_note.register
 def _(function: FunctionType, state: State) -> None:
-    if _root(function.__module__ or "") not in _FOREIGN:
+    if not is_foreign(function.__module__):
         state.note_dict(vars(function))
         state.note(*(function.__closure__ or ()), function.__defaults__, function.__kwdefaults__)
 
@@ -349,13 +359,14 @@ _FOREIGN = sys.stdlib_module_names - {"abc", "argparse", "collections", "datacla
 }  # fmt: skip
 
 
-def _root(module: str) -> str:
-    return module.partition(".")[0]
+def is_foreign(module: str | None) -> bool:
+    """Whether a module is no user's but torch's, Lightning's or Python's own."""
+    return (module or "").partition(".")[0] in _FOREIGN
 
 
 @cache
-def _is_foreign(kind: type) -> bool:
-    return any(_root(base.__module__) in _FOREIGN for base in kind.__mro__[:-1])
+def _is_foreign_kind(kind: type) -> bool:
+    return any(is_foreign(base.__module__) for base in kind.__mro__[:-1])
 
 
 @cache
@@ -364,7 +375,7 @@ def _is_left(kind: type) -> bool:
     if issubclass(kind, LazyModuleMixin):
         return True
     if issubclass(kind, Metric):
-        return any(_root(base.__module__) == "sess_lightning" for base in kind.__mro__)
+        return any(base.__module__.startswith("sess_lightning") for base in kind.__mro__)
     return kind.__module__.startswith(("torch.distributed", "torch.nn.parallel"))
 
 

@@ -77,7 +77,16 @@ def numbers(metrics):
 
 
 class Apart(Classifier):
-    """Validates without its own forward, so that what is counted are the explanations' forwards."""
+    """Validates without its own forward, and counts the images that explanations send through it.
+
+    On the class, since what an instance or a hook counts is given back.
+    """
+
+    images = 0
+
+    def forward(self, images):
+        Apart.images += len(images)
+        return super().forward(images)
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", 0.5, batch_size=1)

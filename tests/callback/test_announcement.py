@@ -4,7 +4,6 @@ import pytest
 
 from callbacks import QUICK, Apart, numbers
 from lightning_models import (
-    Counter,
     boxed,
     fit,
     squares,
@@ -14,27 +13,27 @@ from sess_lightning import SESSCallback
 
 
 @pytest.mark.parametrize(("target", "samples"), [("label", 32), ("predicted", 32)])
-def test_a_run_costs_the_forwards_that_are_announced_and_at_most_5000(tmp_path, told, target, samples):
-    module = Apart()
-    counter = Counter(module)
+def test_a_run_costs_the_forwards_that_are_announced_and_at_most_5000(
+    tmp_path, monkeypatch, told, target, samples
+):
+    monkeypatch.setattr(Apart, "images", 0)
     callback = SESSCallback(on_error="raise", target=target)
-    validate(tmp_path, callback, module=module, val=squares(40, batch_size=8, size=64, side=20))
+    validate(tmp_path, callback, module=Apart, val=squares(40, batch_size=8, size=64, side=20))
     (line,) = told()
     announced = int(re.search(r"at most ([\d,]+) forwards", line)[1].replace(",", ""))
     assert f"explains {samples} samples of 64x64 px with SESS(GradCAM()), 31 forwards a map" in line
     assert 2500 <= announced <= 5000
-    assert announced - 2 <= counter.images <= announced
+    assert announced - 2 <= Apart.images <= announced
 
 
-def test_a_small_budget_is_kept_and_floors_are_scored_on_at_least_four(tmp_path, told):
-    module = Apart()
-    counter = Counter(module)
+def test_a_small_budget_is_kept_and_floors_are_scored_on_at_least_four(tmp_path, monkeypatch, told):
+    monkeypatch.setattr(Apart, "images", 0)
     callback = SESSCallback(QUICK, on_error="raise", max_forwards=1000)
-    its = validate(tmp_path, callback, module=module, val=squares())
+    its = validate(tmp_path, callback, module=Apart, val=squares())
     values = numbers(its.callback_metrics)
     # 115 an image: two ends, 5 windows, the first of them the base's, two maps' 54; 108 more for both floors.
     assert (values["sess/n"], values["sess/random/curves_n"], values["sess/centre/curves_n"]) == (4, 4, 4)
-    assert counter.images <= 895
+    assert Apart.images <= 895
     assert "at most 895 forwards a run" in told()[0]
 
 

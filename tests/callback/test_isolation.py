@@ -111,6 +111,19 @@ class Holding(Classifier):
         return super().forward(images)
 
 
+class Watched(Classifier):
+    """Its user watches a part of it by hooks that keep what they see beside it."""
+
+    def __init__(self):
+        super().__init__()
+        seen = {"images": 0, "means": []}
+        Watched.held = seen  # Not the model's own.
+        self.net[0].register_forward_pre_hook(
+            lambda _, inputs: seen.update(images=seen["images"] + len(inputs[0]))
+        )
+        self.net[0].register_forward_hook(lambda *call: seen["means"].append(call[2].mean().item()))
+
+
 def holding(*kinds, **options):
     return partial(Holding, kinds), {"max_epochs": 1, **options}
 
@@ -158,6 +171,7 @@ CASES = {
     "a closure": holding("a closure"),
     "a module in a box": holding("a module in a box"),
     "a metric": holding("a metric"),
+    "a user's hooks": (Watched, {"max_epochs": 1}),
     "odd tensors": holding("tensors in a tuple", "a sparse tensor", "a resized tensor"),
 }  # fmt: skip
 

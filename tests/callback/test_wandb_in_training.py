@@ -1,12 +1,15 @@
 import json
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch.utils.data import DataLoader
+from wandb.integration.torch.wandb_torch import TorchHistory
 
 from callbacks import QUICK, WORST, quick
 from lightning_models import (
@@ -24,7 +27,7 @@ from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.reporting.panels import displayed
-from wandb_reader import history, run_folder
+from wandb_reader import history, offline, run_folder
 
 
 def test_wandb_holds_scalars_panel_and_curves_of_every_epoch(tmp_path, wandb_logger):
@@ -198,3 +201,22 @@ def test_rows_that_the_user_logs_at_steps_of_her_own_are_all_kept(
     rows = history(run_folder(tmp_path))
     assert [row["mine"] for row in rows if "mine" in row] == list(range(16))
     assert len([row for row in rows if "sess/curves_table" in row]) == (8 if trainer_options else 4)
+
+
+def test_what_wandb_watches_is_not_fed_by_explanations(monkeypatch, tmp_path):
+    def watched(folder, *callbacks):
+        """Return how many tensors W&B looked at, and the hooks that are left."""
+        folder.mkdir()
+        looked = Mock()
+        monkeypatch.setattr(TorchHistory, "log_tensor_stats", looked)
+        for _ in offline(monkeypatch, folder):
+            logger, module = WandbLogger(offline=True, save_dir=folder), Classifier()
+            logger.watch(module, log="all", log_freq=1)
+            fit(folder, *callbacks, module=module, logger=logger)
+            logger.experiment.finish()
+        return looked.call_count, [len(part._forward_hooks) for part in module.modules()]
+
+    without = watched(tmp_path / "without")
+    # 8 parameters: in 4 steps and 6 batches of validation; their gradients in 4 steps.
+    assert without[0] == 8 * (4 + 6) + 8 * 4
+    assert watched(tmp_path / "with", SESSCallback(QUICK, on_error="raise")) == without
