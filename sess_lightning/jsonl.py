@@ -57,7 +57,7 @@ def read_at(path: str | Path, place: int) -> Any:
 def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # Recursion: a line of brackets only.
         return None
 
 

@@ -14,7 +14,8 @@ def shade(value, side=48):
 
 def coloured(epoch, sample, method, side=48):
     """A picture that no other epoch, sample or method has."""
-    return np.broadcast_to(np.array([12 * epoch, 30 * sample, 90 * method], dtype=np.uint8), (side, side, 3))
+    colour = np.array([12 * epoch % 256, 30 * sample, 90 * method], dtype=np.uint8)
+    return np.broadcast_to(colour, (side, side, 3))
 
 
 def _panel(epoch, sample, name, overall):

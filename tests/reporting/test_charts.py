@@ -3,14 +3,15 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from sess_lightning.reporting.report.charts import Line, Point, curve_frame, line_chart
+from sess_lightning.reporting.report.charts import Line, Point, line_chart
+from sess_lightning.reporting.report.page import macros
 
 TICKS = [(0.0, "0"), (1.0, "4")]
 
 
 def chart(*lines, **options):
     """Return the elements of a chart by tag, each with its class."""
-    figure = ET.fromstring(line_chart("Overall", lines, TICKS, **options))
+    figure = ET.fromstring(macros().line_chart(line_chart("Overall", lines, ticks=TICKS, **options), 0))
     return figure, {tag: [*figure.iter(tag)] for tag in ("polyline", "polygon", "circle", "text", "line")}
 
 
@@ -92,10 +93,23 @@ def test_names_cannot_become_markup():
     figure, _ = chart(Line(nasty, [Point(0.5, 1.0, at=nasty)], "own"), x_name=nasty, note=nasty)
     assert not [*figure.iter("b")]
     assert figure.find("figcaption").text == nasty
-    assert ET.fromstring(curve_frame("Insertion", "insertion")).tag == "figure"
+    assert ET.fromstring(macros().curve_frame("Insertion", "insertion")).tag == "figure"
 
 
 def test_long_trainings_have_lines_without_markers():
     _, found = chart(Line("SESS", [Point(i / 99, 0.5) for i in range(100)], "own"))
     assert len(numbers(found["polyline"][0])) == 100
     assert not found["circle"]
+
+
+def test_a_long_line_is_drawn_by_its_extremes_so_that_no_outlier_is_lost():
+    values = [0.5 + 0.001 * (i % 7) for i in range(3000)]
+    values[1234], values[2345] = 0.9, 0.1
+    points = [Point(i / 2999, y, y - 0.05, y + 0.05) for i, y in enumerate(values)]
+    _, found = chart(Line("SESS", points, "own"), bounds=(0.0, 1.0))
+    drawn, band = (numbers(found[tag][0]) for tag in ("polyline", "polygon"))
+    assert len(band) == 600 <= len(drawn) <= 602
+    assert (drawn[0][0], drawn[-1][0]) == (40, 314)
+    bottom, top = 12 + 0.9 * 200, 12 + 0.1 * 200
+    assert (max(y for _, y in drawn), min(y for _, y in drawn)) == (bottom, top)
+    assert (max(y for _, y in band), min(y for _, y in band)) == (bottom + 10, top - 10)

@@ -2,6 +2,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import tracemalloc
 from html.parser import HTMLParser
 
@@ -10,6 +11,7 @@ import pytest
 from recorded import NASTY, write_runs
 from sess_lightning.reporting.report.page import write_report
 from sess_lightning.reporting.report.records import PICTURE_BYTES, RunRecord, append, read
+from sess_lightning.scores import ENDS, SCORES, build, split
 
 VOID = {"meta", "input", "img", "br", "link"}
 
@@ -104,7 +106,7 @@ def test_names_from_data_sets_stay_text(tmp_path):
     assert NASTY in page.all("h1")[0][1]
     run = page.data["runs"][-1]
     assert run["panel"][0]["label"] == NASTY
-    assert run["tables"][0]["rows"] == [[NASTY]]
+    assert run["tables"][1]["rows"] == [[NASTY]]
     assert page.all("th", scope="row")[-2][1] == NASTY
 
 
@@ -149,19 +151,19 @@ def test_every_run_is_there_with_its_pictures_curves_and_tables(tmp_path, page):
     assert page.all("input", id="run")[0][0] | {"id": "run"} == {
         "type": "range", "id": "run", "min": "0", "max": "3", "value": "3", "step": "1",
     }  # fmt: skip
-    assert runs[2]["figures"]["columns"] == [
-        "figure",
+    assert runs[2]["tables"][0]["columns"] == [
+        "score",
         "SESS",
         "GradCAM",
         "SESS − GradCAM",
         "random (n=2)",
         "SESS − random",
     ]
-    assert runs[0]["figures"]["rows"][0] == [
+    assert runs[0]["tables"][0]["rows"][0] == [
         "Overall (higher)", "0.100 [0.080, 0.120]", "0.050 [0.030, 0.070]", "+0.050 [+0.040, +0.060]",
         "0.000 [−0.020, 0.020]", "+0.100 [+0.090, +0.110]",
     ]  # fmt: skip
-    assert runs[3]["tables"] == [
+    assert runs[3]["tables"][1:] == [
         {"caption": "Classes", "columns": ["class", "trials", "pointing game"],
          "rows": [["cat", "4", "0.750"]]},
         {"caption": "Samples", "columns": ["sample", "overall", "why"],
@@ -231,8 +233,8 @@ def test_the_page_is_replaced_in_one_stroke(tmp_path, monkeypatch):
     write_runs(tmp_path / "records", 2)
     path = write_report(tmp_path / "records", tmp_path / "report.html")
     before = path.read_bytes()
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     write_runs(tmp_path / "records", 3)
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(tmp_path / "records", path)
     assert path.read_bytes() == before
@@ -270,3 +272,82 @@ def test_an_alert_stands_above_the_figures_as_text(tmp_path):
 
 def test_without_an_alert_nothing_is_said(page):
     assert [text for _, text in page.all("div", role="status")] == [""]
+
+
+def calls_for(folder, path, count):
+    """How many Python functions are called to write the page of so many runs."""
+    write_runs(folder, count, samples=1)
+    calls = 0
+
+    def count_it(_frame, event, _arg):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count_it)
+    try:
+        write_report(folder, path, max_bytes=300_000)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_a_page_over_twice_as_many_runs_is_twice_the_work(tmp_path):
+    calls_for(tmp_path / "first", tmp_path / "report.html", 2)
+    some, twice = (calls_for(tmp_path / str(n), tmp_path / f"{n}.html", n) for n in (100, 200))
+    assert twice < 2.5 * some  # Were it quadratic, it would be four times as many.
+
+
+def test_the_page_of_another_training_moves_aside_and_is_linked(tmp_path):
+    write_runs(tmp_path / "records", 2)
+    path = write_report(tmp_path / "records", tmp_path / "report.html")
+    theirs = path.read_bytes()
+    append(tmp_path / "records", RunRecord("b7", 0, 3, settings={"model": "Other"}))
+    write_report(tmp_path / "records", path)
+    assert (tmp_path / "report-a.html").read_bytes() == theirs
+    assert Page(path).all("a") == [({"href": "report-a.html"}, "report-a.html")]
+    assert "Other" in Page(path).all("title")[0][1]
+    write_report(tmp_path / "records", path, run="a")
+    assert Page(path).all("a") == [({"href": "report-b7.html"}, "report-b7.html")]
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["records", "report-b7.html", "report.html"]
+
+
+def test_a_page_of_an_older_version_moves_aside(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("<!doctype html>", "utf-8")
+    write_report(write_runs(tmp_path / "records", 2), path)
+    assert (tmp_path / "report-earlier.html").read_text("utf-8") == "<!doctype html>"
+
+
+def shown(page, record):
+    """Every score that the table of the last run shows: key -> text."""
+    table = page.data["runs"][-1]["tables"][0]
+    labels = {re.sub(r" \((higher|lower)\)$", "", row[0]): row[1:] for row in table["rows"]}
+    methods = [key for key in record.names if key]
+    columns = [("", False), *((method, minus) for method in methods for minus in (False, True))]
+    found = {}
+    for score in SCORES.values():
+        for (method, minus), text in zip(columns, labels.get(score.label, []), strict=False):
+            value, *interval = re.findall(r"[−+]?\d+(?:\.\d+)?", text) or [""]
+            found[build(score.key, method, minus)] = value
+            found |= {build(score.key, method, minus, end): x for end, x in zip(ENDS, interval, strict=False)}
+    return {key: text for key, text in found.items() if text}
+
+
+def test_the_page_shows_every_score_of_every_method_whatever_it_is_called(tmp_path):
+    names = {"": "SESS", "base": "GradCAM", "blur minus": "blur minus", "plus plus": "plus plus"}
+    keys = [
+        build(score, method, minus, end)
+        for score in SCORES
+        for method in names
+        for minus in (False, True)[: 1 + bool(method)]
+        for end in ("", *ENDS)[: 1 if SCORES[score].is_count else 3]
+    ]
+    values = {key: float(i if SCORES[split(key).score].is_count else i / 1000) for i, key in enumerate(keys)}
+    record = RunRecord("a", 0, 1, scalars=values, method="SESS", names=names)
+    append(tmp_path, record)
+    page = Page(write_report(tmp_path, tmp_path / "report.html"))
+    numbers = {key: float(text.replace("−", "-")) for key, text in shown(page, record).items()}
+    assert numbers == {key: pytest.approx(value) for key, value in values.items()}
+    drawn = [text for _, text in page.all("desc")]
+    for name in names.values():
+        assert any(f"{name} epoch 0" in text for text in drawn), name

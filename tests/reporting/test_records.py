@@ -1,4 +1,5 @@
 import io
+import json
 
 import numpy as np
 import pytest
@@ -124,17 +125,64 @@ def test_a_small_smooth_picture_keeps_its_size_and_colours():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_lines_that_are_no_runs_are_skipped(tmp_path):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epoch", "null"), ("epoch", "Infinity"), ("epoch", "1e999"), ("epoch", "[0]"), ("step", "NaN"),
+        ("scalars", "[]"), ("scalars", "null"), ("metrics", "3"), ("curves", '{"": [[0, 1]]}'),
+        ("curves", '{"": [[0, 1], [1]]}'), ("curves", '{"": null}'), ("panel", "[null]"), ("panel", "[{}]"),
+        ("tables", '{"classes": [1]}'), ("tables", "[]"), ("settings", "7"), ("alerts", "7"),
+        ("names", "[1]"),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_run_is_skipped(tmp_path, field, value):
+    append(tmp_path, RunRecord("a", 0, 1, panel=[Sample("t", "", "", [], [1, 1], {})]))
+    line = json.loads((tmp_path / RUNS).read_text())
+    wrong = json.dumps({**line, field: "HERE"}).replace('"HERE"', value)
+    (tmp_path / RUNS).write_text(f"{wrong}\n{json.dumps({**line, 'step': 2})}\n")
+    assert [found.step for found in read(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize("line", ["[]", "null", "7", '"a"', "[" * 100_000, "", "\x00", '{"run": "a"'])
+def test_a_line_that_is_something_else_is_skipped(tmp_path, line):
     append(tmp_path, RunRecord("a", 0, 1))
-    whole = (tmp_path / "runs.jsonl").read_text()
-    wrong = [
-        whole.replace('"epoch": 0', '"epoch": null'),
-        whole.replace('"scalars": {}', '"scalars": []'),
-        "[]\n",
-    ]
-    assert whole not in wrong
-    (tmp_path / "runs.jsonl").write_text("".join([*wrong, whole]))
-    assert read(tmp_path) == [RunRecord("a", 0, 1, panel=[])]
+    with (tmp_path / RUNS).open("a") as file:
+        file.write(f"{line}\n")
+    append(tmp_path, RunRecord("a", 1, 2))
+    assert told(tmp_path) == [("a", 0), ("a", 1)]
+
+
+def test_scores_that_are_no_numbers_are_left_out(tmp_path):
+    append(tmp_path, RunRecord("a", 0, 1))
+    whole = (tmp_path / RUNS).read_text()
+    odd = '"scalars": {"overall": 0.5, "x": {"y": 1}, "z": "w", "i": Infinity, "n": null}'
+    (tmp_path / RUNS).write_text(whole.replace('"scalars": {}', odd))
+    (found,) = read(tmp_path)
+    assert found.scalars == {"overall": 0.5}
+
+
+def test_a_line_of_another_version_is_read_as_far_as_it_is_known(tmp_path):
+    line = {"run": "a", "epoch": 0, "step": 1, "scalars": {"overall": 0.5}, "invented_later": [1, 2]}
+    (tmp_path / RUNS).write_text(f"{json.dumps(line)}\n")
+    assert read(tmp_path) == [RunRecord("a", 0, 1, scalars={"overall": 0.5})]
+
+
+def test_each_of_two_trainings_that_write_at_once_is_complete(tmp_path):
+    for epoch in range(3):
+        for run in ("a", "b"):
+            append(tmp_path, record(epoch, run))
+    for run in ("a", "b"):
+        assert [(found.run, found.epoch) for found in read(tmp_path, run)] == [(run, 0), (run, 1), (run, 2)]
+    assert read(tmp_path, "c") == []
+
+
+def test_a_picture_that_a_full_disk_left_empty_is_written_again(tmp_path):
+    name = keep_picture(tmp_path, NOISE)
+    data = picture(tmp_path, name)
+    for left in (b"", data[:100]):
+        (tmp_path / name).write_bytes(left)
+        assert keep_picture(tmp_path, NOISE) == name
+        assert picture(tmp_path, name) == data
 
 
 def test_pictures_that_are_gone_are_not_carried(tmp_path):

@@ -60,7 +60,7 @@ def test_the_slider_moved_by_keys_shows_each_run(browser, page, folder):
     assert shown["when"] == shown["spoken"] == "epoch 1, step 100 (2 of 4)"
     assert shown["captions"] == ["score of the label: 0.167"] * 2
     assert shown["figures"].startswith("Overall (higher)0.167 [0.147, 0.187]0.117 [0.097, 0.137]+0.050")
-    assert shown["tables"] == ["Figures, 95 % intervals, and which is better", "Classes", "Samples"]
+    assert shown["tables"] == ["Scores, 95 % intervals, and which end is better", "Classes", "Samples"]
     assert shown["pointing"] == "0.250"
     assert shown["areas"] == ["SESS (n=8): area 0.083", "GradCAM (n=8): area 0.083"]
     assert len(shown["marks"]) == 1

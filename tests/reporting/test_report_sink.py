@@ -64,7 +64,7 @@ def test_a_training_leaves_a_page_with_its_figures_the_users_own_and_the_setting
         for name, value in its.callback_metrics.items()
         if not name.startswith("sess/")
     }
-    assert [[*sample.pictures] for sample in last.panel] == [["image", "base", "SESS"]] * 2
+    assert [[*sample.pictures] for sample in last.panel] == [["image", "GradCAM", "SESS"]] * 2
     assert [*last.curves] == ["", "base"]
     assert last.settings["method"] == str(SESS(GradCAM(), num_scales=2))
     assert last.settings["samples"] == 4
@@ -121,3 +121,30 @@ def test_a_page_that_cannot_be_written_costs_a_warning_not_the_run(tmp_path):
     assert "sess/overall" in its.callback_metrics
     assert [path.suffix for path in (folder / "panel").iterdir()] == [".png"]
     assert not (folder / "report.html").exists()
+
+
+def test_two_trainings_in_one_folder_are_both_complete_and_both_pages_can_be_reached(tmp_path):
+    sinks = {run: ReportSink(tmp_path) for run in ("a", "b")}
+    for epoch in range(3):
+        for run, sink in sinks.items():
+            values, settings = {"overall": 0.5}, {"model": run}
+            sink.close(RunReport("sess", epoch, epoch, "SESS", values, settings=settings, run=run))
+    newest, other = ((tmp_path / name).read_text("utf-8") for name in ("report.html", "report-a.html"))
+    for page, run in ((newest, "b"), (other, "a")):
+        assert f"<title>{run}: explanations by SESS</title>" in page
+        assert "3 validation runs" in page
+    assert 'href="report-a.html"' in newest
+
+
+def test_a_resume_from_a_folder_that_cannot_be_read_writes_its_page_and_says_so(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("sess_lightning.reporting.report.sink.carry", refuse)
+    sink = ReportSink(tmp_path, {"folder": "/elsewhere/records"})
+    for epoch in (4, 5):
+        sink.close(RunReport("sess", epoch, epoch, "SESS", {"overall": 0.5}, run="a"))
+    first, last = read(tmp_path / "records")
+    assert "/elsewhere/records, which cannot be read" in first.alerts[0]
+    assert list(last.alerts) == []
+    assert "2 validation runs" in (tmp_path / "report.html").read_text("utf-8")

@@ -1,17 +1,19 @@
-"""Line charts as SVG text: numbers in, markup out. Colours and sizes are the page's style sheet's."""
+"""Line charts: numbers in, places on a canvas out; the page's templates draw them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 40, 86, 12, 38
 """Room for the ticks, the lines' names, half a line of text, and the ticks and name of the x-axis."""
+INNER_WIDTH, INNER_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 MARKED = 60
 """Most points of a line that get markers, which tell their value."""
+DRAWN = 300
+"""Most stretches of a line: there are not many more pixels."""
 NAME = 11
 """Most letters of a line's name beside its end."""
 
@@ -40,71 +42,120 @@ class Line:
     style: str
 
 
+@dataclass(frozen=True)
+class Axes:
+    """A frame with its ticks.
+
+    Attributes:
+        rows: Height, text and class of each horizontal line.
+        columns: Place and text of each tick of the x-axis.
+        x_name: Name of the x-axis.
+    """
+
+    rows: Sequence[tuple[float, str, str]]
+    columns: Sequence[tuple[float, str]]
+    x_name: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A line on the canvas.
+
+    Attributes:
+        style: Its class.
+        points: Of the polyline.
+        band: Of the polygon of its intervals; empty where there are none.
+        stroke: The interval of a single point: x, bottom, top.
+        dots: Place and text of its markers; none of a long line.
+        end: Where its name stands, and what is shown of it.
+    """
+
+    style: str
+    points: str
+    band: str
+    stroke: tuple[float, float, float] | None
+    dots: Sequence[tuple[float, float, str]]
+    end: tuple[float, float, str]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart on the canvas.
+
+    Attributes:
+        title: What the values are.
+        note: What else the reader should know.
+        summary: The first and last values in words.
+        axes: The frame.
+        lines: The first one is drawn last, above the others.
+    """
+
+    title: str
+    note: str
+    summary: str
+    axes: Axes
+    lines: Sequence[Drawn]
+
+
 def line_chart(
     title: str,
     lines: Sequence[Line],
-    ticks: Sequence[tuple[float, str]],
-    *,
-    x_name: str = "epoch",
     bounds: tuple[float, float] | None = None,
     note: str = "",
-    number: int = 0,
-) -> str:
-    """Draw lines over x in [0, 1], each named at its end, with its intervals as a band.
+    *,
+    ticks: Sequence[tuple[float, str]],
+    x_name: str = "epoch",
+) -> Chart:
+    """Place lines over x in [0, 1], each named at its end, with its intervals as a band.
 
     Args:
         title: What the values are.
         lines: At least one, with at least one point.
-        ticks: Of the x-axis.
-        x_name: Name of the x-axis.
         bounds: Of the y-axis; None takes those of the values, and zero.
         note: What else the reader should know.
-        number: Tells this chart from the page's others.
+        ticks: Of the x-axis.
+        x_name: Name of the x-axis.
     """
     values = [v for line in lines for p in line.points for v in (p.y, p.low, p.high) if v is not None]
     rows = _ticks(min(0.0, *values), max(0.0, *values)) if bounds is None else _ticks(*bounds)
     low, high = rows[0], rows[-1]
-    body = [_frame(rows, ticks, low, high, x_name)]
-    body += [_band(line, low, high) for line in reversed(lines)]
-    body += [_line(line, low, high) for line in reversed(lines)]
-    body += _names(lines, low, high)
-    told = "; ".join(f"{line.name} {line.points[0]}, {line.points[-1]}" for line in lines)
-    return (
-        f'<figure class="chart"><h3 id="chart-{number}">{escape(title)}</h3>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-labelledby="chart-{number}" aria-describedby="told-{number}">'
-        f'<desc id="told-{number}">{escape(f"First and last values: {told}.")}</desc>{"".join(body)}'
-        f'<line class="now" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>'
-        f"{f'<figcaption>{escape(note)}</figcaption>' if note else ''}</figure>"
+    ends = _apart([_y(line.points[-1].y, low, high) for line in lines])
+    return Chart(
+        title,
+        note,
+        "; ".join(f"{line.name} {line.points[0]}, {line.points[-1]}".strip() for line in lines),
+        _axes(rows, ticks, x_name),
+        [_drawn(line, low, high, end) for line, end in zip(lines, ends, strict=True)],
     )
 
 
-def curve_frame(title: str, css: str) -> str:
-    """Draw the axes that mean insertion or deletion curves are put into, all of them from 0 to 1."""
+def share_axes() -> Axes:
+    """Return the axes that mean insertion or deletion curves are put into, all of them from 0 to 1."""
     share = [(i / 4, f"{25 * i} %") for i in range(5)]
-    frame = _frame([i / 4 for i in range(5)], share, 0.0, 1.0, "pixels changed, most salient first")
-    return (
-        f'<figure class="chart {css}"><h4>{escape(title)}</h4>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{frame}'
-        f'<svg class="lines" x="{LEFT}" y="{TOP}" width="{_inner_width()}" height="{_inner_height()}" '
-        'viewBox="0 0 1 1" preserveAspectRatio="none"></svg></svg><ul class="legend"></ul></figure>'
+    return _axes([i / 4 for i in range(5)], share, "pixels changed, most salient first")
+
+
+def _axes(rows: Sequence[float], columns: Sequence[tuple[float, str]], x_name: str) -> Axes:
+    step = rows[1] - rows[0]
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    if abs(round(step, digits) - step) > 1e-9:
+        digits += 1  # Steps of 0.25.
+    return Axes(
+        [
+            (_y(row, rows[0], rows[-1]), f"{row + 0.0:.{digits}f}", "zero" if abs(row) < 1e-12 else "grid")
+            for row in rows
+        ],
+        [(_x(x), text) for x, text in columns],
+        x_name,
     )
-
-
-def _inner_width() -> int:
-    return WIDTH - LEFT - RIGHT
-
-
-def _inner_height() -> int:
-    return HEIGHT - TOP - BOTTOM
 
 
 def _x(x: float) -> float:
-    return LEFT + x * _inner_width()
+    return LEFT + x * INNER_WIDTH
 
 
 def _y(y: float, low: float, high: float) -> float:
-    return TOP + (high - y) / (high - low) * _inner_height()
+    return TOP + (high - y) / (high - low) * INNER_HEIGHT
 
 
 def _ticks(low: float, high: float, about: int = 4) -> list[float]:
@@ -116,68 +167,65 @@ def _ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
-def _frame(
-    rows: Sequence[float], columns: Sequence[tuple[float, str]], low: float, high: float, x_name: str
-) -> str:
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    digits = max(0, -math.floor(math.log10(rows[1] - rows[0]) + 1e-9))
-    if abs(round(rows[1] - rows[0], digits) - (rows[1] - rows[0])) > 1e-9:
-        digits += 1  # Steps of 0.25.
-    parts = []
-    for row in rows:
-        y = _y(row, low, high)
-        css = "zero" if abs(row) < 1e-12 else "grid"
-        parts.append(f'<line class="{css}" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{row + 0.0:.{digits}f}</text>')
-    for x, name in columns:
-        parts.append(f'<text x="{_x(x):.1f}" y="{bottom + 16}" text-anchor="middle">{escape(name)}</text>')
-    middle = (LEFT + right) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_name)}</text>')
-    return f'<g class="axes" aria-hidden="true">{"".join(parts)}</g>'
+def _drawn(line: Line, low: float, high: float, end: float) -> Drawn:
+    points = [(_x(p.x), _y(p.y, low, high)) for p in _extremes(line.points)]
+    known = [
+        (_x(p.x), _y(p.low, low, high), _y(p.high, low, high))
+        for p in _widest(line.points)
+        if p.low is not None and p.high is not None
+    ]
+    edge = [(x, top) for x, _, top in known] + [(x, bottom) for x, bottom, _ in reversed(known)]
+    marked = line.points if len(line.points) <= MARKED else []
+    return Drawn(
+        line.style,
+        _pairs(points),
+        _pairs(edge) if len(known) > 1 else "",
+        known[0] if len(known) == 1 else None,
+        [(_x(p.x), _y(p.y, low, high), f"{line.name}, {p}".removeprefix(", ")) for p in marked],
+        (_x(line.points[-1].x) + 8, end, _short(line.name)),
+    )
 
 
-def _band(line: Line, low: float, high: float) -> str:
-    found = [(_x(p.x), _y(p.low, low, high), _y(p.high, low, high))
-             for p in line.points if p.low is not None and p.high is not None]  # fmt: skip
-    if not found:
-        return ""
-    if len(found) == 1:
-        x, bottom, top = found[0]
-        return f'<line class="{line.style} line" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>'
-    edge = [(x, top) for x, _, top in found] + [(x, bottom) for x, bottom, _ in reversed(found)]
-    return f'<polygon class="{line.style} band" points="{_pairs(edge)}"/>'
+def _stretches(points: Sequence[Point]) -> Iterator[Sequence[Point]]:
+    size = max(1, -(-len(points) // DRAWN))
+    return (points[i : i + size] for i in range(0, len(points), size))
 
 
-def _line(line: Line, low: float, high: float) -> str:
-    at = [(_x(p.x), _y(p.y, low, high)) for p in line.points]
-    drawn = f'<polyline class="{line.style} line" points="{_pairs(at)}"/>'
-    if len(at) <= MARKED:
-        drawn += "".join(
-            f'<circle class="{line.style} dot" cx="{x:.1f}" cy="{y:.1f}" r="3">'
-            f"<title>{escape(f'{line.name}, {point}')}</title></circle>"
-            for (x, y), point in zip(at, line.points, strict=True)
-        )
-    return drawn
+def _extremes(points: Sequence[Point]) -> list[Point]:
+    """Return the lowest and the highest point of each stretch: no outlier of a long training is lost."""
+    if len(points) <= DRAWN:
+        return list(points)
+    kept = [points[0]]
+    for part in _stretches(points):
+        ends = {part.index(min(part, key=lambda p: p.y)), part.index(max(part, key=lambda p: p.y))}
+        kept += [part[i] for i in sorted(ends)]
+    return [*kept, points[-1]]
 
 
-def _names(lines: Sequence[Line], low: float, high: float, apart: float = 14) -> list[str]:
-    """Write each line's name beside its end, pushed apart where ends are close."""
-    ends = sorted((_y(line.points[-1].y, low, high), i) for i, line in enumerate(lines))
+def _widest(points: Sequence[Point]) -> list[Point]:
+    """Return a point for each stretch, with an interval that holds all of its intervals."""
+    kept: list[Point] = []
+    for part in _stretches([p for p in points if p.low is not None and p.high is not None]):
+        lows, highs = [p.low for p in part if p.low is not None], [p.high for p in part if p.high is not None]
+        kept.append(Point(part[0].x, part[0].y, min(lows), max(highs)))
+    return kept
+
+
+def _apart(heights: Sequence[float], gap: float = 14.0) -> list[float]:
+    """Return where names stand, pushed apart where lines end close to each other."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
     places: list[float] = []
-    for y, _ in ends:
-        places.append(max(y, places[-1] + apart) if places else y)
-    places[-1] = min(places[-1], HEIGHT - BOTTOM)
+    for i in order:
+        places.append(max(heights[i], places[-1] + gap) if places else heights[i])
+    places[-1] = min(places[-1], float(HEIGHT - BOTTOM))
     for i in range(len(places) - 2, -1, -1):
-        places[i] = min(places[i], places[i + 1] - apart)
-    names = []
-    for y, (_, i) in zip(places, ends, strict=True):
-        line = lines[i]
-        shown = line.name if len(line.name) <= NAME else line.name[: NAME - 1] + "…"
-        names.append(
-            f'<text class="{line.style} name" x="{_x(line.points[-1].x) + 8:.1f}" y="{y + 4:.1f}" '
-            f'aria-hidden="true">{escape(shown)}</text>'
-        )
-    return names
+        places[i] = min(places[i], places[i + 1] - gap)
+    found = dict(zip(order, places, strict=True))
+    return [found[i] + 4 for i in range(len(heights))]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= NAME else name[: NAME - 1] + "…"
 
 
 def _pairs(points: Sequence[tuple[float, float]]) -> str:

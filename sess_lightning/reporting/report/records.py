@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
+from sess_lightning import jsonl
 from sess_lightning.reporting.panels import Panel, Picture
+from sess_lightning.reporting.paths import write_whole
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.sink import plain_tables
 
@@ -25,6 +25,8 @@ SIDE = 256
 """Longest side of a kept picture, px."""
 PICTURE_BYTES = 16_000
 """Most that a kept picture weighs: 8 samples with two maps each over 20 epochs stay below 10 MB as text."""
+DIGITS = 6
+"""Significant digits of what is kept."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Sample:
         label: The label's name.
         boxes: (x0, y0, x1, y1) as shares of width and height.
         size: (height, width) of the picture, px.
-        pictures: Column (``image``, ``base``, ``SESS``) -> name of the JPEG file beside the records.
+        pictures: Column (``image``, then methods) -> name of the JPEG file beside the records.
     """
 
     title: str
@@ -86,54 +88,47 @@ def record_of(folder: str | Path, report: RunReport) -> RunRecord:
     return RunRecord(
         run=report.run, epoch=report.epoch, step=report.step, scalars=report.values, metrics=report.metrics,
         curves={method: curves.tolist() for method, curves in report.curves.items()},
-        panel=[keep_sample(folder, panel) for panel in report.panels],
-        tables=plain_tables(report),
+        panel=[keep_sample(folder, panel) for panel in report.panels], tables=plain_tables(report),
         settings=report.settings, alerts=list(report.alerts), method=report.method, names=report.names,
     )  # fmt: skip
 
 
 def append(folder: str | Path, record: RunRecord) -> None:
     """Add a run to the records in ``folder``."""
-    path = Path(folder) / RUNS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(_plain(asdict(record)), allow_nan=False) + "\n"
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, io.SEEK_END)
-            if file.read() != b"\n":  # The last writer was killed half-way.
-                line = "\n" + line
-        file.write(line.encode())
+    jsonl.append(Path(folder) / RUNS, asdict(record), DIGITS)
 
 
-def read(folder: str | Path) -> list[RunRecord]:
-    """Return the runs of the training that wrote last, in order.
+def read(folder: str | Path, run: str | None = None) -> list[RunRecord]:
+    """Return the runs of a training, in order.
 
     A run supersedes those of its own epoch and step, and after: they come from a branch that was left when
-    the training was resumed from an earlier checkpoint. What a killed process wrote half is skipped.
+    the training was resumed from an earlier checkpoint. Lines that are no runs are skipped.
+
+    Args:
+        folder: Where the records are.
+        run: The training; None is the one that wrote last.
     """
-    return [whole(folder, place) for _, place in outlines(folder)]
+    return [whole(folder, place) for _, place in outlines(folder, run)]
 
 
-def outlines(folder: str | Path) -> list[tuple[RunRecord, int]]:
+def outlines(folder: str | Path, run: str | None = None) -> list[tuple[RunRecord, int]]:
     """Return the runs of ``read`` without curves, panel and tables, and where in the file each begins."""
-    path, found, place = Path(folder) / RUNS, list[tuple[RunRecord, int]](), 0
+    trainings: dict[str, list[tuple[RunRecord, int]]] = {}
     names: dict[str, str] = {}  # All runs share the names of their figures.
-    if path.exists():
-        with path.open("rb") as file:
-            for line in file:
-                if record := _parsed(line, names):
-                    run, when = record.run, (record.epoch, record.step)
-                    found = [(r, at) for r, at in found if r.run == run and (r.epoch, r.step) < when]
-                    found.append((replace(record, curves={}, panel=(), tables={}), place))
-                place += len(line)
-    return found
+    for place, values in jsonl.read(Path(folder) / RUNS):
+        record = _parsed(values, names, outline=True)
+        if record is None or record.run != (run or record.run):
+            continue
+        newest, runs = record.run, trainings.setdefault(record.run, [])
+        while runs and (runs[-1][0].epoch, runs[-1][0].step) >= (record.epoch, record.step):
+            runs.pop()
+        runs.append((record, place))
+    return trainings[run or newest] if trainings else []
 
 
 def whole(folder: str | Path, place: int) -> RunRecord:
     """Return the run that begins at byte ``place`` of the records."""
-    with (Path(folder) / RUNS).open("rb") as file:
-        file.seek(place)
-        record = _parsed(file.readline(), {})
+    record = _parsed(jsonl.read_at(Path(folder) / RUNS, place), {})
     if record is None:
         raise ValueError(f"whole: no run begins at byte {place} of {folder}.")
     return record
@@ -141,13 +136,11 @@ def whole(folder: str | Path, place: int) -> RunRecord:
 
 def carry(source: str | Path, folder: str | Path, run: str) -> None:
     """Copy the records of a resumed training, and the pictures they name, to where it goes on."""
-    for record in read(source):
-        if record.run == run:
-            for name in {name for sample in record.panel for name in sample.pictures.values()}:
-                if data := picture(source, name):
-                    Path(folder).mkdir(parents=True, exist_ok=True)
-                    (Path(folder) / name).write_bytes(data)
-            append(folder, record)
+    for record in read(source, run):
+        for name in {name for sample in record.panel for name in sample.pictures.values()}:
+            if data := picture(source, name):
+                write_whole(Path(folder) / name, [data])
+        append(folder, record)
 
 
 def picture(folder: str | Path, name: str) -> bytes:
@@ -170,7 +163,7 @@ def keep_sample(folder: str | Path, panel: Panel) -> Sample:
         panel.label,
         [[x0 / width, y0 / height, x1 / width, y1 / height] for x0, y0, x1, y1 in panel.boxes],
         [height, width],
-        {name: keep_picture(folder, each) for name, each in {"image": panel.image, **panel.overlays}.items()},
+        {name: keep_picture(folder, part) for name, part in {"image": panel.image, **panel.overlays}.items()},
     )
 
 
@@ -178,9 +171,8 @@ def keep_picture(folder: str | Path, picture: Picture) -> str:
     """Write a picture, once, under a name made of what it holds."""
     data = jpeg(picture)
     path = Path(folder) / f"{hashlib.sha256(data).hexdigest()[:16]}.jpg"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+    if not path.exists() or path.stat().st_size != len(data):  # A full disk leaves empty files.
+        write_whole(path, [data])
     return path.name
 
 
@@ -197,29 +189,60 @@ def jpeg(picture: Picture, side: int = SIDE, limit: int = PICTURE_BYTES) -> byte
         side = side * 3 // 4
 
 
-def _parsed(line: bytes, names: dict[str, str]) -> RunRecord | None:
+def _parsed(values: Any, names: dict[str, str], *, outline: bool = False) -> RunRecord | None:
+    """Return the run that a line holds, as far as this version knows its fields; None if it is no run."""
     try:
-        values = json.loads(line)
-        for name in ("scalars", "metrics"):  # What was not finite is None there.
-            values[name] = {
-                names.setdefault(key, key): value for key, value in values[name].items() if value is not None
-            }
-        values |= {"epoch": int(values["epoch"]), "step": int(values["step"])}
-        return RunRecord(**{**values, "panel": [Sample(**each) for each in values["panel"]]})
-    except (ValueError, TypeError, KeyError, AttributeError):
+        known = {
+            part.name: READERS[part.name](values[part.name])
+            for part in fields(RunRecord)
+            if part.name in values
+        }
+        for name in ("scalars", "metrics"):
+            known[name] = {names.setdefault(key, key): value for key, value in known.get(name, {}).items()}
+        return RunRecord(**known | ({"curves": {}, "panel": (), "tables": {}} if outline else {}))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON can say: floats of 6 digits, None for those that are not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(each) for each in value]
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return str(value)
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers; what was not finite is None in the file."""
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def _curves(values: Mapping[str, Any]) -> dict[str, list[list[float | None]]]:
+    curves: dict[str, list[list[float | None]]] = {}
+    for method, lines in values.items():
+        insertion, deletion = ([None if y is None else float(y) for y in line] for line in lines)
+        if len(insertion) != len(deletion) or len(insertion) < 2:
+            raise ValueError(f"{method}: curves of {len(insertion)} and {len(deletion)} points")
+        curves[method] = [insertion, deletion]
+    return curves
+
+
+def _sample(values: Mapping[str, Any]) -> Sample:
+    height, width = (int(side) for side in values["size"])
+    return Sample(
+        title=str(values["title"]),
+        caption=str(values["caption"]),
+        label=str(values["label"]),
+        boxes=[[float(x) for x in box] for box in values["boxes"] if len(box) == 4],
+        size=[height, width],
+        pictures={str(column): str(name) for column, name in values["pictures"].items()},
+    )
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in values.items()}
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "run": str, "epoch": int, "step": int, "scalars": _finite, "metrics": _finite, "curves": _curves,
+    "panel": lambda samples: [_sample(sample) for sample in samples],
+    "tables": lambda tables: {name: [dict(row) for row in rows] for name, rows in tables.items()},
+    "settings": dict, "alerts": lambda texts: [str(text) for text in texts], "method": str, "names": _texts,
+}  # fmt: skip
+"""How each field of a run is read from a line that anybody may have written."""

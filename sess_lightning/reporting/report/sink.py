@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from sess_lightning.reporting.report.page import write_report
@@ -34,9 +35,18 @@ class ReportSink(Sink):
     def close(self, report: RunReport) -> None:
         """Append the run to the records, and write the page."""
         records = (self._folder / "records").absolute()
-        source = self._training.get("folder")
+        source, self._training["folder"] = self._training.get("folder"), str(records)
         if source and Path(source) != records:
-            carry(source, records, report.run)
-        self._training["folder"] = str(records)
+            report = _carried(source, records, report)
         append(records, record_of(records, report))
-        write_report(records, self.name)
+        write_report(records, self.name, run=report.run)
+
+
+def _carried(source: str, records: Path, report: RunReport) -> RunReport:
+    """Bring along what a resumed training wrote elsewhere; the page says so if that cannot be read."""
+    try:
+        carry(source, records, report.run)
+    except OSError as error:
+        lost = f"The runs before this one are missing: they are in {source}, which cannot be read ({error})."
+        return replace(report, alerts=[*report.alerts, lost])
+    return report

@@ -73,7 +73,7 @@ function show() {
   document.querySelector(".samples").replaceChildren(...run.panel.map((sample) => card(sample, run.when)));
   curves(document.querySelector(".chart.insertion"), 0, run.curves);
   curves(document.querySelector(".chart.deletion"), 1, run.curves);
-  document.getElementById("tables").replaceChildren(...[run.figures, ...run.tables].map(table));
+  document.getElementById("tables").replaceChildren(...run.tables.map(table));
   document.getElementById("counts").textContent = run.counts && `Samples: ${run.counts}.`;
   const x = plot.left + run.at * plot.width;
   for (const line of document.querySelectorAll("line.now")) {
