@@ -46,6 +46,7 @@ test-lowest:  ## The suite, without examples, on the lowest versions that pyproj
 	$(LOWEST)/bin/python -m pip install $(QUIET) uv
 	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python --extra dev pyproject.toml --output-file $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install $(QUIET) -r $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install $(QUIET) --no-deps -e .
 	$(LOWEST)/bin/python $(CORE)
 
 test-middle:  ## The same with another torch: make test-middle TORCH=2.11.0 TORCHVISION=0.26.0

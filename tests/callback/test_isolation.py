@@ -89,6 +89,8 @@ class Accumulating(Classifier):
 
 
 def compiled():
+    if torch.__version__ < "2.7":
+        pytest.skip("torch 2.6 fails to compile Lightning's log, with and without the callback")
     return torch.compile(Classifier(), backend="eager")
 
 
