@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sess_lightning.metrics.functional import Ties, curve_auc, deletion_curve, insertion_curve
-from sess_lightning.metrics.per_sample import PerSample
+from sess_lightning.metrics.per_sample import PerSample, keep_apart
 from sess_lightning.types import Activation
 
 
@@ -31,8 +31,8 @@ class _Faithfulness(PerSample):
     ) -> None:
         super().__init__(**kwargs)
         self.steps, self.ties, self.activation, self.batch_size = steps, ties, activation, batch_size
-        # The state is named after the metric: a MetricCollection merges metrics whose states coincide.
         self.add_rows(self._state, steps + 1)
+        keep_apart(self, self._state, ties, activation)
 
     def update(
         self,

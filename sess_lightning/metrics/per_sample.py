@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha1
 from typing import Any
 
 import numpy as np
@@ -98,3 +99,13 @@ class PerSample(Metric):
             for name in self._defaults
             for state in (getattr(self, name),)
         }
+
+
+def keep_apart(metric: Metric, *options: Any) -> None:
+    """Give a metric a state that is named after the options by which it updates.
+
+    A MetricCollection updates only one of several metrics of one class whose states are the same after the
+    first batch, whatever their options.
+    """
+    name = sha1(repr(options).encode(), usedforsecurity=False).hexdigest()[:12]
+    metric.add_state(f"options_{name}", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")

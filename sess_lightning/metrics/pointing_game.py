@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from sess_lightning.metrics.functional import class_mean, pointing_hits
+from sess_lightning.metrics.per_sample import keep_apart
 from sess_lightning.ops import size_of
 from sess_lightning.regions import Regions, has_region, read_regions
 
@@ -50,6 +51,7 @@ class PointingGame(Metric):
         for name in ("hits", "misses"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("skipped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        keep_apart(self, tolerance)
 
     def update(
         self,

@@ -20,7 +20,7 @@ from sess_lightning.metrics.functional import (
     relevance_mass,
     tied_share,
 )
-from sess_lightning.metrics.per_sample import PerSample
+from sess_lightning.metrics.per_sample import PerSample, keep_apart
 from sess_lightning.metrics.summary import (
     NO_TRIAL,
     Rows,
@@ -145,7 +145,9 @@ class SESSMetric(PerSample):
         self.latest: dict[str, Assessment] = {}
         self._zero: tuple[Any, Tensor] | None = None
         self.grid = grid
+        self._passed = 0
         self._add_states(len(self.methods))
+        keep_apart(self, self.methods, self.limits, tolerance)
 
     def _add_states(self, methods: int) -> None:
         self.add_rows("ends", 3)
@@ -215,7 +217,7 @@ class SESSMetric(PerSample):
     def _numbers(self, numbers: Sequence[int] | None, count: int, shared: bool) -> Sequence[int]:
         """Return the number of each sample's image."""
         if numbers is None:
-            done = sum(map(len, self.targets))
+            done = self._passed + sum(map(len, self.targets))
             return range(done, done + count)
         return [numbers[0]] * count if shared else numbers
 
@@ -306,6 +308,16 @@ class SESSMetric(PerSample):
             hit = pointing_hits(maps, scene.regions, self.tolerance, scene.size)
             hits = torch.where(has_region(scene.regions, maps.device), hit.to(hits), hits)
         return Assessment(maps, curves[0], curves[1], hits, _masses(maps, scene))
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Update, and return what ``compute`` gives for this batch alone; its samples are numbered on."""
+        # Torchmetrics sets the rows of earlier batches aside while it scores this one.
+        self._passed = sum(map(len, self.targets))
+        try:
+            values: dict[str, float] = super().forward(*args, **kwargs)
+        finally:
+            self._passed = 0
+        return values
 
     @property
     def update_called(self) -> bool:

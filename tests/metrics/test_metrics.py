@@ -76,20 +76,43 @@ def test_before_the_first_update_the_metric_is_nan(metric_class):
         assert metric.compute().isnan().item()
 
 
-@pytest.mark.parametrize("grouping", [True, False])
-def test_a_collection_keeps_insertion_and_deletion_apart(grouping, model, images, maps):
-    alone = {"Insertion": Insertion(), "Deletion": Deletion()}
-    together = MetricCollection([Insertion(), Deletion()], compute_groups=grouping)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Insertion(), Deletion()),
+        (Insertion(steps=4), Insertion(steps=4, ties="random")),
+        (Deletion(), Deletion(activation="sigmoid")),
+    ],
+    ids=["kind", "ties", "activation"],
+)
+@pytest.mark.parametrize("forward", [False, True], ids=["update", "forward"])
+def test_a_collection_keeps_faithfulness_metrics_apart(one, other, forward, model, images, maps):
+    together = MetricCollection({"one": one.clone(), "other": other.clone()})
     for part in (slice(0, 2), slice(2, 5)):
         given = model, images[part], maps[part], TARGETS[part]
-        together.update(*given)
+        (together if forward else together.update)(*given)
+    alone = {"one": one.clone(), "other": other.clone()}
+    for metric in alone.values():
+        metric.update(model, images, maps, TARGETS[:5])
+    torch.testing.assert_close(together.compute(), {name: metric.compute() for name, metric in alone.items()})
+
+
+@pytest.mark.parametrize("forward", [False, True], ids=["update", "forward"])
+def test_a_collection_keeps_pointing_games_of_other_tolerance_apart(forward):
+    def make():
+        return {"tight": PointingGame(4, tolerance=1.0), "wide": PointingGame(4, tolerance=15.0)}
+
+    together, alone = MetricCollection(make()), make()
+    for x in (2, 12):  # Inside the box first, then 8 px beside it.
+        maps = torch.zeros(1, 32, 32)
+        maps[0, 2, x] = 1
+        batch = maps, [torch.tensor([[0.0, 0, 4, 4]])], TARGETS[:1]
+        (together if forward else together.update)(*batch)
         for metric in alone.values():
-            metric.update(*given)
-    found = together.compute()
-    assert {name: value.item() for name, value in found.items()} == {
-        name: metric.compute().item() for name, metric in alone.items()
-    }
-    assert found["Insertion"] != found["Deletion"]
+            metric.update(*batch)
+    assert together.compute() == {name: metric.compute() for name, metric in alone.items()}
+    assert together["tight"].compute() == 0.5
+    assert together["wide"].compute() == 1
 
 
 def pointing_batches():

@@ -1,5 +1,6 @@
 import pickle
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -519,18 +520,15 @@ def test_before_the_first_update_there_is_nothing_to_tell():
     assert metric.compute() == {}
 
 
-def test_forward_tells_of_the_batch_and_accumulates(model, images, boxes):
-    metric, whole = SESSMetric(TWO_SCALES), SESSMetric(TWO_SCALES)
-    for part in (slice(0, 2), slice(2, 6)):
-        alone = SESSMetric(TWO_SCALES)
-        told = metric(model, images[part], TARGETS[part], boxes[part])
-        assert told == run(alone, model, images, boxes, (part,))
-    # Each forward numbers its samples anew, so that they are resampled in another order.
-    got, expected = (
-        {name: value for name, value in values.items() if "_ci_" not in name}
-        for values in (metric.compute(), run(whole, model, images, boxes))
-    )
-    assert got == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("limits", [None, {"base": 3}], ids=["", "limited"])
+def test_forward_tells_of_the_batch_and_accumulates(limits, model, images, boxes):
+    make = partial(SESSMetric, TWO_SCALES, limits=limits)
+    metric, whole, parts = make(), make(), (slice(0, 2), slice(2, 6))
+    for part in parts:
+        alone = make()
+        alone.update(model, images[part], TARGETS[part], boxes[part], numbers=range(6)[part])
+        assert metric(model, images[part], TARGETS[part], boxes[part]) == alone.compute()
+    assert metric.compute() == run(whole, model, images, boxes, parts)
 
 
 def test_clone_pickle_and_reset(model, images, boxes):
@@ -562,15 +560,31 @@ def test_updates_under_inference_mode_are_the_same(model, images, boxes):
     assert metric.compute() == expected
 
 
-@pytest.mark.parametrize("grouping", [True, False])
-def test_a_collection_keeps_two_of_them_apart(grouping, model, images):
-    one, other = SESSMetric(Channel(0)), SESSMetric(Channel(1))
-    collection = MetricCollection({"red": one.clone(), "green": other.clone()}, compute_groups=grouping)
-    for part in (slice(0, 2), slice(2, 6)):
-        collection.update(model, images[part], TARGETS[part])
-    found = collection.compute()
-    assert found["red_insertion"] == run(one, model, images)["insertion"]
-    assert found["green_insertion"] == run(other, model, images)["insertion"]
+APART = {
+    "method": ({"method": Channel(0)}, {"method": Channel(1)}),
+    "tolerance": ({"tolerance": 1.0}, {"tolerance": 40.0}),
+    "limits": ({"compare": {"one": Channel(1)}, "limits": {"one": 2}}, {"compare": {"one": Channel(1)}}),
+}
+
+
+@pytest.mark.parametrize("forward", [False, True], ids=["update", "forward"])
+@pytest.mark.parametrize("option", APART)
+def test_a_collection_keeps_two_of_them_apart(option, forward, model, images, boxes):
+    make = {
+        name: partial(SESSMetric, **{"method": Channel(0), **options})
+        for name, options in zip(("a", "b"), APART[option], strict=True)
+    }
+    collection, parts = (
+        MetricCollection({name: made() for name, made in make.items()}),
+        (slice(0, 1), slice(1, 6)),
+    )
+    for part in parts:
+        (collection if forward else collection.update)(model, images[part], TARGETS[part], boxes[part])
+    alone = {name: run(made(), model, images, boxes, parts) for name, made in make.items()}
+    assert alone["a"] != alone["b"]
+    assert collection.compute() == {
+        f"{name}_{figure}": value for name, values in alone.items() for figure, value in values.items()
+    }
 
 
 def test_two_processes_states_merge_into_that_of_one(model, images, boxes):
