@@ -27,7 +27,7 @@ import torchvision
 from torch import Tensor, nn
 
 from finetune_imagenet import mobilenet_v2
-from sess_lightning.batching import OFF_GPU
+from sess_lightning.batching import ON_CPU
 from sess_lightning.engine.windows import chunked, windows
 from sess_lightning.evaluation.datasets import PictureFolder, Sample, read_picture
 from sess_lightning.introspection.folding import folded
@@ -74,7 +74,7 @@ def measure(model: nn.Module, sample: Sample, num_scales: int) -> Iterator[dict[
     method = SESS(GradCAM(), num_scales=num_scales)
     plan = method.plan(model, (image.shape[2], image.shape[3]))
     with explaining(model), torch.no_grad():
-        parts = list(chunked(windows(image, plan), OFF_GPU))
+        parts = list(chunked(windows(image, plan), ON_CPU))
     floor = clocked(lambda: bare(model, parts))[1]
     ends = {}
     for ratio in RATIOS:

@@ -46,7 +46,8 @@ def layers(model: nn.Module, method: SESS, images: Tensor, target: int) -> list[
     with explaining(model):
         parts = chunked(windows(images, plan, method.antialias), 8)
         extracted = [method.base.extract(model, part, targets[: len(part)]) for part in parts]
-    maps, logs = (torch.cat(each) for each in zip(*extracted, strict=True))
+    maps = torch.cat([part.maps for part in extracted])
+    logs = torch.cat([part.log_scores for part in extracted])
     weights = channel_weights(logs)
     rows, columns = canvas_strips(plan, size_of(maps), images.device)
     where = [(scale, box) for scale, boxes in zip(plan.scales, plan.boxes, strict=True) for box in boxes]

@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sess_lightning.ops import is_out_of_memory
 from sess_lightning.types import SESSWarning
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-OFF_GPU = 8
-"""Batch where memory is not asked for. Larger ones are slower on a CPU: what they write leaves its caches."""
+ON_CPU = 8
+"""Batch where memory cannot be asked for. Larger are slower on a CPU: what they write leaves its caches."""
 MOST = 128
 BYTES_PER_BYTE = 64
 """What a forward without gradients holds at its peak, in times its images: VGG-16 about 45, ResNet-50 25."""
@@ -27,13 +28,28 @@ def batch_limit(given: int | None, images: Float[Tensor, "B C H W"]) -> int:
     """Return how many images like these may pass at once: ``given``, or by half the memory that is free."""
     if given is not None:
         return given
-    if images.device.type != "cuda":
-        return OFF_GPU
-    device = images.device
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = _free_bytes(images.device)
+    if free is None:
+        return ON_CPU
     each = BYTES_PER_BYTE * images[0].numel() * images.element_size()
     return max(1, min(MOST, free // 2 // each))
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Return what an accelerator's memory has room for, its cache included; None where that is not known."""
+    # Without an accelerator, torch 2.6 raises on everything but `is_available`.
+    if device.type in ("cpu", "meta") or not torch.accelerator.is_available():
+        return None
+    backend = torch.get_device_module(device)
+    if device.type == "mps":
+        return int(backend.recommended_max_memory() - backend.current_allocated_memory())
+    if not hasattr(backend, "mem_get_info"):
+        return None
+    try:
+        free = backend.mem_get_info(device)[0]
+    except RuntimeError:  # Some Intel GPUs do not say.
+        return None
+    return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))
 
 
 def in_batches(
@@ -58,7 +74,7 @@ def in_batches(
             try:
                 result = run(part, slice(place, place + len(part)))
             except RuntimeError as error:
-                if len(part) == 1 or not _is_out_of_memory(error):
+                if len(part) == 1 or not is_out_of_memory(error):
                     raise
                 size, said = len(part) // 2, str(error).partition("\n")[0]
             else:
@@ -73,13 +89,6 @@ def in_batches(
                     SESSWarning,
                     stacklevel=2,
                 )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    told = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in told for words in ("not enough memory", "can't allocate memory")
-    )
 
 
 def stacked(items: Sequence[Tensor]) -> Tensor:

@@ -69,6 +69,14 @@ def wait_for(device: torch.device | str) -> None:
         torch.accelerator.synchronize(device)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell by the type, or by what backends say: MPS, XPU, cuBLAS, cuDNN, the CPU's allocator."""
+    words = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        word in str(error).lower() for word in words
+    )
+
+
 def size_of(images: Tensor) -> tuple[int, int]:
     """Return (height, width)."""
     return images.shape[-2], images.shape[-1]

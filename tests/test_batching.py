@@ -1,13 +1,17 @@
-from collections import deque
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 from torch import nn
 
-from sess_lightning.batching import OFF_GPU, batch_limit, by_image, in_batches, stacked
+from sess_lightning.batching import ON_CPU, batch_limit, by_image, in_batches, stacked
 from sess_lightning.methods import SESS, GradCAM, GroupCAM, GuidedBackprop
 from sess_lightning.metrics.functional import deletion_curve
 from sess_lightning.types import SESSWarning
+
+SIZES = WeakKeyDictionary()
+"""What each model saw: whatever it held itself would be given back as it was."""
 
 
 class Small(nn.Module):
@@ -17,7 +21,11 @@ class Small(nn.Module):
         super().__init__()
         self.model, self.most = model, most
         self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        self.sizes = deque()  # A list would be given back as it was.
+        SIZES[self] = []
+
+    @property
+    def sizes(self):
+        return SIZES[self]
 
     def forward(self, images):
         self.sizes.append(len(images))
@@ -59,7 +67,7 @@ def test_another_error_is_no_reason_to_halve(tiny, images, targets):
     broken = Small(tiny, 0, RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         deletion_curve(broken, images, images[:, 0], targets, batch_size=4)
-    assert list(broken.sizes) == [4]
+    assert broken.sizes == [4]
 
 
 def test_after_halving_the_rest_of_the_batch_comes_first_and_nothing_twice():
@@ -89,21 +97,75 @@ def test_images_are_stacked_with_their_channels_last_and_maps_as_they_are():
     assert stacked(list(images[:, 0])).equal(images[:, 0])
 
 
-def test_a_batch_is_what_was_asked_for_else_a_constant_without_a_gpu():
+TEXTS = [
+    "MPS backend out of memory (MPS allocated: 1.2 GB, other allocations: 3 MB, max allowed: 2 GB).",
+    "XPU out of memory. Tried to allocate 2.00 GiB.",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+    "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_batch_is_halved_whatever_a_backend_calls_it(text, tiny, images):
+    small = Small(tiny, 3, RuntimeError(text))
+    with pytest.warns(SESSWarning, match="Out of memory with 8 images at once"):
+        deletion_curve(small, images, images[:, 0], torch.tensor([0, 1]), steps=3, batch_size=8)
+    assert small.sizes[:3] == [8, 4, 2]
+
+
+def test_a_batch_is_what_was_asked_for_else_a_constant_on_a_cpu():
     images = torch.rand(2, 3, 8, 8)
-    assert (batch_limit(5, images), batch_limit(None, images)) == (5, OFF_GPU)
+    assert (batch_limit(5, images), batch_limit(None, images)) == (5, ON_CPU)
 
 
-def test_on_a_gpu_half_of_the_free_memory_is_counted_on(monkeypatch):
-    class Image:
-        """What ``batch_limit`` reads of a tensor on a GPU."""
+class Image:
+    """What ``batch_limit`` reads of a tensor on an accelerator."""
 
-        device = torch.device("cuda", 0)
-        __getitem__ = lambda self, _: torch.rand(3, 224, 224)  # noqa: E731
-        element_size = lambda self: 4  # noqa: E731
+    def __init__(self, kind):
+        self.device = torch.device(kind, 0)
 
-    each = 64 * 3 * 224 * 224 * 4
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (19 * each, 40 * each))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * each)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * each)
-    assert batch_limit.__wrapped__(None, Image()) == 10
+    def __getitem__(self, _):
+        return torch.rand(3, 224, 224)
+
+    def element_size(self):
+        return 4
+
+
+EACH = 64 * 3 * 224 * 224 * 4
+
+
+def unknown(_):
+    raise RuntimeError("The device doesn't support querying the available free memory.")
+
+
+BACKENDS = {
+    "cuda": (
+        {
+            "mem_get_info": lambda _: (19 * EACH, 40 * EACH),
+            "memory_reserved": lambda _: 3 * EACH,
+            "memory_allocated": lambda _: 2 * EACH,
+        },
+        10,
+    ),
+    "xpu": ({"mem_get_info": unknown}, ON_CPU),
+    "mps": (
+        {"recommended_max_memory": lambda: 13 * EACH, "current_allocated_memory": lambda: 3 * EACH},
+        5,
+    ),
+    "hpu": ({}, ON_CPU),
+}
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_on_an_accelerator_half_of_the_free_memory_is_counted_on(kind, monkeypatch):
+    functions, expected = BACKENDS[kind]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(**functions))
+    assert batch_limit.__wrapped__(None, Image(kind)) == expected
+
+
+def test_no_memory_is_asked_for_where_torch_sees_no_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert batch_limit.__wrapped__(None, Image("cuda")) == ON_CPU

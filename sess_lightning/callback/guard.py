@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 import signal
 import time
 import traceback
@@ -15,12 +14,12 @@ from inspect import isfunction, ismethod
 from types import CodeType
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from sess_lightning.introspection.lending import keep_rng
+from sess_lightning.ops import is_out_of_memory
 from sess_lightning.types import SESSWarning
 
 PATIENCE = 3
@@ -110,7 +109,7 @@ class RunGuard:
 
 
 def _remedy(error: Exception) -> str:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _NO_MEMORY.search(str(error)):
+    if is_out_of_memory(error):
         return "Smaller validation batches, fewer scales or a smaller num_samples need less memory."
     if isinstance(error, (ConnectionError, TimeoutError)):
         return "Check that the logger's server can be reached."
@@ -121,7 +120,6 @@ def _remedy(error: Exception) -> str:
     return 'SESSCallback(on_error="raise") shows where it happened.'
 
 
-_NO_MEMORY = re.compile("out of memory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from sess_lightning.introspection.copies import Copies, note_memory, take_gradients, watch
+from sess_lightning.ops import is_out_of_memory
 
 
 class State:
@@ -65,7 +66,9 @@ class State:
         parameters = self._parameters if parameters is None else parameters
         try:
             copies = Copies(self._tensors + parameters)
-        except torch.OutOfMemoryError:  # Hardly a forward writes to its parameters.
+        except RuntimeError as error:  # Hardly a forward writes to its parameters.
+            if not is_out_of_memory(error):
+                raise
             copies = Copies(self._tensors)
         self._undo.callback(copies.put_back)
         self._undo.callback(note_memory(self._tensors + self._parameters))

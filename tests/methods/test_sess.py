@@ -244,7 +244,7 @@ def test_coarse_to_fine_descends_where_the_coarser_maps_lie(ratio, size, tiny, t
     plan = method.plan(tiny, size)
     every = torch.stack(list(windows(image, plan)))
     with explaining(tiny):
-        maps, logs = GradCAM("features.5").extract(tiny, every, target.expand(len(plan)))
+        maps, logs, _ = GradCAM("features.5").extract(tiny, every, target.expand(len(plan)))
     scored, coarse = {224: (9, 5), 300: (13, 6)}[size[1]]  # Of 13 and 18 windows.
 
     def fused(which):
@@ -342,7 +342,7 @@ def test_methods_print_compare_hash_and_pickle():
         (
             {"fusion": "sum"},
             ValueError,
-            r"fusion must be one of \('mean', 'max', 'average'\), got 'sum'",
+            r"fusion must be one of \('mean', 'max', 'average', 'coverage'\), got 'sum'",
         ),
         (
             {"theta": 1.0},
