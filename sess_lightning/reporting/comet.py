@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sess_lightning.reporting.run import RunReport
-from sess_lightning.reporting.sink import LoggerSink, columns_of, pictures, plain_tables
+from sess_lightning.reporting.sink import LoggerSink, columns_of, logged_tables, pictures
 
 
 class CometSink(LoggerSink):
@@ -13,7 +13,7 @@ class CometSink(LoggerSink):
 
     def write(self, report: RunReport) -> None:
         """Log tables and pictures."""
-        for name, rows in plain_tables(report).items():
+        for name, rows in logged_tables(report).items():
             columns = columns_of(rows)
             cells = [[row.get(column) for column in columns] for row in rows]
             path = f"{self.key(report, name)}/{report.stem}.csv"

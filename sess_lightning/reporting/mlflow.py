@@ -5,7 +5,7 @@ from __future__ import annotations
 from sess_lightning.reporting.files import table
 from sess_lightning.reporting.paths import safe_name
 from sess_lightning.reporting.run import RunReport
-from sess_lightning.reporting.sink import LoggerSink, pictures, plain_tables
+from sess_lightning.reporting.sink import LoggerSink, logged_tables, pictures
 
 
 class MLflowSink(LoggerSink):
@@ -16,7 +16,7 @@ class MLflowSink(LoggerSink):
     def write(self, report: RunReport) -> None:
         """Log tables and pictures."""
         run = self._logger.run_id
-        for name, rows in plain_tables(report).items():
+        for name, rows in logged_tables(report).items():
             self.experiment.log_text(run, table(rows), f"{self.key(report, name)}/{report.stem}.csv")
         for name, picture in pictures(report):
             self.experiment.log_image(run, picture, key=self.key(report, name), step=report.step)

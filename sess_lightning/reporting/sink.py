@@ -10,6 +10,9 @@ import numpy as np
 
 from sess_lightning.reporting.panels import Picture, curve_figure, sheet
 from sess_lightning.reporting.run import RunReport
+from sess_lightning.scores import ENDS, Key, split
+
+SCORE_COLUMNS = ("value", *ENDS, "difference", *(f"difference_{end}" for end in ENDS))
 
 
 class Sink(ABC):
@@ -70,6 +73,26 @@ def pictures(report: RunReport) -> Iterator[tuple[str, Picture]]:
 def plain_tables(report: RunReport) -> dict[str, list[dict[str, Any]]]:
     """Return the tables that have rows, without pictures."""
     return {name: [*map(plain_row, rows)] for name, rows in report.tables.items() if rows}
+
+
+def logged_tables(report: RunReport) -> dict[str, list[dict[str, Any]]]:
+    """Return the tables that a logger gets: before the others, every score of every method."""
+    return {"scores": score_rows(report), **plain_tables(report)}
+
+
+def score_rows(report: RunReport) -> list[dict[str, Any]]:
+    """Return a row per score and method, with its interval and the paired difference to the explained one.
+
+    Loggers draw charts of the main scores only, or nobody would find them.
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, value in report.values.items():
+        key = split(name) or Key(name)
+        row = rows.setdefault((key.score, key.method), {
+            "score": key.score, "method": report.label(key.method), **dict.fromkeys(SCORE_COLUMNS),
+        })  # fmt: skip
+        row["_".join(filter(None, ("difference" if key.minus else "", key.end))) or "value"] = value
+    return list(rows.values())
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sess_lightning.reporting.run import RunReport
-from sess_lightning.reporting.sink import LoggerSink, cell, columns_of, pictures, plain_tables
+from sess_lightning.reporting.sink import LoggerSink, cell, columns_of, logged_tables, pictures
 
 
 class TensorBoardSink(LoggerSink):
@@ -16,7 +16,7 @@ class TensorBoardSink(LoggerSink):
 
     def write(self, report: RunReport) -> None:
         """Add pictures and tables."""
-        for name, rows in plain_tables(report).items():
+        for name, rows in logged_tables(report).items():
             self.experiment.add_text(self.key(report, name), markdown(rows), report.step)
         for name, picture in pictures(report):
             self.experiment.add_image(self.key(report, name), picture, report.step, dataformats="HWC")

@@ -9,18 +9,18 @@ import numpy as np
 
 from sess_lightning.reporting.panels import Panel, curve_figure
 from sess_lightning.reporting.run import RunReport
-from sess_lightning.reporting.sink import LoggerSink, cell, plain_row
-
-BEST = {
-    "insertion": "max", "overall": "max", "pointing_game": "max", "relevance_mass": "max", "deletion": "min",
-}  # fmt: skip
-"""Which end of a figure is the good one, by the last part of its name."""
+from sess_lightning.reporting.sink import LoggerSink, cell, plain_row, score_rows
+from sess_lightning.scores import SCORES, split
 
 
 class WandbSink(LoggerSink):
     """Weights & Biases: one media key whose step slider replays the training, and a chart of the curves."""
 
     name = "W&B"
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logger)
+        self._defined: set[str] = set()
 
     def write(self, report: RunReport) -> None:
         """Add all to W&B's open row, which Lightning's own row of this validation run completes."""
@@ -37,20 +37,24 @@ class WandbSink(LoggerSink):
 
     def _define(self, report: RunReport) -> None:
         """Have W&B's summary keep the best and the last value of the scores that Lightning logs."""
-        for name in report.values:
-            best = BEST.get(name.rsplit("/", 1)[-1])
-            if best is not None and not name.startswith("minus_"):
-                self.experiment.define_metric(
-                    self.key(report, name), step_metric="trainer/global_step",
-                    step_sync=True, summary=f"{best},last",
-                )  # fmt: skip
+        for name in report.values.keys() - self._defined:
+            known = split(name)
+            if known is None or known.minus or known.end or not SCORES[known.score].better:
+                continue
+            best = {"higher": "max", "lower": "min"}[SCORES[known.score].better]
+            self.experiment.define_metric(
+                self.key(report, name), step_metric="trainer/global_step", step_sync=True,
+                summary=f"{best},last",
+            )  # fmt: skip
+            self._defined.add(name)
 
 
 def _parts(report: RunReport) -> list[dict[str, Any]]:
     """Return what is logged, by name."""
     import wandb
 
-    parts: list[dict[str, Any]] = [_table(name, rows) for name, rows in report.tables.items() if rows]
+    tables = {"scores": score_rows(report), **report.tables}
+    parts: list[dict[str, Any]] = [_table(name, rows) for name, rows in tables.items() if rows]
     if report.panels:
         parts.append({"panel": [_strip(panel) for panel in report.panels]})
     if report.curves:

@@ -4,8 +4,8 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import pytest
 from PIL import Image
-from test_sinks import CURVES
 
+from reports import CURVES
 from sess_lightning.reporting import paths
 from sess_lightning.reporting.files import FileSink, append_rows, table
 from sess_lightning.reporting.paths import inside, write_whole

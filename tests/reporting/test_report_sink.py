@@ -1,5 +1,8 @@
+import csv
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
@@ -148,3 +151,62 @@ def test_a_resume_from_a_folder_that_cannot_be_read_writes_its_page_and_says_so(
     assert "/elsewhere/records, which cannot be read" in first.alerts[0]
     assert list(last.alerts) == []
     assert "2 validation runs" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def epochs_in(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return sorted({(row["run"], int(row["epoch"])) for row in csv.DictReader(file)})
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
+@pytest.mark.parametrize("make", [lambda folder: False, lambda folder: CSVLogger(folder, "csv", version=0)])
+def test_an_epoch_explained_again_after_a_resume_is_in_the_files_once(tmp_path, make):
+    def part(epochs, path=None):
+        kept = ModelCheckpoint(tmp_path / "kept", save_top_k=-1)
+        its = fit(tmp_path, quick(), kept, logger=make(tmp_path), max_epochs=epochs, ckpt_path=path)
+        return its.checkpoint_callback
+
+    first = part(2)
+    (after_first,) = [path for path in (tmp_path / "kept").iterdir() if path.name.startswith("epoch=0")]
+    assert first.best_model_path != str(after_first)
+    part(3, after_first)
+    folder = tmp_path / "csv" / "version_0" / "sess" if make(tmp_path) else tmp_path / "sess"
+    (run,) = {record.run for record in read(folder / "records")}
+    for name in ("scalars", "curves", "samples"):
+        path = folder / f"{name}.csv"
+        assert epochs_in(path) == [(run, 0), (run, 1), (run, 2)]
+        lines = path.read_text("utf-8").splitlines()
+        assert len(lines) == len(set(lines))
+    assert epochs(folder) == [0, 1, 2]
+    assert len(list((folder / "panel").iterdir())) == 3
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_training_stopped_within_its_first_epoch_keeps_its_name(tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    fit(tmp_path, quick(), Stop(), logger=False, max_epochs=1)
+    (first,) = read(tmp_path / "sess" / "records")
+    fit(tmp_path, quick(), logger=False, max_epochs=2, ckpt_path=tmp_path / "stopped.ckpt")
+    assert [(record.run, record.epoch) for record in read(tmp_path / "sess" / "records")] == [
+        (first.run, 0), (first.run, 1),
+    ]  # fmt: skip
+
+
+def test_two_trainings_in_one_folder_one_after_the_other_are_both_complete(tmp_path):
+    for count in (2, 1):
+        fit(tmp_path, quick(), logger=False, max_epochs=count)
+    folder = tmp_path / "sess"
+    (newest,) = {record.run for record in read(folder / "records")}
+    (other,) = {run for run, _ in epochs_in(folder / "scalars.csv")} - {newest}
+    assert epochs_in(folder / "scalars.csv") == sorted([(other, 0), (other, 1), (newest, 0)])
+    names = [path.name for path in (folder / "panel").iterdir()]
+    assert [sum(run[:8] in name for name in names) for run in (other, newest)] == [2, 1]
+    assert "2 validation runs" in (folder / f"report-{other[:8]}.html").read_text("utf-8")
+    page = (folder / "report.html").read_text("utf-8")
+    assert "1 validation run," in page
+    assert f'href="report-{other[:8]}.html"' in page

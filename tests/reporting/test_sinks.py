@@ -1,57 +1,24 @@
 import csv
 import io
 import json
-import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sess_lightning.reporting.comet import CometSink
+from reports import CURVES, ROWS, figure, report
 from sess_lightning.reporting.files import FileSink
-from sess_lightning.reporting.mlflow import MLflowSink
-from sess_lightning.reporting.panels import Panel, curve_figure, sheet
+from sess_lightning.reporting.panels import sheet
 from sess_lightning.reporting.publisher import Publisher, sink_for
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.tensorboard import TensorBoardSink
 from sess_lightning.reporting.wandb import WandbSink
 from wandb_reader import history, offline, records, run_folder
-
-CURVES = {
-    "": torch.stack([torch.linspace(0, 1, 5), torch.linspace(1, 0, 5)]),
-    "base": torch.stack([torch.linspace(0, 0.5, 5), torch.linspace(0.5, 0, 5)]),
-}
-COUNTS = {"curves_n": 8.0, "base/curves_n": 8.0}
-
-
-def plain(value):
-    return np.full((32, 40, 3), value, dtype=np.uint8)
-
-
-@pytest.fixture
-def panels():
-    overlays = {"base": plain(50), "SESS": plain(20)}
-    box = (4.0, 8.0, 20.0, 24.0)
-    return [
-        Panel(plain(100), overlays, caption="label: cat", boxes=[box], label="cat", title="sample 1"),
-        Panel(plain(200), overlays, caption="label: dog", label="dog", title="sample 2"),
-    ]
-
-
-def report(epoch=2, step=17, values=COUNTS, **sent):
-    return RunReport("sess", epoch, step, "SESS", values, {"base": "GradCAM"}, **sent)
-
-
-def figure(epoch=2, step=17):
-    return curve_figure(
-        report(curves=CURVES).labelled_curves(), f"Mean curves after epoch {epoch}, step {step}"
-    )
 
 
 def rows(path):
@@ -114,12 +81,6 @@ def test_tensorboard_holds_the_sheet_and_the_figure_at_their_step(tmp_path, pane
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
 
 
-@pytest.fixture
-def wandb_logger(monkeypatch, tmp_path):
-    for _ in offline(monkeypatch, tmp_path):
-        yield WandbLogger(offline=True, save_dir=tmp_path)
-
-
 def test_wandb_holds_strips_captions_boxes_and_the_chart_at_the_loggers_own_step(
     wandb_logger, tmp_path, panels
 ):
@@ -159,12 +120,6 @@ def test_wandb_holds_every_point_of_the_curves(wandb_logger, tmp_path):
         (point["step"], point["lineVal"]) for point in named if point["lineKey"] == "deletion, GradCAM (n=8)"
     ]
     assert points == [(0.0, 0.5), (0.25, 0.375), (0.5, 0.25), (0.75, 0.125), (1.0, 0.0)]
-
-
-ROWS = [
-    {"sample": "a|b", "score": 0.25, "hit": None, "picture": plain(90)},
-    {"sample": "c", "score": 0.5, "hit": "miss", "picture": plain(20)},
-]
 
 
 def test_a_table_goes_to_files_without_its_pictures(tmp_path):
@@ -252,78 +207,6 @@ def test_every_logger_gets_its_own_sink(tmp_path):
     assert sink_for(DummyLogger(), tmp_path) is None
 
 
-class Notes:
-    """Takes any call, as the client of a package that is not installed would; notes what comes."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
-
-    def of(self, name):
-        return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
-
-
-class MLFlowLogger(SimpleNamespace):
-    """Shaped like Lightning's."""
-
-
-class CometLogger(SimpleNamespace):
-    """Shaped like Lightning's."""
-
-
-def test_mlflow_gets_pictures_with_a_step_and_tables_below_its_run(tmp_path, panels):
-    logger = MLFlowLogger(experiment=Notes(), run_id="r7", version="r7", _prefix="")
-    sink = sink_for(logger, tmp_path)
-    assert isinstance(sink, MLflowSink)
-    sink.write(report(panels=panels, curves=CURVES, tables={"samples": ROWS, "classes": []}))
-    sink.close(report(alerts=["look at a", "and at b"]))
-    (panel, at), (curves, _) = logger.experiment.of("log_image")
-    assert panel[0] == curves[0] == "r7"
-    assert at == {"key": "sess/panel", "step": 17}
-    assert np.array_equal(panel[1], sheet(panels))
-    assert np.array_equal(curves[1], figure())
-    text = "sample,score,hit\na|b,0.25,\nc,0.5,miss\n"
-    assert logger.experiment.of("log_text") == [(("r7", text, "sess/samples/epoch=002-step=000017.csv"), {})]
-    assert logger.experiment.of("set_tag") == [(("r7", "sess/alert", "look at a\nand at b"), {})]
-
-
-def test_mlflow_itself_takes_it(tmp_path, monkeypatch, panels):
-    pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    from lightning.pytorch.loggers import MLFlowLogger
-
-    logger = MLFlowLogger(save_dir=str(tmp_path / "mlruns"))
-    sink = sink_for(logger, tmp_path)
-    sink.write(report(panels=panels, curves=CURVES, tables={"samples": ROWS}))
-    sink.close(report(alerts=["look at a"]))
-    run = tmp_path / "mlruns" / logger.experiment_id / logger.run_id
-    assert (run / "tags" / "sess" / "alert").read_text() == "look at a"
-    assert (run / "artifacts" / "sess" / "samples" / "epoch=002-step=000017.csv").exists()
-    names = sorted(path.name for path in (run / "artifacts" / "images").rglob("*.png"))
-    assert [re.split(r"\W", name)[:4] for name in names] == [
-        ["sess", "curves", "step", "17"], ["sess", "panel", "step", "17"],
-    ]  # fmt: skip
-
-
-def test_comet_gets_pictures_and_tables_at_their_step(tmp_path, panels):
-    logger = CometLogger(experiment=Notes(), version="k7", _prefix="mine")
-    sink = sink_for(logger, tmp_path)
-    assert isinstance(sink, CometSink)
-    sink.write(report(panels=panels, curves=CURVES, tables={"samples": ROWS}))
-    sink.close(report(alerts=["look at a"]))
-    (panel, at), (_, other) = logger.experiment.of("log_image")
-    assert np.array_equal(panel[0], sheet(panels))
-    assert at == {"name": "mine-sess/panel", "step": 17}
-    assert other == {"name": "mine-sess/curves", "step": 17}
-    assert logger.experiment.of("log_table") == [(
-        ("mine-sess/samples/epoch=002-step=000017.csv",),
-        {"tabular_data": [["a|b", 0.25, None], ["c", 0.5, "miss"]], "headers": ["sample", "score", "hit"]},
-    )]  # fmt: skip
-    assert logger.experiment.of("log_text") == [(("look at a",), {"step": 17})]
-
-
 def test_a_prefix_of_the_logger_begins_every_key_of_wandb(monkeypatch, tmp_path, panels):
     for _ in offline(monkeypatch, tmp_path):
         logger = WandbLogger(offline=True, save_dir=tmp_path, prefix="fold1")
@@ -335,24 +218,6 @@ def test_a_prefix_of_the_logger_begins_every_key_of_wandb(monkeypatch, tmp_path,
         (path,) = folder.glob("run-*.wandb")
         defined = [each.metric.name for each in records(path) if each.WhichOneof("record_type") == "metric"]
         assert "fold1-sess/overall" in defined
-
-
-@pytest.mark.parametrize(
-    ("loggers", "count"),
-    [
-        (lambda folder: [WandbLogger(id="a1", save_dir=folder), WandbLogger(id="a1", save_dir=folder)], 1),
-        (lambda folder: [WandbLogger(id="a1", save_dir=folder), WandbLogger(id="b2", save_dir=folder)], 2),
-        (lambda folder: [TensorBoardLogger(folder, version=0), TensorBoardLogger(folder, version=0)], 1),
-        (lambda folder: [TensorBoardLogger(folder, "a"), TensorBoardLogger(folder, "b")], 2),
-        (lambda folder: [CSVLogger(folder, version=0), CSVLogger(folder, version=0)], 1),
-        (lambda folder: [MLFlowLogger(version="r7"), MLFlowLogger(version="r8")], 2),
-        (lambda folder: [CometLogger(version="k7"), CometLogger(version="k7")], 1),
-    ],
-)  # fmt: skip
-def test_two_loggers_of_one_run_get_one_sink(tmp_path, loggers, count):
-    publisher = Publisher(lambda _: nullcontext(), pytest.fail)
-    publisher.connect(loggers(tmp_path), tmp_path, prefix="sess", report=False)
-    assert len(publisher.names) == count
 
 
 def test_files_of_a_logger_without_pictures_go_where_its_run_goes(tmp_path):
