@@ -1,0 +1,387 @@
+"""What a validation step called, and how to call it again on other images.
+
+While the first step runs, hooks see every call that takes images, and which of its outputs a loss or argmax
+reads. From then on the same call is replayed: what is explained is what was validated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from typing_extensions import override
+
+MOST_CHANNELS = 16
+"""Channels that a tensor may have to be taken for images, where a batch does not say."""
+DEEPEST = 3
+"""How deep outputs are searched."""
+LOSSES = frozenset({
+    "cross_entropy", "nll_loss", "log_softmax", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+    "multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss", "soft_margin_loss",
+})  # fmt: skip
+"""Functions whose first argument is what a loss is computed from."""
+READINGS = frozenset({"argmax", "topk", "softmax", "sigmoid"})
+"""Functions by which predictions are read off logits."""
+
+Step = tuple[str, Any]
+"""One step into an output: ``("item", key)`` or ``("attribute", name)``."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a module is called on images, and which of its outputs are the logits.
+
+    Attributes:
+        module: Name of the module within the one that was watched; empty is that one itself.
+        leaves: Arguments, flattened; the images are left out.
+        spec: How they are unflattened into (args, kwargs).
+        place: Which leaf is the images.
+        rows: Which leaves have a row for each image.
+        path: Where in the output the logits are.
+        text: The call in words.
+        doubts: What was assumed, empty where nothing was.
+    """
+
+    module: str
+    leaves: tuple[Any, ...]
+    spec: Any
+    place: int
+    rows: tuple[int, ...]
+    path: tuple[Step, ...]
+    text: str
+    doubts: str = ""
+
+    @contextmanager
+    def bound(self, root: nn.Module, rows: tuple[Tensor, ...] = ()) -> Iterator[None]:
+        """Have ``root(images)`` make this call, and return the logits.
+
+        Args:
+            root: The module that was watched.
+            rows: For each leaf in ``self.rows``, the row of the image that is explained.
+        """
+
+        def call(module: nn.Module, images: Tensor) -> Tensor:
+            leaves = list(self.leaves)
+            leaves[self.place] = images
+            for leaf, row in zip(self.rows, rows, strict=False):
+                leaves[leaf] = row.to(images.device).expand(len(images), *row.shape)
+            args, kwargs = tree_unflatten(leaves, self.spec)
+            called = module.get_submodule(self.module)
+            # The watched module's own forward is called as its step does, without its hooks.
+            output = called.forward(*args, **kwargs) if not self.module else called(*args, **kwargs)
+            return logits_at(output, self.path)
+
+        with calling(root, call):
+            yield
+
+    @contextmanager
+    def watching(self, root: nn.Module) -> Iterator[Seen]:
+        """See the arguments and the logits of this call while a step runs."""
+        seen = Seen()
+
+        def before(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            leaves, spec = tree_flatten((args, dict(kwargs)))
+            if seen.images is None and spec == self.spec:
+                seen.images = leaves[self.place].detach().clone()
+                seen.rows = [leaves[leaf].detach().clone() for leaf in self.rows]
+
+        def after(output: Any) -> None:
+            if seen.logits is None and seen.images is not None:
+                seen.logits = logits_at(output, self.path).detach().clone()
+
+        with ExitStack() as stack:
+            _hooked(stack, root, self.module, before, after)
+            yield seen
+
+
+@dataclass
+class Seen:
+    """One step's call.
+
+    Attributes:
+        images: As the module got them; None before the call.
+        rows: The other arguments with a row for each image.
+        logits: What it made of them.
+    """
+
+    images: Float[Tensor, "B C H W"] | None = None
+    rows: list[Tensor] = field(default_factory=list)
+    logits: Float[Tensor, "B N"] | None = None
+
+
+Before = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+After = Callable[[Any], None]
+
+
+def _hooked(stack: ExitStack, root: nn.Module, name: str, before: Before, after: After) -> None:
+    """Have functions called before and after a module's call, until the stack is closed."""
+    if not name:
+        stack.enter_context(_forward_hooked(root, before, after))
+        return
+    module = root.get_submodule(name)
+    first = module.register_forward_pre_hook(lambda _, args, kwargs: before(args, kwargs), with_kwargs=True)
+    last = module.register_forward_hook(lambda _module, _args, output: after(output))
+    stack.callback(first.remove)
+    stack.callback(last.remove)
+
+
+@contextmanager
+def _forward_hooked(root: nn.Module, before: Before, after: After) -> Iterator[None]:
+    # An attribute: `self.forward(x)` runs no hook.
+    forward = root.forward
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        before(args, kwargs)
+        output = forward(*args, **kwargs)
+        after(output)
+        return output
+
+    with _attribute(root, "forward", hooked):
+        yield
+
+
+@contextmanager
+def calling(root: nn.Module, call: Callable[[nn.Module, Tensor], Any]) -> Iterator[None]:
+    """Have ``root(images)`` return ``call(root, images)``; inside the call ``root`` is as it always was."""
+
+    def forward(images: Tensor) -> Any:
+        with _attribute(root, "forward", before) if had else _without(root, "forward"):
+            return call(root, images)
+
+    had, before = "forward" in vars(root), vars(root).get("forward")
+    with _attribute(root, "forward", forward):
+        yield
+
+
+_MISSING = object()
+
+
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    before = vars(module).get(name, _MISSING)
+    vars(module)[name] = value
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            vars(module).pop(name, None)
+        else:
+            vars(module)[name] = before
+
+
+@contextmanager
+def _without(module: nn.Module, name: str) -> Iterator[None]:
+    before = vars(module).pop(name)
+    try:
+        yield
+    finally:
+        vars(module)[name] = before
+
+
+def logits_at(output: Any, path: tuple[Step, ...]) -> Float[Tensor, "B N"]:
+    """Follow a path into a module's output; a single logit per image becomes a column."""
+    for kind, key in path:
+        output = output[key] if kind == "item" else getattr(output, key)
+    logits: Tensor = output
+    return logits[:, None] if logits.ndim == 1 else logits
+
+
+@dataclass
+class _Record:
+    module: str
+    leaves: list[Any]
+    spec: Any
+    place: int
+    depth: int
+    output: Any = None
+
+
+class _Reading(TorchFunctionMode):
+    """Notes which tensors losses are computed from, and which classes are read off."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+        self.readings: list[Tensor] = []
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in LOSSES or name in READINGS:
+            given = args[0] if args else (kwargs or {}).get("input")
+            if isinstance(given, Tensor):
+                (self.losses if name in LOSSES else self.readings).append(given)
+        return func(*args, **(kwargs or {}))
+
+
+class Witness:
+    """Watches one validation step.
+
+    Args:
+        root: The module whose step runs; ``close`` gives it back as it was, whatever happened.
+        channels: Of the images; None takes any tensor (B, C, H, W) with few channels.
+    """
+
+    def __init__(self, root: nn.Module, channels: int | None = None) -> None:
+        self._channels = channels
+        self._records: list[_Record] = []
+        self._open: list[_Record] = []
+        self._reading = _Reading()
+        self._stack = ExitStack()
+        if is_compiled(root):  # Hooks and modes would have it compiled anew, or not be seen.
+            return
+        with ExitStack() as stack:
+            for name, module in root.named_modules():
+                if not isinstance(module, torch.jit.ScriptModule):
+                    _hooked(stack, root, name, partial(self._begin, name), partial(self._end, name))
+            stack.enter_context(self._reading)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Give the module back."""
+        self._stack.close()
+
+    def _begin(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        leaves, spec = tree_flatten((args, dict(kwargs)))
+        place = next((i for i, leaf in enumerate(leaves) if self._is_images(leaf)), None)
+        if place is None:
+            return
+        # Cloned: the step may write to them afterwards.
+        leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        record = _Record(name, leaves, spec, place, len(self._open))
+        self._records.append(record)
+        self._open.append(record)
+
+    def _end(self, name: str, output: Any) -> None:
+        names = [record.module for record in self._open]
+        if name in names:  # Those above it have failed, and the step went on.
+            while (record := self._open.pop()).module != name:
+                pass
+            record.output = output
+
+    def _is_images(self, leaf: Any) -> bool:
+        if not isinstance(leaf, Tensor) or leaf.ndim != 4 or not leaf.is_floating_point():
+            return False
+        return leaf.shape[1] == self._channels if self._channels else leaf.shape[1] <= MOST_CHANNELS
+
+    def call(self, labels: Tensor | None = None) -> Call | None:
+        """Return the call that made the logits; None if no call took images and gave a score per class.
+
+        Preferred is what a loss was computed from, then what classes were read off, then what fits the labels
+        best; of several calls that return it, the outermost.
+
+        Args:
+            labels: Class of each image; None where a batch does not say.
+        """
+        found = [
+            (record, path, logits)
+            for record in self._records
+            for path, logits in _outputs(record.output)
+            if _fits(logits, len(record.leaves[record.place]), labels)
+        ]
+        if not found:
+            return None
+        for evidence in (self._reading.losses, self._reading.readings):
+            read = [one for one in found if any(_same(one[2], tensor) for tensor in evidence)]
+            found = read or found
+            if read:
+                break
+        depth = min(record.depth for record, _, _ in found)
+        found = [one for one in found if one[0].depth == depth]
+        best = max(found, key=lambda one: (_agreement(one[2], labels), _is_named(one[1])))
+        equal = {
+            path for record, path, logits in found
+            if record is best[0] and _agreement(logits, labels) == _agreement(best[2], labels)
+        }  # fmt: skip
+        undecided = len(equal) > 1 and not _is_named(best[1])
+        return self._made(best, f"{len(equal)} outputs could be the logits" if undecided else "", found)
+
+    def _made(self, chosen: tuple[_Record, tuple[Step, ...], Tensor], doubts: str, all_: list[Any]) -> Call:
+        record, path, _ = chosen
+        count = len(record.leaves[record.place])
+        rows = tuple(
+            i for i, leaf in enumerate(record.leaves)
+            if i != record.place and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count
+        )  # fmt: skip
+        times = sum(other[0].module == record.module and other[1] == path for other in all_)
+        if times > 1:
+            repeated = f"called {times} times in a step, of which the first is explained"
+            doubts = f"{doubts}; {repeated}" if doubts else repeated
+        text = _in_words(record, path)
+        leaves = [None if i == record.place else leaf for i, leaf in enumerate(record.leaves)]
+        return Call(record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts)
+
+
+def is_compiled(root: nn.Module) -> bool:
+    """Return whether a module or a part of it runs compiled."""
+    return getattr(root, "_compiler_ctx", None) is not None or any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in root.modules()
+    )
+
+
+def _outputs(output: Any, path: tuple[Step, ...] = ()) -> Iterator[tuple[tuple[Step, ...], Tensor]]:
+    """Yield every tensor in an output, and the way to it."""
+    if isinstance(output, Tensor):
+        yield path, output
+    elif len(path) < DEEPEST:
+        if isinstance(output, Mapping):
+            parts: list[tuple[Step, Any]] = [(("item", key), value) for key, value in output.items()]
+        elif isinstance(output, (tuple, list)):
+            parts = [(("item", i), value) for i, value in enumerate(output)]
+        else:
+            parts = [(("attribute", name), value) for name, value in getattr(output, "__dict__", {}).items()]
+        for step, value in parts:
+            yield from _outputs(value, (*path, step))
+
+
+def _fits(logits: Tensor, count: int, labels: Tensor | None) -> bool:
+    """Return whether a tensor may be logits: a row for each image, and a class for each label."""
+    if logits.ndim not in (1, 2) or not logits.is_floating_point() or len(logits) != count or count == 0:
+        return False
+    classes = 2 if logits.ndim == 1 or logits.shape[1] == 1 else logits.shape[1]
+    if labels is None or labels.is_floating_point() or labels.ndim != 1:
+        return logits.ndim == 2
+    return int(labels.max()) < classes
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.data_ptr() == other.data_ptr() and one.numel() == other.numel())
+
+
+def _agreement(logits: Tensor, labels: Tensor | None) -> float:
+    """Return the share of images whose label is predicted; 0 where nothing can be said."""
+    if labels is None or labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(logits):
+        return 0.0
+    column = logits if logits.ndim == 2 else logits[:, None]
+    predicted = column.argmax(1) if column.shape[1] > 1 else (column[:, 0] > 0).long()
+    return float((predicted == labels.to(predicted.device)).float().mean())
+
+
+def _is_named(path: tuple[Step, ...]) -> bool:
+    return bool(path) and path[-1][1] == "logits"
+
+
+def _in_words(record: _Record, path: tuple[Step, ...]) -> str:
+    args, kwargs = tree_unflatten(
+        ["images" if i == record.place else "..." for i in range(len(record.leaves))], record.spec
+    )
+    given = [_argument(arg) for arg in args] + [f"{name}={_argument(arg)}" for name, arg in kwargs.items()]
+    where = "".join(f"[{key!r}]" if kind == "item" else f".{key}" for kind, key in path)
+    name = record.module or "the module"
+    return f"{name} called as forward({', '.join(given)})" + (f", logits: output{where}" if where else "")
+
+
+def _argument(argument: Any) -> str:
+    if isinstance(argument, str):
+        return argument
+    if isinstance(argument, Mapping):
+        return "{" + ", ".join(f"{key}: {_argument(value)}" for key, value in argument.items()) + "}"
+    return "(" + ", ".join(map(_argument, argument)) + ")" if isinstance(argument, (tuple, list)) else "..."
