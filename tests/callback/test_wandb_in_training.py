@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch.utils.data import DataLoader
-from wandb.integration.torch.wandb_torch import TorchHistory
 
 from callbacks import QUICK, WORST, quick
 from lightning_models import (
@@ -208,9 +207,9 @@ def test_what_wandb_watches_is_not_fed_by_explanations(monkeypatch, tmp_path):
         """Return how many tensors W&B looked at, and the hooks that are left."""
         folder.mkdir()
         looked = Mock()
-        monkeypatch.setattr(TorchHistory, "log_tensor_stats", looked)
         for _ in offline(monkeypatch, folder):
             logger, module = WandbLogger(offline=True, save_dir=folder), Classifier()
+            monkeypatch.setattr(type(logger.experiment._torch), "log_tensor_stats", looked)
             logger.watch(module, log="all", log_freq=1)
             fit(folder, *callbacks, module=module, logger=logger)
             logger.experiment.finish()
