@@ -219,7 +219,7 @@ def test_a_files_name_that_is_no_text_does_not_cost_the_page(tmp_path):
     assert "look at a?b.jpg" in told[0][1]
 
 
-def test_a_long_trainings_page_is_never_held_whole(tmp_path):
+def test_a_long_trainings_page_is_never_held_whole(tmp_path, unchecked):
     heavy_runs(tmp_path / "records", 20, 4)
     write_report(tmp_path / "records", tmp_path / "report.html")
     tracemalloc.start()
