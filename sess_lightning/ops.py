@@ -12,6 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+ROUNDING = 1e-6
+"""Share of a map's peak that counts as 0: float32 leaves some 1e-7 where the exact value is 0."""
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
@@ -83,7 +86,7 @@ def size_of(images: Tensor) -> tuple[int, int]:
 
 
 def min_max(maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:
-    """Stretch each map to [0, 1]; a flat map, or one with a NaN or an infinity in it, becomes zeros."""
+    """Stretch each map to [0, 1]; one flat but for rounding, or with a NaN or an infinity, becomes zeros."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return _stretch(maps, low, high)
 
@@ -130,10 +133,14 @@ def _neighbours(source: int, target: int, device: torch.device) -> tuple[Tensor,
 
 def _stretch(maps: Tensor, low: Tensor, high: Tensor) -> Tensor:
     span = high - low
-    usable = torch.isfinite(span) & (span > 0)
     # A gain above 1 / tiny would overflow: subnormal spans count as flat.
-    usable &= span >= torch.finfo(maps.dtype).tiny
+    usable = has_span(low, high) & torch.isfinite(span) & (span >= torch.finfo(maps.dtype).tiny)
     return torch.where(usable, (maps - low) / torch.where(usable, span, 1), 0)
+
+
+def has_span(low: Tensor, high: Tensor) -> Tensor:
+    """Return whether the lowest and the highest value differ by more than rounding."""
+    return high - low > ROUNDING * torch.maximum(low.abs(), high.abs())
 
 
 def upsample(maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:

@@ -37,6 +37,14 @@ def test_min_max_calls_a_map_flat_whose_span_is_below_the_smallest_normal_number
     assert min_max(torch.tensor([[[0.0, 1.2e-38]]])).tolist() == [[[0.0, 1.0]]]
 
 
+@pytest.mark.parametrize("level", [1.0, -3e4, 1e-20])
+def test_min_max_calls_a_map_flat_that_differs_by_rounding(level):
+    one = torch.tensor([[[1.0, 1.0 + 2e-7], [1.0 - 2e-7, 1.0]]]) * level
+    assert min_max(one).tolist() == [[[0.0, 0.0], [0.0, 0.0]]]
+    scaled, _ = min_max_upsampled(one, (8, 8))
+    assert not scaled.any()
+
+
 @pytest.mark.parametrize("size", [(7, 7), (224, 224), (50, 31), (5, 3)])
 def test_min_max_upsampled_then_upsample_is_upsample_then_min_max(size):
     maps = torch.randn(4, 7, 7, generator=torch.Generator().manual_seed(0))

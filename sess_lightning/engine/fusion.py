@@ -14,12 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sess_lightning.engine.windows import Plan, chunked
-from sess_lightning.ops import blur, full_precision, resize_matrix
+from sess_lightning.ops import ROUNDING, blur, full_precision, resize_matrix
 
 Fusion: TypeAlias = Literal["mean", "max", "average"]
-
-ROUNDING = 1e-6
-"""What counts as 0 on a map that reaches 1: float32 leaves some 1e-7 where the exact value is 0."""
 
 
 class Strips(NamedTuple):

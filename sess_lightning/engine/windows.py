@@ -152,10 +152,21 @@ def prefilter(scores: Float[Tensor, "*B P"], ratio: float) -> Int[Tensor, "*B K"
     return ranked(scores)[..., : kept_count(scores.shape[-1], ratio)]
 
 
-def ranked(scores: Float[Tensor, "*B P"]) -> Int[Tensor, "*B P"]:
-    """Return the numbers of the windows by falling score; of equal ones the earlier first, NaN last."""
+def ranked(scores: Float[Tensor, "*B P"], rounding: float = 0.0) -> Int[Tensor, "*B P"]:
+    """Return the numbers of the windows by falling score; of equal ones the earlier first, NaN last.
+
+    Args:
+        scores: Any range.
+        rounding: Neighbours in the ranking that differ by no more count as equal. Windows of equal content
+            have scores that differ by rounding, another way in every batch.
+    """
     known = torch.where(scores.isnan(), -torch.inf, scores)
-    return known.sort(dim=-1, descending=True, stable=True).indices
+    falling = known.sort(dim=-1, descending=True, stable=True)
+    if not rounding:
+        return falling.indices
+    rank = (falling.values.diff(prepend=falling.values[..., :1]) < -rounding).cumsum(-1)
+    order = (rank * scores.shape[-1] + falling.indices).argsort(-1)
+    return falling.indices.gather(-1, order)
 
 
 def sides_of(scales: Sequence[int] | None, window: int, num_scales: int) -> tuple[int, ...]:

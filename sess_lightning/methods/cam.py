@@ -16,7 +16,7 @@ from sess_lightning.introspection.layers import find_grid, resolve_layer
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores, target_logits
 from sess_lightning.methods.gradient import generator
-from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
+from sess_lightning.ops import ROUNDING, full_precision, min_max_upsampled, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
 Evidence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -397,8 +397,8 @@ class HiResCAM(_FromFeatures):
 class XGradCAM(_FromFeatures):
     """XGrad-CAM (Fu et al., BMVC 2020): gradients averaged with each channel's own features as weights.
 
-    A channel whose features sum to 0 has its weight not divided. ``grad-cam`` adds 1e-7 to each sum instead,
-    which differs for sums of that size only.
+    A channel whose features sum to 0, but for rounding, has its weight not divided. ``grad-cam`` adds 1e-7 to
+    each sum instead, which differs for sums of that size only.
 
     Attributes:
         target_layer: As for ``GradCAM``.
@@ -410,5 +410,6 @@ class XGradCAM(_FromFeatures):
     ) -> Float[Tensor, "B h w"]:
         """Turn features and gradients into maps, any range."""
         total = features.sum((2, 3), keepdim=True)
-        weights = (gradients * features).sum((2, 3), keepdim=True) / torch.where(total == 0, 1, total)
+        cancelled = total.abs() <= ROUNDING * features.abs().sum((2, 3), keepdim=True)
+        weights = (gradients * features).sum((2, 3), keepdim=True) / torch.where(cancelled, 1, total)
         return (weights * features).sum(1).relu()

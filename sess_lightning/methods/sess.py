@@ -34,10 +34,13 @@ from sess_lightning.introspection.layers import input_window
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores
 from sess_lightning.methods.cam import GradCAM
-from sess_lightning.ops import min_max, size_of, upsample
+from sess_lightning.ops import ROUNDING, min_max, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
 AnyFusion: TypeAlias = Fusion | Literal["coverage"]
+
+SCORES_APART = 1e-4
+"""By how much log-scores differ that rank windows: equal windows differ by up to 2e-5 between CPUs."""
 
 
 class _Scored(NamedTuple):
@@ -67,7 +70,8 @@ class SESS(SaliencyMethod):
         base: The method to enhance.
         num_scales: Scales, shorter sides being 224, 288, 352, ... px for a window of 224, in proportion for
             others.
-        prefilter_ratio: Share of windows with the lowest scores to leave out, in [0, 1).
+        prefilter_ratio: Share of windows with the lowest scores to leave out, in [0, 1). Of windows whose
+            log-scores differ by less than 1e-4, as those of equal content do, the earlier are kept.
         scales: The shorter sides themselves, px, instead of ``num_scales``; none below the window.
         window: Side of a window, px; None is the size the model says it was built for, else the image's
             shorter side.
@@ -302,7 +306,7 @@ class SESS(SaliencyMethod):
 
     def _places(self, scored: _Scored, plan: Plan) -> Int[Tensor, "T K"]:
         # In the plan's order: where all are kept, the windows need not be cut one by one.
-        return ranked(scored.logs)[:, : self._scored_and_kept(plan)[1]].sort(dim=-1).values
+        return ranked(scored.logs, SCORES_APART)[:, : self._scored_and_kept(plan)[1]].sort(dim=-1).values
 
     def _maps(self, extraction: Extraction) -> Float[Tensor, "B h w"]:
         return extraction.maps if self.stretch else extraction.unscaled
@@ -339,7 +343,8 @@ class SESS(SaliencyMethod):
         if fine:
             pointing = self._fuse(chain.from_iterable(maps), logs, which, coarse)
             promise = window_means(pointing, *crop_strips(plan, self.antialias, images.device))
-            chosen = len(coarse) + ranked(promise[:, len(coarse) :])[:, :fine].sort(dim=-1).values
+            promise = promise[:, len(coarse) :] / promise.abs().amax(1, keepdim=True).clamp(min=1e-30)
+            chosen = len(coarse) + ranked(promise, ROUNDING)[:, :fine].sort(dim=-1).values
             found = [*self._extractions(guide, model, images, targets, plan, chosen)]
             finer = torch.cat([self._maps(each) for each in found]).unflatten(0, chosen.shape)
             which, maps = torch.cat([which, chosen], 1), torch.cat([maps, finer], 1)

@@ -14,7 +14,7 @@ from torchmetrics.functional import spearman_corrcoef
 from sess_lightning.batching import batch_limit, blank_batch, by_image, in_batches
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, score
-from sess_lightning.ops import blur, size_of, upsample
+from sess_lightning.ops import ROUNDING, blur, has_span, size_of, upsample
 from sess_lightning.regions import Regions, box_masks, has_region, pad_boxes, read_regions
 from sess_lightning.types import Activation
 
@@ -257,8 +257,9 @@ def pointing_hits(
 ) -> Bool[Tensor, " B"]:
     """Return whether each map's highest point lies on, or nearer than ``tolerance`` to, the region.
 
-    The point is the first maximum in raster order; NaN counts as 0; a flat map is a miss, and so is an empty
-    region.
+    The point is the first maximum in raster order, values within 1e-6 of the map's span of it included: an
+    upsampled map has plateaus along its border, equal but for rounding. NaN counts as 0; a flat map is a
+    miss, and so is an empty region.
 
     Args:
         maps: One map per image; resized bilinearly to the regions' resolution.
@@ -281,13 +282,15 @@ def pointing_hits(
     maps = maps.nan_to_num(0)
     maps = upsample(maps, target) if target is not None else maps
     flat = maps.flatten(1)
-    point = flat.argmax(1)
+    low, high = flat.amin(1), flat.amax(1)
+    highest = flat >= (high - (ROUNDING * high - ROUNDING * low))[:, None]
+    point = highest.to(torch.uint8).argmax(1)
     u, v = point % maps.shape[2], point // maps.shape[2]
     if isinstance(regions, Tensor):
         near = _near_mask(regions, u, v, tolerance)
     else:
         near = _near_box(regions, u, v, tolerance)
-    return near & (flat.amax(1) > flat.amin(1))
+    return near & has_span(low, high)
 
 
 def relevance_mass(
@@ -313,7 +316,8 @@ def relevance_mass(
     masks = regions if isinstance(regions, Tensor) else box_masks(regions, target, maps.device)
     inside, all_of_it = (maps * masks).sum((1, 2)), maps.sum((1, 2))
     share = inside / torch.where(all_of_it > 0, all_of_it, 1)
-    no_share = ~has_region(regions, maps.device) | (maps < 0).flatten(1).any(1)
+    below = maps.amin((1, 2)) < -ROUNDING * maps.abs().amax((1, 2))
+    no_share = ~has_region(regions, maps.device) | below
     return share.masked_fill(no_share, torch.nan)
 
 

@@ -31,7 +31,7 @@ from sess_lightning.metrics.summary import (
     samples,
     scores,
 )
-from sess_lightning.ops import size_of
+from sess_lightning.ops import has_span, size_of
 from sess_lightning.regions import Regions, has_region, read_regions
 from sess_lightning.scores import check_names
 from sess_lightning.types import SaliencyMethod
@@ -382,8 +382,8 @@ def _method_rows(assessments: Sequence[Assessment]) -> dict[str, Tensor]:
 
 
 def _is_flat(maps: Tensor) -> Bool[Tensor, " B"]:
-    pixels = maps.flatten(1)
-    return pixels.amax(1) <= pixels.amin(1)
+    low, high = maps.amin((1, 2)), maps.amax((1, 2))
+    return ~(has_span(low, high) | high.isnan())
 
 
 def _drawn(numbers: Sequence[int], limit: int | None, device: torch.device) -> slice | Tensor:

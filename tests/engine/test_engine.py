@@ -24,6 +24,7 @@ from sess_lightning.engine.windows import (
     kept_count,
     plan_windows,
     prefilter,
+    ranked,
     scale_sides,
     scaled_size,
     sides_of,
@@ -170,6 +171,13 @@ def test_the_pre_filter_keeps_the_earlier_window_of_a_tie_and_ranks_nan_last():
     scores = torch.tensor([torch.nan, 0.2, 0.5, 0.5, 0.2, 0.5])
     assert prefilter(scores, 0.0).tolist() == [2, 3, 5, 1, 4, 0]
     assert prefilter(scores, 0.7).tolist() == [2, 3]
+
+
+def test_windows_whose_scores_differ_by_rounding_keep_their_order():
+    scores = torch.tensor([[0.2, 0.5, 0.5 + 1e-6, 0.5 - 1e-6, 0.9, torch.nan, torch.nan]])
+    assert ranked(scores, 1e-4).tolist() == [[4, 1, 2, 3, 0, 5, 6]]
+    assert ranked(scores).tolist() == [[4, 2, 1, 3, 0, 5, 6]]
+    assert ranked(scores[:, :1], 1e-4).tolist() == [[0]]
 
 
 def test_the_pre_filter_ranks_each_image_on_its_own():

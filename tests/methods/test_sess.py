@@ -177,6 +177,21 @@ def test_a_batch_is_its_images_one_by_one(base, size, tiny, targets):
         torch.testing.assert_close(got.scores[i], one.scores[0], atol=1e-6, rtol=0)
 
 
+def test_equal_windows_keep_their_order_whatever_rounding_says(tiny, targets):
+    image = picture(224, 224, 1).clone()
+    image[:, :, 112:] = image[:, :, :112]
+    kept = {}
+    for size in (1, 3, 64):
+        method = SESS(GradCAM("features.5"), scales=(224,), window=112, prefilter_ratio=0.75, batch_size=size)
+        plan = method.plan(tiny, (224, 224))
+        with explaining(tiny):
+            kept[size] = method.kept_windows(tiny, image[None], targets[:1], plan).tolist()
+    with torch.no_grad():
+        scores = tiny(torch.stack([*windows(image[None], plan)])).log_softmax(1)[:, targets[0]]
+    best = int(scores.argmax()) // 2
+    assert kept == {size: [[2 * best]] for size in kept}
+
+
 @base_cases
 def test_the_batch_size_does_not_matter(base, tiny, images, targets):
     few, many = (SESS(base, num_scales=2, prefilter_ratio=0.5, batch_size=n) for n in (3, 64))

@@ -365,6 +365,29 @@ def test_pad_boxes_fills_up_with_empty_boxes():
     assert padded[..., 0].tolist() == [[1, 1], [0, 0], [2, 0]]
 
 
+def test_rounding_does_not_choose_the_point_of_a_plateau():
+    low_right = torch.zeros(1, 4, 4, dtype=torch.bool)
+    low_right[0, 3, 3] = True
+    plateau = torch.full((1, 4, 4), 0.9)
+    plateau[0, 0, 0] = 0
+    for highest in ((0, 1), (3, 3)):
+        maps = plateau.clone()
+        maps[0][highest] += 1e-7
+        assert pointing_hits(maps, low_right, tolerance=3.0).tolist() == [False]
+
+
+def test_a_map_flat_but_for_rounding_is_a_miss():
+    maps = torch.full((1, 4, 4), 0.3)
+    maps[0, 1, 1] += 3e-8
+    assert pointing_hits(maps, torch.ones(1, 4, 4, dtype=torch.bool)).tolist() == [False]
+
+
+def test_relevance_mass_takes_a_negative_rounding_for_zero():
+    maps, region = torch.tensor([[[1.0, -1e-8], [1.0, 0.0]]]), torch.tensor([[[True, False], [False, False]]])
+    torch.testing.assert_close(relevance_mass(maps, region), torch.tensor([0.5]))
+    assert relevance_mass(maps - 0.1, region).isnan().all()
+
+
 def test_pointing_refuses_what_does_not_fit(unchecked):
     maps = peak(8, 8, 1, 1)
     with pytest.raises(ValueError, match="tolerance must be positive, got 0"):
