@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sess_lightning.reporting.paths import safe_name
+
 
 def kinds(logger: Any) -> set[str]:
     """Return the names of a logger's class and of all it derives from."""
@@ -17,15 +19,15 @@ def is_dummy(logger: Any) -> bool:
     return "DummyLogger" in kinds(logger)
 
 
-def run_folder(logger: Any, default: str | Path) -> Path:
+def run_folder(logger: Any, default: str | Path) -> str:
     """Return where a logger keeps the files of its run; for one that tells of none, below ``default``."""
     if folder := getattr(logger, "log_dir", None):
-        return Path(folder)
+        return str(folder)
     name, version = getattr(logger, "name", None), getattr(logger, "version", None)
-    folder = Path(getattr(logger, "save_dir", None) or default)
-    return folder / str(name) / str(version) if name and version is not None else folder
+    folder = str(getattr(logger, "save_dir", None) or default)
+    return folder if name is None or version is None else f"{folder}/{safe_name(f'{name}/{version}')}"
 
 
-def report_folder(loggers: Sequence[Any], default: str | Path) -> Path:
+def report_folder(loggers: Sequence[Any], default: str | Path) -> str:
     """Return where the first logger that keeps anything keeps the files of its run."""
     return run_folder(next((logger for logger in loggers if not is_dummy(logger)), None), default)

@@ -14,6 +14,8 @@ from sess_lightning.reporting.comet import CometSink
 from sess_lightning.reporting.files import FileSink
 from sess_lightning.reporting.loggers import is_dummy, kinds, report_folder, run_folder
 from sess_lightning.reporting.mlflow import MLflowSink
+from sess_lightning.reporting.paths import safe_name
+from sess_lightning.reporting.remote import RemoteFolder, RemoteSink, is_remote, local_path
 from sess_lightning.reporting.report.sink import ReportSink
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.sink import Sink
@@ -86,8 +88,8 @@ class Publisher:
                     self._sinks.append(sink)
         if report:
             with self._protect("report is missing"):
-                folder = report_folder(loggers, log_dir) / prefix
-                self._sinks.append(ReportSink(folder if stage == "fit" else folder / stage, self._training))
+                name = safe_name(prefix if stage == "fit" else f"{prefix}/{stage}")
+                self._sinks.append(page_in(f"{report_folder(loggers, log_dir)}/{name}", self._training))
 
     def disconnect(self) -> None:
         """Let go of all sinks: what is published goes nowhere."""
@@ -141,4 +143,20 @@ def sink_for(logger: Any, folder: str | Path) -> Sink | None:
     for name, sink in SINKS.items():
         if name in names:
             return sink(logger)
-    return FileSink(folder)
+    return files_in(str(folder))
+
+
+def files_in(folder: str) -> Sink:
+    """Return the sink for files in a folder, which may be one of fsspec's."""
+    if not is_remote(folder):
+        return FileSink(local_path(folder))
+    remote = RemoteFolder(folder, "*.csv")
+    return RemoteSink(f"files in {folder}", remote, FileSink(remote.local))
+
+
+def page_in(folder: str, training: dict[str, str]) -> Sink:
+    """Return the sink for the page in a folder, which may be one of fsspec's."""
+    if not is_remote(folder):
+        return ReportSink(local_path(folder), training)
+    remote = RemoteFolder(folder, "records/*", "report*.html")
+    return RemoteSink(f"{folder}/report.html", remote, ReportSink(remote.local, training, home=folder))

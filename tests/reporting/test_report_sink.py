@@ -1,4 +1,5 @@
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,10 +51,12 @@ def test_the_sink_keeps_all_it_is_given_and_writes_the_page(tmp_path):
 def test_the_report_lies_beside_the_loggers_files(tmp_path):
     csv, tensorboard = CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")
     wandb = WandbLogger(project="cats", id="a1", save_dir=tmp_path, offline=True)
-    assert report_folder([csv, tensorboard], "elsewhere") == tmp_path / "csv" / "version_0"
-    assert report_folder([Recorder(), tensorboard], "elsewhere") == tmp_path / "tb" / "version_0"
-    assert report_folder([wandb], "elsewhere") == tmp_path / "cats" / "a1"
-    assert report_folder([], tmp_path) == tmp_path
+    assert report_folder([csv, tensorboard], "elsewhere") == str(tmp_path / "csv" / "version_0")
+    assert report_folder([Recorder(), tensorboard], "elsewhere") == str(tmp_path / "tb" / "version_0")
+    assert report_folder([wandb], "elsewhere") == str(tmp_path / "cats" / "a1")
+    assert report_folder([], tmp_path) == str(tmp_path)
+    odd = SimpleNamespace(name="a:b", version="1?", save_dir=str(tmp_path))
+    assert report_folder([odd], "elsewhere") == str(tmp_path / "a_b" / "1_")
 
 
 def test_a_training_leaves_a_page_with_its_figures_the_users_own_and_the_settings(tmp_path):

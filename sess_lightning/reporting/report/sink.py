@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from sess_lightning.reporting.remote import RemoteFolder, is_remote
 from sess_lightning.reporting.report.page import write_report
 from sess_lightning.reporting.report.records import append, carry, record_of
 from sess_lightning.reporting.run import RunReport
@@ -18,10 +19,13 @@ class ReportSink(Sink):
         folder: ``report.html`` is written here, and what it is drawn from, append-only, into ``records``.
         training: Where this training's records are (``folder``); another one's are carried here. A checkpoint
             that keeps it lets a resumed training go on with the same page.
+        home: What ``folder`` is a copy of; None where it is none.
     """
 
-    def __init__(self, folder: str | Path, training: dict[str, str] | None = None) -> None:
-        self._folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, training: dict[str, str] | None = None, home: str | None = None
+    ) -> None:
+        self._folder, self._home = Path(folder), home
         self._training: dict[str, str] = {} if training is None else training
 
     @property
@@ -35,8 +39,9 @@ class ReportSink(Sink):
     def close(self, report: RunReport) -> None:
         """Append the run to the records, and write the page."""
         records = (self._folder / "records").absolute()
-        source, self._training["folder"] = self._training.get("folder"), str(records)
-        if source and Path(source) != records:
+        home = f"{self._home}/records" if self._home else str(records)
+        source, self._training["folder"] = self._training.get("folder", home), home
+        if source != home:
             report = _carried(source, records, report)
         append(records, record_of(records, report))
         write_report(records, self.name, run=report.run)
@@ -45,7 +50,11 @@ class ReportSink(Sink):
 def _carried(source: str, records: Path, report: RunReport) -> RunReport:
     """Bring along what a resumed training wrote elsewhere; the page says so if that cannot be read."""
     try:
-        carry(source, records, report.run)
+        if is_remote(source):
+            copy = RemoteFolder(source, "*")
+            carry(copy.local, records, report.run)
+        else:
+            carry(source, records, report.run)
     except OSError as error:
         lost = f"The runs before this one are missing: they are in {source}, which cannot be read ({error})."
         return replace(report, alerts=[*report.alerts, lost])
