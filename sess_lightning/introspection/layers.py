@@ -51,7 +51,10 @@ def resolve_layer(
 
 
 def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")  # torch.compile's wrapper.
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+_WRAPPED = frozenset({"_orig_mod", "_forward_module", "_original_module"})  # By torch.compile, by Fabric.
 
 
 def find_target_layer(model: nn.Module, images: Float[Tensor, "B C H W"]) -> nn.Module:

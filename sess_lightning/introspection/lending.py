@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -36,6 +36,7 @@ def explaining(model: nn.Module) -> Iterator[nn.Module]:
             modules = state.note_model(model)
             stack.enter_context(keep_rng(state.devices))
             stack.enter_context(_evaluating(modules))
+            stack.enter_context(_unwrapped(modules))
             stack.enter_context(_plain_attention())
             stack.enter_context(_no_autocast_cache())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -70,6 +71,28 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
 
 
 _RECURRENT = frozenset({nn.RNN, nn.LSTM, nn.GRU})
+
+
+@contextmanager
+def _unwrapped(modules: list[nn.Module]) -> Iterator[None]:
+    """Have wrappers of trainings run the module inside: no processes wait, no gradients are refused."""
+    wrappers = [module for module in modules if type(module).__name__ in _INSTEAD]
+    try:
+        for wrapper in wrappers:
+            name, instead = _INSTEAD[type(wrapper).__name__]
+            vars(wrapper)[name] = instead(wrapper)
+        yield
+    finally:
+        for wrapper in wrappers:
+            vars(wrapper).pop(_INSTEAD[type(wrapper).__name__][0], None)
+
+
+_INSTEAD: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "DataParallel": ("forward", lambda wrapper: wrapper.module),
+    "DistributedDataParallel": ("forward", lambda wrapper: wrapper.module),
+    # Fabric casts and autocasts in its forward, then refuses gradients other than by `fabric.backward`.
+    "_FabricModule": ("_register_backward_hook", lambda _: lambda tensor: tensor),
+}
 
 
 @contextmanager
