@@ -15,7 +15,6 @@ from types import CodeType
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from sess_lightning.introspection.lending import keep_rng
@@ -146,8 +145,9 @@ def refuse_shards(strategy: object) -> None:
     Raises:
         ValueError: Before training has begun.
     """
-    sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
-    if sharded or getattr(strategy, "zero_stage_3", False):
+    # By name, since the same strategies come out of `pytorch_lightning`, too.
+    names = {kind.__name__ for kind in type(strategy).__mro__}
+    if names & {"FSDPStrategy", "ModelParallelStrategy"} or getattr(strategy, "zero_stage_3", False):
         raise ValueError(
             f"SESSCallback does not work with {type(strategy).__name__}: parameters are sharded, so that all "
             "processes would have to explain equally many samples, or wait for each other for ever. Use "
