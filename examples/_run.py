@@ -187,7 +187,7 @@ def _look(label: str) -> dict:
 def _read(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Column of a CSV log -> its (epoch, value) pairs."""
     history: dict[str, list[tuple[int, float]]] = {}
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             for key, value in row.items():
                 if value:

@@ -118,7 +118,7 @@ def clocked(run: Any) -> tuple[Any, float]:
 
 def append(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     new, found = not path.exists(), list(rows)
-    with path.open("a", newline="") as file:
+    with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, found[0].keys())
         if new:
             writer.writeheader()
@@ -127,7 +127,7 @@ def append(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

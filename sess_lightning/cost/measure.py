@@ -140,7 +140,7 @@ class Costs:
     def to_csv(self, path: str | Path) -> None:
         """Write parts and knobs as rows of one file; the first column tells which."""
         names = dict.fromkeys(field.name for kind in (Part, Knob) for field in fields(kind))
-        with Path(path).open("w", newline="") as file:
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["kind", *names, *self.setting])
             writer.writeheader()
             for kind, rows in (("part", self.parts), ("knob", self.knobs)):

@@ -66,10 +66,10 @@ def read_run(path: str | Path) -> Run:
     """
     folder = Path(path)
     if folder.suffix in (".yaml", ".yml"):
-        folder = Path(yaml.safe_load(folder.read_text())["out"])
+        folder = Path(yaml.safe_load(folder.read_text(encoding="utf-8"))["out"])
     if not (folder / "results.csv").is_file():
         raise FileNotFoundError(f"{folder}: no results.csv; let sess-lightning evaluate finish there first.")
-    with (folder / "results.csv").open(newline="") as file:
+    with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     settings = read_settings(folder)
     compare = ast.parse(settings.pop("compare"), mode="eval").body

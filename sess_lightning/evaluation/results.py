@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sess_lightning.metrics.summary import Rows, sample_scores
+from sess_lightning.reporting.files import harmless
 from sess_lightning.reporting.panels import curve_figure
 from sess_lightning.reporting.text import text_table
 from sess_lightning.scores import ENDS, SCORES, build
@@ -232,10 +233,10 @@ def write_table(path: Path, columns: Mapping[str, Any], parquet: bool | None) ->
     Raises:
         ImportError: If Parquet is asked for and pyarrow is not installed.
     """
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+        writer.writerows(map(harmless, row) for row in zip(*columns.values(), strict=True))
     if parquet is False:
         return [path]
     try:

@@ -135,11 +135,12 @@ def table(
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     if header:
         writer.writeheader()
-    writer.writerows({key: _cell(row.get(key)) for key in columns} for row in rows)
+    writer.writerows({key: harmless(row.get(key)) for key in columns} for row in rows)
     return file.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def harmless(value: Any) -> Any:
+    """Return a CSV's cell that stays on its line and that no spreadsheet takes for a formula."""
     if not isinstance(value, str):
         return value
     text = " ".join(value.splitlines())

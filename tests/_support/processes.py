@@ -195,7 +195,7 @@ def process(rank, world, port, folder):
             *args, **{"devices": world, "strategy": "ddp", **kwargs}
         )
     found = dict(cases(f"{folder}/{world}", world))
-    Path(f"{folder}/{world}-{rank}.json").write_text(json.dumps(found))
+    Path(f"{folder}/{world}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def main(folder):
@@ -206,7 +206,8 @@ def main(folder):
             port = free.getsockname()[1]
         multiprocessing.start_processes(process, (world, port, folder), world, start_method="fork")
         found[world] = [
-            json.loads(Path(f"{folder}/{world}-{rank}.json").read_text()) for rank in range(world)
+            json.loads(Path(f"{folder}/{world}-{rank}.json").read_text(encoding="utf-8"))
+            for rank in range(world)
         ]
     sys.stdout.write(json.dumps(found))
 

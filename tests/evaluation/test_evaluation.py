@@ -15,7 +15,7 @@ from formula import build
 from layouts import write_own, write_voc
 from sess_lightning.evaluation.datasets import BrokenSampleError, PictureFolder, read_picture
 from sess_lightning.evaluation.experiment import Experiment
-from sess_lightning.evaluation.results import Results
+from sess_lightning.evaluation.results import Results, write_table
 from sess_lightning.evaluation.runner import describe, evaluate, evaluate_with, summarise
 from sess_lightning.methods import SESS, GradCAM, RandomMap
 from sess_lightning.metrics import SESSMetric
@@ -339,3 +339,11 @@ def test_results_of_nothing_are_empty(tmp_path, voc):
     results = summarise(tmp_path, {}, FiveClasses(voc), experiment())
     assert isinstance(results, Results)
     assert (results.figures["images"], results.figures["missing"]) == (0, 3)
+
+
+def test_a_files_name_is_no_formula_in_a_table(tmp_path):
+    columns = {"image": ["=1+1.jpg", "a.jpg"], "value": [-0.5, 0.5]}
+    write_table(tmp_path / "samples.csv", columns, parquet=False)
+    assert (tmp_path / "samples.csv").read_text("utf-8").splitlines() == [
+        "image,value", "'=1+1.jpg,-0.5", "a.jpg,0.5",
+    ]  # fmt: skip

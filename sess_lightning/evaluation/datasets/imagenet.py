@@ -20,7 +20,7 @@ def read_synsets(path: str | Path) -> list[str]:
 
     JSON is ``{"0": ["n01440764", "tench"], ...}``; of a line, the first word counts.
     """
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8")
     if Path(path).suffix == ".json":
         table = json.loads(text)
         return [table[str(index)][0] for index in range(len(table))]

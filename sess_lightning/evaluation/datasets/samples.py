@@ -103,7 +103,7 @@ def read_flags(path: str | Path, class_count: int) -> dict[str, tuple[bool, ...]
         ValueError: If a line has another number of flags, or a flag is neither 0 nor 1.
     """
     flags = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         name, *values = line.split()
         if len(values) != class_count or not set(values) <= {"0", "1"}:
             raise ValueError(
