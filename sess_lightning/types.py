@@ -151,6 +151,7 @@ class Batch:
         ids: A name for each image.
         difficult: Whether the object is small and other objects are about, where the data set knows.
         size: (height, width) of the pictures before they were resized to ``images``, where it is known.
+        context: Per image, what else the model's call takes for it.
     """
 
     images: Float[Tensor, "B C H W"]
@@ -160,6 +161,7 @@ class Batch:
     ids: list[str] | None = None
     difficult: Bool[Tensor, " B"] | None = None
     size: tuple[int, int] | None = None
+    context: list[list[Tensor]] | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -23,6 +23,7 @@ from sess_lightning.callback.plan import RunPlan, plan_run
 from sess_lightning.callback.runs import moment, record
 from sess_lightning.callback.sampling import Kept, SampleKeeper
 from sess_lightning.callback.settings import Settings
+from sess_lightning.callback.watching import Watcher, one_by_one
 from sess_lightning.cost.budget import Budget
 from sess_lightning.introspection.observers import unobserved
 from sess_lightning.metrics import SESSMetric
@@ -67,6 +68,8 @@ class SESSCallback(RunHooks):
         prefix: First part of all keys; give two callbacks different ones.
         target: Explain the ``"label"``, or what the model ``"predicted"``.
         batch_adapter: Turns a batch into ``(images, labels)``, or anything else ``read_batch`` understands.
+        forward: How images become logits, ``forward(module, images)``; None watches what the first validation
+            step calls, and makes the same call.
         on_error: ``"warn"`` and go on, or ``"raise"``.
         max_forwards: Upper bound on forwards of single images per run, curves and floors included; each
             process beyond the first adds three, to find layers.
@@ -104,6 +107,7 @@ class SESSCallback(RunHooks):
         prefix: str = "sess",
         target: Literal["label", "predicted"] = "label",
         batch_adapter: Callable[[Any], Any] | None = None,
+        forward: Callable[[nn.Module, Tensor], Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         max_forwards: int = 5000,
         tolerance: float | None = None,
@@ -131,6 +135,7 @@ class SESSCallback(RunHooks):
         self.gallery = Gallery(num_images, num_rows)
         self.history = RunHistory(prefix, self.settings.accuracy_key, rings=bool(alarm))
         self.publisher = Publisher(self.guard.protect, self.guard.warn)
+        self.watcher = Watcher(forward)
         self._metric: SESSMetric | None = None
         self._plan: RunPlan | None = None
         self._last: dict[str, float] = {}
@@ -157,6 +162,7 @@ class SESSCallback(RunHooks):
         refuse_shards(trainer.strategy)
         log_dir = trainer.log_dir or trainer.default_root_dir  # Broadcast: on every process, or all hang.
         self.guard.start(trainer)
+        self.watcher.start()
         self._metric, self._plan, self._loaded = None, None, None
         self.keeper.forget()
         with self.guard.protect():
@@ -169,6 +175,11 @@ class SESSCallback(RunHooks):
                     stage=getattr(stage, "value", stage), training=self.history.training,
                     report=self.settings.report,
                 )  # fmt: skip
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the module back, whatever ended a step."""
+        self.watcher.leave()
 
     @override
     def on_load_checkpoint(
@@ -240,18 +251,31 @@ class SESSCallback(RunHooks):
             return
         if not (trainer.sanity_checking or self._is_due(trainer)):
             return
-        read = cache(lambda: read_batch(batch, self.settings.batch_adapter))
+        self.watcher.leave()
+        read = cache(lambda: self._read(batch))
         with self.guard.protect(), unobserved(pl_module):
             batches = batches_of(trainer, dataloader_idx)
             if self._plan is None:
                 self._plan = self._settle(trainer, pl_module, read(), batch_idx, batches)
             if trainer.sanity_checking:
                 return
-            self.keeper.take(read, batch_idx, batches)
+            self.keeper.take(read, batch_idx, batches, self.watcher.logits)
             # All together: full batches. Not once validation is over: then EMA callbacks have swapped the
             # weights back. Where no batch is known to be the last, each explains its own.
             if batch_idx + 1 >= batches or batches == float("inf"):
                 self._explain_waiting(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> None:
+        is_wanted = trainer.sanity_checking or self._is_due(trainer)
+        if is_wanted and dataloader_idx == self.settings.dataloader_idx and not self.guard.is_broken:
+            with self.guard.protect():
+                self.watcher.look(pl_module)
+
+    def _read(self, batch: Any) -> Batch:
+        """Read a batch, its images as the step fed them to the model."""
+        samples = read_batch(batch, self.settings.batch_adapter)
+        self.watcher.settle(samples.labels)
+        return self.watcher.fed(samples)
 
     def _settle(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, batches: float
@@ -267,17 +291,22 @@ class SESSCallback(RunHooks):
         )
         owners = (trainer.datamodule, loaders, pl_module)  # type: ignore[attr-defined]
         self.gallery.legend = settings.legend(metric.methods, *owners)
-        rank_zero_info(f"SESSCallback: {plan.line}; pictures: {', '.join(self.publisher.names) or 'none'}.")
+        pictures = ", ".join(self.publisher.names) or "none"
+        rank_zero_info(f"SESSCallback: {plan.line}; {self.watcher.text}; pictures: {pictures}.")
         return plan
 
     def _explain_waiting(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for kept in self.keeper.waiting():
-            self._explain(trainer, pl_module, kept)
+            for which in one_by_one(kept.samples):
+                self._explain(trainer, pl_module, kept.take(which))
 
     def _explain(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
         metric, samples = self._made(pl_module), kept.samples.to(pl_module.device)
         metric.tolerance = self.settings.tolerance_on(samples)
-        explain(metric, trainer, pl_module, samples, kept.numbers, self.settings.target)
+        with self.watcher.bound(pl_module, samples):
+            explain(metric, trainer, pl_module, samples, kept.numbers, self.settings.target)
+        if text := self.watcher.doubt(metric, kept.validated):
+            self.guard.warn(text)
         if trainer.is_global_zero:
             self.gallery.add(metric, kept.samples, kept.numbers, self.keeper.total)
 

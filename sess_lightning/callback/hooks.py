@@ -17,6 +17,9 @@ class RunHooks(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a run."""
 
+    def _look(self, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> None:
+        """Get ready to see a step."""
+
     def _watch(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
@@ -37,6 +40,30 @@ class RunHooks(Callback):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a run."""
         self._begin(trainer, pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Get ready to see a step."""
+        self._look(trainer, pl_module, dataloader_idx)
+
+    @override
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Get ready to see a step."""
+        self._look(trainer, pl_module, dataloader_idx)
 
     @override
     def on_validation_batch_end(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
+import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
 from sess_lightning.callback.batches import check_boxes
@@ -126,10 +128,24 @@ def find_order(loader: Any, batches: float, rank: int = 0, world: int = 1) -> Or
 
 @dataclass(frozen=True)
 class Kept:
-    """A batch's samples as the first run met them, on the host, and which of all samples they are."""
+    """A batch's samples as the first run met them, on the host, and which of all samples they are.
+
+    Attributes:
+        samples: The samples.
+        numbers: Which of all samples they are.
+        places: Where in the batch they were; empty where that is not known any more.
+        validated: Validation's logits of them in this run, where they are known.
+    """
 
     samples: Batch
     numbers: list[int]
+    places: list[int] = field(default_factory=list)
+    validated: Tensor | None = None
+
+    def take(self, which: Sequence[int]) -> Kept:
+        """Return samples ``which``."""
+        validated = None if self.validated is None else self.validated[list(which)]
+        return Kept(self.samples.take(which), [self.numbers[i] for i in which], validated=validated)
 
 
 class SampleKeeper:
@@ -181,15 +197,20 @@ class SampleKeeper:
         """Begin a run."""
         self._taken, self._waiting = 0, []
 
-    def take(self, read: Callable[[], Batch], batch_idx: int, batches: float) -> None:
+    def take(
+        self, read: Callable[[], Batch], batch_idx: int, batches: float,
+        logits: Callable[[list[int]], Tensor | None] = lambda _: None,
+    ) -> None:  # fmt: skip
         """Take a batch's share of the samples: those of the first run, even if the loader shuffles.
 
         Args:
             read: Reads the batch; called at most once.
             batch_idx: Which batch this is.
             batches: How many there are; may be infinite.
+            logits: Gives validation's logits of the images in some places of the batch.
         """
-        if batch_idx not in self._kept:
+        is_new = batch_idx not in self._kept
+        if is_new:
             if self._choice is not None and not self._choice.of_batch(batch_idx):
                 return
             batch = read()
@@ -200,10 +221,12 @@ class SampleKeeper:
             samples = batch.take(places).to("cpu")
             check_inputs("SESSCallback", samples.images, samples.labels)
             check_boxes(samples)
-            self._kept[batch_idx] = Kept(samples, [chosen[place] for place in places])
+            self._kept[batch_idx] = Kept(samples, [chosen[place] for place in places], places)
         kept = self._kept[batch_idx]
         self._taken += len(kept.samples)
-        self._waiting.append(kept)
+        # Where the loader shuffles, the images of later batches are others.
+        is_same = kept.places and (is_new or self._choice is not None)
+        self._waiting.append(replace(kept, validated=logits(kept.places) if is_same else None))
 
     def waiting(self) -> list[Kept]:
         """Return what was taken since the last call, samples of one kind together."""
@@ -211,10 +234,7 @@ class SampleKeeper:
         kinds: dict[Any, list[Kept]] = {}
         for kept in waiting:
             kinds.setdefault(kept.samples.kind, []).append(kept)
-        return [
-            Kept(Batch.joined([kept.samples for kept in alike]), [n for kept in alike for n in kept.numbers])
-            for alike in kinds.values()
-        ]
+        return [_joined(alike) for alike in kinds.values()]
 
     def _chosen(self, size: int, batch_idx: int, batches: float) -> dict[int, int]:
         """Return places in a batch, and the numbers of the samples there."""
@@ -243,6 +263,15 @@ class SampleKeeper:
         """Note what a checkpoint holds, for ``settle``."""
         self._loaded = state
         return ""
+
+
+def _joined(waiting: Sequence[Kept]) -> Kept:
+    validated = [kept.validated for kept in waiting if kept.validated is not None]
+    return Kept(
+        Batch.joined([kept.samples for kept in waiting]),
+        [number for kept in waiting for number in kept.numbers],
+        validated=torch.cat(validated) if len(validated) == len(waiting) else None,
+    )
 
 
 def _restored(state: Mapping[str, Any], budget: Budget, batch: Batch) -> dict[int, Kept]:

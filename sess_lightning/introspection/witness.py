@@ -69,10 +69,11 @@ class Call:
         """
 
         def call(module: nn.Module, images: Tensor) -> Tensor:
-            leaves = list(self.leaves)
+            # Copies: what was seen in Lightning's inference mode cannot enter autograd.
+            leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
             leaves[self.place] = images
             for leaf, row in zip(self.rows, rows, strict=False):
-                leaves[leaf] = row.to(images.device).expand(len(images), *row.shape)
+                leaves[leaf] = row.to(images.device).clone().expand(len(images), *row.shape)
             args, kwargs = tree_unflatten(leaves, self.spec)
             called = module.get_submodule(self.module)
             # The watched module's own forward is called as its step does, without its hooks.
@@ -303,6 +304,14 @@ class Witness:
         undecided = len(equal) > 1 and not _is_named(best[1])
         return self._made(best, f"{len(equal)} outputs could be the logits" if undecided else "", found)
 
+    def seen(self, call: Call | None) -> Seen:
+        """Return the arguments and the logits of a call, as ``Call.watching`` gives them."""
+        for record in self._records:
+            if call is not None and record.module == call.module and record.output is not None:
+                logits = logits_at(record.output, call.path).detach().clone()
+                return Seen(record.leaves[call.place], [record.leaves[row] for row in call.rows], logits)
+        return Seen()
+
     def _made(self, chosen: tuple[_Record, tuple[Step, ...], Tensor], doubts: str, all_: list[Any]) -> Call:
         record, path, _ = chosen
         count = len(record.leaves[record.place])
@@ -315,7 +324,7 @@ class Witness:
             repeated = f"called {times} times in a step, of which the first is explained"
             doubts = f"{doubts}; {repeated}" if doubts else repeated
         text = _in_words(record, path)
-        leaves = [None if i == record.place else leaf for i, leaf in enumerate(record.leaves)]
+        leaves = [None if i == record.place or i in rows else leaf for i, leaf in enumerate(record.leaves)]
         return Call(record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts)
 
 

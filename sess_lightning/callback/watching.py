@@ -1,0 +1,128 @@
+"""Watcher: what a validation step called is what is explained, and the proof of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sess_lightning.introspection.logits import log_scores
+from sess_lightning.introspection.witness import Call, Seen, Witness, calling, is_compiled
+from sess_lightning.metrics import SESSMetric
+from sess_lightning.metrics.sess_metric import OWN
+from sess_lightning.ops import size_of
+from sess_lightning.types import Batch
+
+LARGEST = 0.02
+"""How far probabilities of the replayed call may be from validation's: what bfloat16 rounds."""
+
+
+class Watcher:
+    """Watches the first validation step, and the same call in every later one.
+
+    Args:
+        forward: How images become logits, ``forward(module, images)``; None watches.
+    """
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Any] | None = None) -> None:
+        if forward is not None and not callable(forward):
+            raise TypeError(f"SESSCallback: forward must be a function (module, images), got {forward!r}.")
+        self._forward = forward
+        self._call: Call | None = None
+        self._is_settled = False
+        self._witness: Witness | None = None
+        self._seen: Seen | None = None
+        self._open = ExitStack()
+        self._is_proven = False
+
+    @property
+    def text(self) -> str:
+        """What is explained, in words."""
+        if self._forward is not None:
+            return "explains what forward= returns"
+        if self._call is None:
+            return "explains module(images); forward= says it if that is not what is validated"
+        doubts = f" ({self._call.doubts}; forward= decides)" if self._call.doubts else ""
+        return f"explains {self._call.text}{doubts}"
+
+    def start(self) -> None:
+        """Begin to fit, validate or test."""
+        self.leave()
+        self._call, self._is_settled, self._is_proven = None, False, False
+
+    def look(self, model: nn.Module) -> None:
+        """Watch the step that comes."""
+        self.leave()
+        self._seen = None
+        if self._forward is not None or is_compiled(model):
+            return
+        if not self._is_settled:
+            self._witness = Witness(model)
+            self._open.callback(self._witness.close)
+        elif self._call is not None:
+            self._seen = self._open.enter_context(self._call.watching(model))
+
+    def leave(self) -> None:
+        """Give the module back; what was seen is kept until the next step."""
+        self._open.close()
+
+    def settle(self, labels: Tensor) -> None:
+        """Settle after the first step what is called."""
+        if self._witness is not None:
+            self._call = self._witness.call(labels)
+            self._seen = self._witness.seen(self._call)
+            self._witness = None
+        self._is_settled = True
+
+    def fed(self, batch: Batch) -> Batch:
+        """Return a batch with the images that the step fed to the model, and the call's other rows."""
+        seen = self._seen
+        if seen is None or seen.images is None or len(seen.images) != len(batch):
+            return batch
+        context = [[row[i] for row in seen.rows] for i in range(len(batch))] if seen.rows else None
+        resized = size_of(seen.images) != size_of(batch.images) and batch.size is None
+        size = size_of(batch.images) if resized else batch.size
+        return replace(batch, images=seen.images, size=size, context=context)
+
+    def logits(self, places: list[int]) -> Float[Tensor, "K N"] | None:
+        """Return validation's logits of some images of the batch."""
+        if self._seen is None or self._seen.logits is None or max(places) >= len(self._seen.logits):
+            return None
+        return self._seen.logits[places]
+
+    def bound(self, model: nn.Module, samples: Batch) -> AbstractContextManager[None]:
+        """Have ``model(images)`` make the call that was watched."""
+        if self._forward is not None:
+            return calling(model, self._forward)
+        if self._call is None:
+            return nullcontext()
+        return self._call.bound(model, tuple(samples.context[0]) if samples.context else ())
+
+    def doubt(self, metric: SESSMetric, validated: Float[Tensor, "B N"] | None) -> str:
+        """Return what to warn of if the explained model is not the validated one, once; else nothing.
+
+        Args:
+            metric: Has just scored the images.
+            validated: Validation's own logits of them; None where they are not known.
+        """
+        if validated is None or self._is_proven or len(validated) != len(metric.targets[-1]):
+            return ""
+        self._is_proven = True
+        activation = metric.methods[OWN].activation
+        expected = log_scores(validated, metric.targets[-1], activation).exp()
+        away = float((metric.ends[-1][:, 0] - expected).abs().max())
+        if not away > LARGEST:
+            return ""
+        return (
+            f"the model that is explained gives an image a probability {away:.3f} away from validation's: "
+            f"{self.text}. Say what is validated, SESSCallback(forward=lambda module, images: logits)."
+        )
+
+
+def one_by_one(samples: Batch) -> list[list[int]]:
+    """Return which samples can be explained at once: those whose call takes more than images, one by one."""
+    return [[i] for i in range(len(samples))] if samples.context else [list(range(len(samples)))]

@@ -1,0 +1,127 @@
+"""What validation showed the model is what is explained, in whatever shape the module calls it."""
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from callbacks import numbers, quick
+from lightning_models import Classifier, boxed, filled_net, squares, validate
+
+VAL = {"read": boxed, "batch_size": 4}
+
+
+class Odd(Classifier):
+    """A classifier whose step calls its net in another way."""
+
+    def validation_step(self, batch, batch_idx):
+        images, labels = batch[0], batch[1]["label"]
+        self.log("val_loss", F.cross_entropy(self.scores(images, labels), labels), batch_size=len(images))
+
+
+class Plain(Odd):
+    def scores(self, images, labels):
+        return self(images)
+
+
+class Direct(Odd):
+    def forward(self, images):
+        raise NotImplementedError("nobody calls me")
+
+    def scores(self, images, labels):
+        return self.net(images)
+
+
+class InADict(Odd):
+    def forward(self, batch):
+        return {"features": self.net[:7](batch["image"]), "output": self.net(batch["image"])}
+
+    def scores(self, images, labels):
+        return self({"image": images})["output"]
+
+
+class WithLabels(Odd):
+    def forward(self, pixel_values, labels):
+        logits = self.net(pixel_values)
+        return F.cross_entropy(logits, labels), logits
+
+    def scores(self, images, labels):
+        return self(pixel_values=images, labels=labels)[1]
+
+
+class FeaturesFirst(Odd):
+    def forward(self, images):
+        return self.net[:7](images), self.net(images)
+
+    def scores(self, images, labels):
+        return self(images)[1]
+
+
+class Overwriting(Odd):
+    def scores(self, images, labels):
+        logits = self(images)
+        images.zero_()
+        return logits
+
+
+def scores(tmp_path, module, **kwargs):
+    module.net.load_state_dict(filled_net().state_dict())
+    found = numbers(validate(tmp_path, quick(**kwargs), module=module, val=squares(**VAL)).callback_metrics)
+    return {key: value for key, value in found.items() if key.startswith("sess/")}
+
+
+@pytest.mark.parametrize(
+    "shape", [Direct, InADict, WithLabels, FeaturesFirst, Overwriting], ids=lambda s: s.__name__
+)
+def test_each_shape_gives_the_figures_of_its_plain_twin(shape, tmp_path, recwarn):
+    assert scores(tmp_path, shape()) == pytest.approx(scores(tmp_path, Plain()), abs=1e-5)
+    assert not [warning for warning in recwarn if "SESS" in str(warning.message)]
+
+
+class Normalising(Odd):
+    def scores(self, images, labels):
+        return self(3 * images - 1)
+
+
+def test_images_changed_in_the_step_are_explained_as_the_model_got_them(tmp_path):
+    class Changed(Plain):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return 3 * batch[0] - 1, batch[1]
+
+    assert scores(tmp_path, Normalising()) == pytest.approx(scores(tmp_path, Changed()), abs=1e-5)
+
+
+def test_a_call_may_be_stated(tmp_path, told):
+    forward = lambda module, images: module({"image": images})["output"]  # noqa: E731
+    assert scores(tmp_path, InADict(), forward=forward) == pytest.approx(scores(tmp_path, Plain()), abs=1e-5)
+    assert "explains what forward= returns" in told()[0]
+
+
+def test_the_start_line_says_what_is_explained(tmp_path, told):
+    scores(tmp_path, InADict())
+    assert "explains the module called as forward({image: images}), logits: output['output']" in told()[0]
+
+
+def test_a_model_that_is_not_the_validated_one_is_told_of_once(tmp_path, recwarn):
+    class Twice(Plain):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            with torch.no_grad():
+                self.net[-1].bias.add_(torch.tensor([3.0, 0, 0, 0]))
+
+    scores(tmp_path, Twice())
+    told = [str(warning.message) for warning in recwarn if "away from validation's" in str(warning.message)]
+    assert len(told) == 1
+    assert "SESSCallback(forward=lambda module, images: logits)" in told[0]
+
+
+def test_no_hook_and_no_attribute_is_left(tmp_path):
+    module = WithLabels()
+    scores(tmp_path, module)
+    assert "forward" not in vars(module)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_function_is_refused():
+    with pytest.raises(TypeError, match="forward must be a function"):
+        quick(forward="net")
