@@ -16,7 +16,7 @@ USAGE = """usage: sess-lightning COMMAND ...
 
   evaluate   score a method on a data set: the paper's tables, on its data or yours
   compare    draw finished evaluations side by side: ablations
-  explain    explain one picture
+  explain    explain one image
   cost       measure what explaining costs on a model, and what each knob would change
   fit, validate, test   Lightning's own commands, with the callback beside (--sess.*)
 

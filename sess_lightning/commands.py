@@ -21,7 +21,7 @@ from sess_lightning.callback.callback import SESSCallback
 from sess_lightning.cost.measure import Costs, measure_cost
 from sess_lightning.evaluation.datasets import Benchmark, BrokenSampleError
 from sess_lightning.evaluation.experiment import Experiment
-from sess_lightning.evaluation.explanation import explain_picture
+from sess_lightning.evaluation.explanation import explain_image
 from sess_lightning.evaluation.results import Results
 from sess_lightning.evaluation.runner import evaluate, evaluate_with
 from sess_lightning.evaluation.weights import Network, load_network
@@ -111,14 +111,14 @@ def _network(config: Namespace) -> Network:
 
 def explain_parser() -> ArgumentParser:
     """Return the parser of ``explain``."""
-    parser = ArgumentParser(prog="sess-lightning explain", description="Explain one picture.")
+    parser = ArgumentParser(prog="sess-lightning explain", description="Explain one image.")
     parser.add_argument("image", type=Path, help="a file")
     parser.add_argument("--config", action="config", help="YAML with any of these")
     parser.add_function_arguments(load_network, "model")
     parser.add_argument("--method", type=SaliencyMethod, default=SESS(GradCAM()), help="what explains")
     parser.add_argument("--target", type=int | str | None, default=None, help="class; None is the prediction")
     parser.add_argument("--size", type=int, default=224, help="shorter side the model sees, px")
-    parser.add_argument("--out", type=Path, default=Path("explanation.png"), help="the picture to write")
+    parser.add_argument("--out", type=Path, default=Path("explanation.png"), help="the image to write")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, ...")
     return parser
 
@@ -129,7 +129,7 @@ def run_explain(arguments: Sequence[str]) -> None:
     config = parser.parse_args(arguments)
     method = parser.instantiate(config).method
     try:
-        explained = explain_picture(
+        explained = explain_image(
             config.image, _network(config), method, config.target, size=config.size, device=config.device
         )
     except (BrokenSampleError, FileNotFoundError, ValueError) as error:

@@ -38,7 +38,7 @@ class ImageExplanation(NamedTuple):
     maps: dict[str, Float[Tensor, "h w"]]
 
 
-def explain_picture(
+def explain_image(
     path: str | Path,
     network: Network,
     method: SaliencyMethod | None = None,
@@ -75,7 +75,7 @@ def explain_picture(
     methods = [method.base, method] if isinstance(method, SESS) else [method]
     maps = {type(m).__name__: _for_display(m, m.explain(model, images, targets).maps)[0] for m in methods}
     picture = displayed(images, (network.mean, network.std))[0]
-    label = network.class_names[chosen] if network.class_names else f"class {chosen}"
+    label = dict(enumerate(network.class_names)).get(chosen, f"class {chosen}")
     caption = "\n".join([f"target: {label}", f"probability: {probability:.3f}", *map(str, methods)])
     overlays = {name: overlay(picture, saliency) for name, saliency in maps.items()}
     panel = Panel(picture, overlays, caption, label=label, title=path.name)

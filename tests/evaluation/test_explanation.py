@@ -5,7 +5,7 @@ import torch
 
 from formula import build
 from layouts import photograph
-from sess_lightning.evaluation.explanation import explain_picture
+from sess_lightning.evaluation.explanation import explain_image
 from sess_lightning.evaluation.weights import Network
 from sess_lightning.methods import SESS, GradCAM
 
@@ -24,35 +24,36 @@ def file(tmp_path):
 
 
 def test_a_class_is_given_by_name_by_index_or_predicted(file, network):
-    predicted = explain_picture(file, network, GradCAM(), size=64)
-    named = explain_picture(file, network, GradCAM(), "abcde"[predicted.target], size=64)
-    numbered = explain_picture(file, network, GradCAM(), predicted.target, size=64)
-    others = [explain_picture(file, network, GradCAM(), i, size=64).probability for i in range(5)]
+    predicted = explain_image(file, network, GradCAM(), size=64)
+    named = explain_image(file, network, GradCAM(), "abcde"[predicted.target], size=64)
+    numbered = explain_image(file, network, GradCAM(), predicted.target, size=64)
+    others = [explain_image(file, network, GradCAM(), i, size=64).probability for i in range(5)]
     assert predicted.target == named.target == numbered.target
     assert max(others) == predicted.probability
     assert sum(others) == pytest.approx(1, abs=1e-6)  # Five roundings of float32.
 
 
 def test_the_base_stands_beside_sess(file, network):
-    explained = explain_picture(file, network, SMALL, "b", size=64)
+    explained = explain_image(file, network, SMALL, "b", size=64)
     assert list(explained.maps) == list(explained.panel.overlays) == ["GradCAM", "SESS"]
     assert explained.panel.label == "b"
     assert explained.panel.title == "cat.png"
     assert explained.panel.caption.splitlines() == [
         "target: b", f"probability: {explained.probability:.3f}", "GradCAM()", str(SMALL),
     ]  # fmt: skip
-    alone = explain_picture(file, network, GradCAM(), "b", size=64)
+    alone = explain_image(file, network, GradCAM(), "b", size=64)
     assert torch.equal(alone.maps["GradCAM"], explained.maps["GradCAM"])
 
 
 def test_sess_is_smoothed_once(file, network):
-    plain = explain_picture(file, network, SMALL, 1, size=64)
-    smoothed = explain_picture(file, network, replace(SMALL, smoothing=True), 1, size=64)
+    plain = explain_image(file, network, SMALL, 1, size=64)
+    smoothed = explain_image(file, network, replace(SMALL, smoothing=True), 1, size=64)
     assert torch.equal(plain.maps["SESS"], smoothed.maps["SESS"])
 
 
 def test_classes_without_names_are_numbered(file, network):
-    explained = explain_picture(file, network._replace(class_names=()), GradCAM(), 3, size=64)
-    assert explained.panel.label == "class 3"
+    for few in ((), ("a", "b")):
+        explained = explain_image(file, network._replace(class_names=few), GradCAM(), 3, size=64)
+        assert explained.panel.label == "class 3"
     with pytest.raises(ValueError, match="'cat' is none of the 0 class names; give an index"):
-        explain_picture(file, network._replace(class_names=()), GradCAM(), "cat", size=64)
+        explain_image(file, network._replace(class_names=()), GradCAM(), "cat", size=64)
