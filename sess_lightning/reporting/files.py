@@ -103,8 +103,8 @@ def _follows(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> bool
     values = next(csv.reader([last]))
     if values == list(columns):
         return True
-    told = dict(zip(columns, values, strict=False))
-    return told.get("run") == row["run"] and _is_before(told, row)
+    last_row = dict(zip(columns, values, strict=False))
+    return last_row.get("run") == row["run"] and _is_before(last_row, row)
 
 
 def _is_before(old: Mapping[str, Any], row: Mapping[str, Any]) -> bool:

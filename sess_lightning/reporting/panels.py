@@ -157,7 +157,7 @@ def _scaled(picture: Picture, side: int) -> Image.Image:
 
 
 def _row(panel: Panel, side: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> Image.Image:
-    pictures = [_scaled(each, side) for each in (panel.image, *panel.overlays.values())]
+    pictures = [_scaled(picture, side) for picture in (panel.image, *panel.overlays.values())]
     text_width = 300
     row = Image.new("RGB", (sum(p.width + 4 for p in pictures) + text_width, side), "white")
     draw, left, factor = ImageDraw.Draw(row), 0, side / panel.image.shape[0]

@@ -45,21 +45,21 @@ class RemoteFolder:
             if any(fnmatch(name, pattern) for pattern in fetched):
                 (self.local / name).parent.mkdir(parents=True, exist_ok=True)
                 self._files.get_file(path, str(self.local / name))
-        self._known = self._found()
+        self._known = self._listed()
 
     def push(self) -> None:
         """Send what has changed since the last time."""
-        found = self._found()
-        for name in self._known.keys() - found.keys():
+        files = self._listed()
+        for name in self._known.keys() - files.keys():
             self._files.rm_file(f"{self._root}/{name}")
             del self._known[name]
-        for name, state in found.items():
+        for name, state in files.items():
             if self._known.get(name) != state:
                 self._files.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
                 self._files.put_file(str(self.local / name), f"{self._root}/{name}")
                 self._known[name] = state
 
-    def _found(self) -> dict[str, tuple[int, int]]:
+    def _listed(self) -> dict[str, tuple[int, int]]:
         files = [path for path in self.local.rglob("*") if path.is_file()]
         states = {path.relative_to(self.local).as_posix(): path.stat() for path in files}
         return {name: (state.st_mtime_ns, state.st_size) for name, state in states.items()}

@@ -92,8 +92,8 @@ def display_names(methods: Mapping[str, Any]) -> dict[str, str]:
     Args:
         methods: Key -> method.
     """
-    base, own = (type(methods.get(key)).__name__ for key in ("base", ""))
-    names = {key: key for key in methods} | {"": own}
+    base, explained = (type(methods.get(key)).__name__ for key in ("base", ""))
+    names = {key: key for key in methods} | {"": explained}
     if "base" in methods and base not in names.values():
         names["base"] = base
-    return names | {key: f"{key} (compared)" for key in methods if key == own}
+    return names | {key: f"{key} (compared)" for key in methods if key == explained}

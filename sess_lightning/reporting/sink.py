@@ -48,8 +48,8 @@ class LoggerSink(Sink):
     @property
     def place(self) -> Hashable:
         """The logger's folder, else its run, else the logger itself."""
-        known = (getattr(self._logger, name, None) for name in ("log_dir", "version"))
-        return self.name, next((each for each in known if each is not None), id(self._logger))
+        names = (getattr(self._logger, name, None) for name in ("log_dir", "version"))
+        return self.name, next((name for name in names if name is not None), id(self._logger))
 
     @property
     def experiment(self) -> Any:

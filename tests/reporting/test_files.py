@@ -105,7 +105,7 @@ def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(paths.os, "fdopen", full)
+    monkeypatch.setattr(paths.Path, "replace", full)
     with pytest.raises(OSError, match="disk full"):
         sink.write(report)
     assert list((tmp_path / "sess" / "curves").iterdir()) == []

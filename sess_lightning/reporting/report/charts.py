@@ -220,8 +220,8 @@ def _apart(heights: Sequence[float], gap: float = 14.0) -> list[float]:
     places[-1] = min(places[-1], float(HEIGHT - BOTTOM))
     for i in range(len(places) - 2, -1, -1):
         places[i] = min(places[i], places[i + 1] - gap)
-    found = dict(zip(order, places, strict=True))
-    return [found[i] + 4 for i in range(len(heights))]
+    by_line = dict(zip(order, places, strict=True))
+    return [by_line[i] + 4 for i in range(len(heights))]
 
 
 def _short(name: str) -> str:

@@ -95,8 +95,8 @@ class Content:
         for name in sorted(self.last.metrics, key=_rank):
             if "acc" in name.lower():
                 first = self.records[0].metrics.get(name)
-                told = "" if first is None or len(self.records) < 2 else f"from {first:.3f}"
-                yield Tile(name, f"{self.last.metrics[name]:.3f}", told)
+                change = "" if first is None or len(self.records) < 2 else f"from {first:.3f}"
+                yield Tile(name, f"{self.last.metrics[name]:.3f}", change)
                 break
         for score in (SCORES[key] for key in TILES):
             if score.key in self.last.scalars:
@@ -137,8 +137,8 @@ class Content:
             yield Sketch(key, self._line("", key, "metric", "metrics"), note="logged by the model")
 
     def _values(self, score: Score) -> Sketch:
-        own = "previous run" if score.key == "drift_previous" else self.last.method
-        lines = self._line(own, score.key, "own")
+        name = "previous run" if score.key == "drift_previous" else self.last.method
+        lines = self._line(name, score.key, "own")
         for method in self.methods:
             lines += self._line(self._label(method), build(score.key, method), self.styles[method])
         for key, (beside, name) in BESIDE.items():

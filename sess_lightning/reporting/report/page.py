@@ -97,7 +97,7 @@ def make_way(path: Path, run: str) -> None:
 
 def others(path: Path) -> list[str]:
     """Return the names of the pages of other trainings beside a page."""
-    return sorted(found.name for found in path.parent.glob(f"{path.stem}-*{path.suffix}"))
+    return sorted(page.name for page in path.parent.glob(f"{path.stem}-*{path.suffix}"))
 
 
 def _aside(path: Path, run: str) -> Path:
@@ -110,8 +110,8 @@ def _run_of(path: Path) -> str | None:
     if not path.exists():
         return None
     with path.open("rb") as file:
-        told = re.search(rb'<meta name="sess-run" content="([^"]*)">', file.read(HEAD))
-    return told[1].decode(errors="replace") if told else ""
+        tag = re.search(rb'<meta name="sess-run" content="([^"]*)">', file.read(HEAD))
+    return tag[1].decode(errors="replace") if tag else ""
 
 
 @cache

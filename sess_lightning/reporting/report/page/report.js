@@ -47,9 +47,9 @@ function card(sample, when) {
     make("h4", {}, sample.title), make("div", { class: "columns" }, ...columns), make("ul", {}, ...lines));
 }
 
-function curves(frame, row, found) {
+function curves(frame, row, methods) {
   const lines = [], legend = [];
-  for (const { name, method, lines: both } of found) {
+  for (const { name, method, lines: both } of methods) {
     const values = both[row], last = values.length - 1;
     if (values.includes(null)) continue;
     const css = `${styles[method] ?? "own"} line`;
