@@ -1,5 +1,6 @@
 """How a classifier is read (logits, layers, features) and borrowed (lending)."""
 
+from sess_lightning.introspection.grids import Grid, find_grid
 from sess_lightning.introspection.hooks import (
     Tap,
     first_tensor,
@@ -9,10 +10,10 @@ from sess_lightning.introspection.hooks import (
     with_first_tensor,
 )
 from sess_lightning.introspection.layers import (
-    Grid,
-    find_grid,
+    OnGrid,
     find_target_layer,
     input_window,
+    read_features,
     resolve_layer,
 )
 from sess_lightning.introspection.logits import (
@@ -27,6 +28,7 @@ from sess_lightning.introspection.logits import (
 
 __all__ = [
     "Grid",
+    "OnGrid",
     "Tap",
     "check_inputs",
     "classify",
@@ -39,6 +41,7 @@ __all__ = [
     "log_scores",
     "logits_of",
     "predict",
+    "read_features",
     "recording",
     "resolve_layer",
     "score",

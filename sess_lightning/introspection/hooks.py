@@ -1,10 +1,10 @@
-"""What a model is: its logits, its scores, its layers."""
+"""Cutting a model's graph at a layer, and differentiating by what passed through it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,21 +19,34 @@ class Tap:
     """What passed through a layer.
 
     Attributes:
-        features: The layer's output, detached, with gradients on: differentiate the head's output by it.
+        calls: The outputs of the layer's calls that were cut, by number, detached, with gradients on:
+            differentiate the head's output by them.
+        count: Calls so far, cut or not.
     """
 
-    features: Tensor | None = None
+    calls: dict[int, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    @property
+    def features(self) -> Tensor | None:
+        """The output of the last call that was cut."""
+        return self.calls[max(self.calls)] if self.calls else None
 
 
 @contextmanager
-def recording(layer: nn.Module) -> Iterator[Tap]:
+def recording(layer: nn.Module, calls: Collection[int] | None = None) -> Iterator[Tap]:
     """Cut the graph at a layer: run the forward under ``no_grad`` and only what follows is recorded.
 
-    A layer that is called several times is cut at its last call.
+    Args:
+        layer: Where to cut.
+        calls: Which of the layer's calls, by number; None is all of them.
     """
     tap = Tap()
 
     def cut(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        number, tap.count = tap.count, tap.count + 1
+        if calls is not None and number not in calls:
+            return output
         features = first_tensor(output)
         if features.is_inference():
             raise RuntimeError(
@@ -41,7 +54,7 @@ def recording(layer: nn.Module) -> Iterator[Tap]:
                 "leaves; use no_grad there, or name a target_layer outside of it."
             )
         features = features.detach().requires_grad_()
-        tap.features = features
+        tap.calls[number] = features
         torch.set_grad_enabled(True)  # The surrounding no_grad puts the mode back.
         # The clone lets whatever follows work in place: a leaf may not be written to.
         return with_first_tensor(output, features.clone())
@@ -56,7 +69,24 @@ def recording(layer: nn.Module) -> Iterator[Tap]:
 def head_forward(
     model: nn.Module, layer: nn.Module, images: Float[Tensor, "B C H W"]
 ) -> tuple[Float[Tensor, "B N"], Tensor]:
-    """Run one forward and return the logits and the layer's features, with a graph from these to those.
+    """Run one forward and return the logits and a layer's last features, with a graph from these to those."""
+    logits, calls = cut_forward(model, layer, images)
+    return logits, calls[max(calls)]
+
+
+def cut_forward(
+    model: nn.Module,
+    layer: nn.Module,
+    images: Float[Tensor, "B C H W"],
+    calls: Collection[int] | None = None,
+) -> tuple[Float[Tensor, "B N"], dict[int, Tensor]]:
+    """Run one forward, its graph cut at a layer; return the logits and, by number, the features cut off.
+
+    Args:
+        model: Any classifier.
+        layer: Where to cut.
+        images: As the model takes them.
+        calls: Which of the layer's calls, by number; None is all of them.
 
     Raises:
         RuntimeError: If the layer never ran.
@@ -64,16 +94,16 @@ def head_forward(
     # A backbone inside the model's own `no_grad` switches recording off again on its way out; retried, its
     # surroundings have gradients on.
     for grad in (False, True):
-        with recording(layer) as tap, torch.set_grad_enabled(grad):
+        with recording(layer, calls) as tap, torch.set_grad_enabled(grad):
             logits = classify(model, images)
         if logits.requires_grad:
             break
-    if tap.features is None:
+    if not tap.calls:
         raise RuntimeError(
             f"target_layer {type(layer).__name__} did not run in the model's forward, so its features are "
             "unknown; name one that does. Scripted, traced and exported modules cannot be looked into."
         )
-    return logits, tap.features
+    return logits, tap.calls
 
 
 def gradient(outputs: Float[Tensor, " B"], inputs: Tensor, retain_graph: bool = False) -> Tensor:
@@ -82,21 +112,45 @@ def gradient(outputs: Float[Tensor, " B"], inputs: Tensor, retain_graph: bool = 
     Raises:
         RuntimeError: If no gradient flows from the one to the other.
     """
-    found = _gradient(outputs.float().sum(), inputs, retain_graph)
-    if found is None:
+    return gradients(outputs, {0: inputs}, retain_graph)[0]
+
+
+def gradients(
+    outputs: Float[Tensor, " B"], inputs: Mapping[int, Tensor], retain_graph: bool = False
+) -> dict[int, Tensor]:
+    """Return the gradients of the sum of ``outputs`` by several ``inputs``; zeros where none flows.
+
+    Raises:
+        RuntimeError: If no gradient flows to any of them.
+    """
+    total = outputs.float().sum()
+    found = _differentiated(total, [*inputs.values()], None, retain_graph)
+    if all(each is None for each in found):
         raise RuntimeError(
             "No gradient flows from the model's logits back to the target layer or the image: the forward "
             "detaches it, or runs it under no_grad or under a checkpoint with use_reentrant=True. "
             "Name a later target_layer, or change the forward."
         )
-    return found
+    return {
+        name: torch.zeros_like(by) if each is None else each
+        for (name, by), each in zip(inputs.items(), found, strict=True)
+    }
 
 
-def _gradient(output: Float[Tensor, ""], inputs: Tensor, retain_graph: bool = False) -> Tensor | None:
+def try_gradient(
+    output: Tensor, inputs: Tensor, weights: Tensor | None = None, retain_graph: bool = False
+) -> Tensor | None:
+    """Return the gradient of a scalar, or of a sum with ``weights``, by ``inputs``; None if none flows."""
+    return _differentiated(output, [inputs], weights, retain_graph)[0]
+
+
+def _differentiated(
+    output: Tensor, inputs: Sequence[Tensor], weights: Tensor | None, retain_graph: bool
+) -> Sequence[Tensor | None]:
     if not output.requires_grad:
-        return None
+        return [None] * len(inputs)
     try:
-        return torch.autograd.grad(output, inputs, retain_graph=retain_graph, allow_unused=True)[0]
+        return torch.autograd.grad(output, inputs, weights, retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise

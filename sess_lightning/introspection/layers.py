@@ -1,53 +1,179 @@
-"""What a model is: its logits, its scores, its layers."""
+"""Where in a model features are read: the layer, which of its calls, and how each lies on the image."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sess_lightning.introspection.hooks import _gradient, first_tensor, with_first_tensor
+from sess_lightning.introspection.grids import Grid, find_grid, is_certain
+from sess_lightning.introspection.hooks import cut_forward
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import classify
+from sess_lightning.introspection.search import place_layer, search
 from sess_lightning.ops import size_of
 
-_FOUND: WeakKeyDictionary[nn.Module, dict[tuple[int, int], str]] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A target layer whose grid is stated instead of found.
+
+    ``GradCAM(OnGrid("blocks.11", Grid("tokens", 14, 14, extra=5)))`` reads the tokens of ``blocks.11`` as 14
+    rows of 14 places behind 5 others.
+
+    Attributes:
+        layer: As a dotted name or a module; None finds the last one that has such a grid.
+        grid: How its features lie on the image.
+    """
+
+    layer: str | nn.Module | None
+    grid: Grid
 
 
-def resolve_layer(
-    model: nn.Module, target_layer: str | nn.Module | None, images: Float[Tensor, "B C H W"]
-) -> nn.Module:
+TargetLayer: TypeAlias = str | nn.Module | OnGrid | None
+"""A dotted name, a module, either of them on a stated grid, or None to have one found."""
+
+
+class Site(NamedTuple):
+    """Where in a model features are read.
+
+    Attributes:
+        name: Of the layer.
+        grids: For each of its calls in one forward pass that is read, by number, how it lies on the image.
+    """
+
+    name: str
+    grids: dict[int, Grid]
+
+    def to_maps(self, features: Mapping[int, Tensor]) -> Float[Tensor, "B K h w"]:
+        """Return the features of all calls that are read, or gradients by them, as channels of one grid."""
+        maps = [grid.to_maps(features[call]) for call, grid in self.grids.items()]
+        return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+
+
+_SITES: WeakKeyDictionary[nn.Module, dict[tuple[str | None, Grid | None, tuple[int, int]], Site]] = (
+    WeakKeyDictionary()
+)
+
+
+def read_features(
+    model: nn.Module, target_layer: TargetLayer, images: Float[Tensor, "B C H W"]
+) -> tuple[Float[Tensor, "B N"], dict[int, Tensor], Site]:
+    """Run one forward pass; return logits, the target layer's features, and how these lie on the images.
+
+    The features are leaves of a graph up to the logits, by number of the layer's call. A layer that is to be
+    found, or whose shape can be read in several ways, costs one more forward pass of one image, once per
+    model and image size.
+
+    Raises:
+        ValueError: If the model has no such layer, or its features lie on no grid.
+        RuntimeError: If the layer never ran.
+    """
+    name, stated = _named(model, target_layer)
+    if name is None:
+        site: Site | None = _found(model, stated, images)
+    else:
+        site = _SITES.get(model, {}).get((name, stated, size_of(images)))
+    if site is not None:
+        logits, features = cut_forward(model, _module(model, site.name), images, [*site.grids])
+    else:
+        site, logits, features = _settle(model, str(name), stated, images)
+    for call, grid in site.grids.items():
+        if call not in features or not grid.fits(features[call].shape, len(images)):
+            shape = tuple(features[call if call in features else max(features)].shape)
+            raise ValueError(_no_grid(_module(model, site.name), shape, tuple(images.shape)))
+    return logits, features, site
+
+
+def _found(model: nn.Module, stated: Grid | None, images: Float[Tensor, "B C H W"]) -> Site:
+    """Return where features are read if no layer is named; searched for once."""
+    key, sites = (None, stated, size_of(images)), _SITES.setdefault(model, {})
+    if key not in sites or sites[key].name not in dict(model.named_modules()):
+        with explaining(model):
+            sites[key] = Site(*search(model, borrowed(images[:1]), stated))
+    return sites[key]
+
+
+def _settle(
+    model: nn.Module, name: str, stated: Grid | None, images: Float[Tensor, "B C H W"]
+) -> tuple[Site, Float[Tensor, "B N"], dict[int, Tensor]]:
+    """Run a named layer for the first time, and find out how its features lie on the images."""
+    layer, size = _module(model, name), size_of(images)
+    logits, features = cut_forward(model, layer, images)
+    shape = tuple(features[0].shape)
+    certain = stated or (find_grid(shape, size) if is_certain(shape, size) else None)
+    if certain is not None and len(features) == 1:
+        grids = {0: certain}
+    else:
+        with explaining(model):
+            grids = place_layer(model, layer, borrowed(images[:1]), stated)
+    if not grids:
+        raise ValueError(_no_grid(layer, tuple(features[max(features)].shape), tuple(images.shape)))
+    if max(grids) < max(features):  # What runs later would cut off the calls that are read.
+        logits, features = cut_forward(model, layer, images, [*grids])
+    site = _SITES.setdefault(model, {})[name, stated, size] = Site(name, grids)
+    return site, logits, features
+
+
+def resolve_layer(model: nn.Module, target_layer: TargetLayer, images: Float[Tensor, "B C H W"]) -> nn.Module:
     """Return the module that ``target_layer`` means: a module, a dotted name, or None to find one.
 
     Raises:
         ValueError: If the model has no such layer.
     """
+    name, stated = _named(model, target_layer)
+    return _module(model, _found(model, stated, images).name if name is None else name)
+
+
+def find_target_layer(model: nn.Module, images: Float[Tensor, "B C H W"]) -> nn.Module:
+    """Find the last layer whose features still lie on a grid, by one traced forward of one image.
+
+    The answer is remembered per model and image size; ``search`` says which layer that is.
+
+    Raises:
+        ValueError: If no layer keeps a grid.
+    """
+    return resolve_layer(model, None, images)
+
+
+def check_layer(model: nn.Module, target_layer: TargetLayer) -> None:
+    """Refuse a target layer that the model does not have; nothing is run.
+
+    Raises:
+        ValueError: With the nearest names.
+    """
+    _named(model, target_layer)
+
+
+def _named(model: nn.Module, target_layer: TargetLayer) -> tuple[str | None, Grid | None]:
+    """Return the name that a layer has in the model (None: to be found), and its stated grid."""
+    if isinstance(target_layer, OnGrid):
+        return _named(model, target_layer.layer)[0], target_layer.grid
     if target_layer is None:
-        return find_target_layer(model, images)
-    modules: dict[str, nn.Module] = {
-        _plain(name): module for name, module in model.named_modules(remove_duplicate=False)
-    }
+        return None, None
+    modules = dict(model.named_modules(remove_duplicate=False))
     if isinstance(target_layer, nn.Module):
-        if not any(module is target_layer for module in modules.values()):
-            raise ValueError(
-                f"target_layer {type(target_layer).__name__} is not a part of this model; give one of its "
-                'own modules, or a dotted name such as "layer4".'
-            )
-        return target_layer
-    found = modules.get(_plain(target_layer))
-    if found is None or not target_layer:
-        near = [name for name in modules if name and name.count(".") < 2]
+        for name, module in modules.items():
+            if module is target_layer:
+                return name, None
         raise ValueError(
-            f"target_layer {target_layer!r} is unknown; this model has, among others, "
-            f"{', '.join(near[-12:])}; leave it out to have one found."
+            f"target_layer {type(target_layer).__name__} is not a part of this model; give one of its own "
+            'modules, or a dotted name such as "layer4".'
         )
-    return found
+    names = {_plain(name): name for name in modules}
+    if not target_layer or _plain(target_layer) not in names:
+        raise ValueError(_unknown(target_layer, [name for name in names if name]))
+    return names[_plain(target_layer)], None
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    return modules[name]  # Scripted models have no get_submodule.
 
 
 def _plain(name: str) -> str:
@@ -57,172 +183,24 @@ def _plain(name: str) -> str:
 _WRAPPED = frozenset({"_orig_mod", "_forward_module", "_original_module"})  # By torch.compile, by Fabric.
 
 
-def find_target_layer(model: nn.Module, images: Float[Tensor, "B C H W"]) -> nn.Module:
-    """Find the last layer whose features still lie on a grid, by one traced forward of one image.
-
-    For a CNN that is the block before global pooling (ResNet's ``layer4``, VGG-16's last ReLU before its last
-    pooling). For a transformer it is the last layer, keys and values aside, whose patch tokens still reach
-    the logits: a class token is read at the end, so the very last layers tell nothing about place (ViT's last
-    block's ``norm1``). The answer is remembered per model and image size.
-
-    Raises:
-        ValueError: If no layer keeps a grid.
-    """
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    remembered = _FOUND.setdefault(model, {})
-    size = size_of(images)
-    if remembered.get(size) not in modules:
-        with explaining(model):
-            remembered[size] = _last_on_a_grid(model, borrowed(images[:1]))
-    return modules[remembered[size]]
-
-
-_PASS_THROUGH = (
-    nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity, nn.Flatten,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.AvgPool1d, nn.MaxPool1d,
-    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Softmax, nn.LogSoftmax,
-)  # fmt: skip
-
-
-def _last_on_a_grid(model: nn.Module, image: Float[Tensor, "1 C H W"]) -> str:
-    size = size_of(image)
-    logits, seen = _trace(model, image)
-    probe = _probe(logits, seen)
-    second_choice = None
-    for name, features in reversed(seen):
-        grid = find_grid(features.shape, size)
-        if grid is None or features.shape[0] != 1:
-            continue
-        reached = _gradient(probe, features, retain_graph=True)
-        if reached is None or not grid.to_maps(reached).any():
-            continue
-        # Keys and values, which a class token reads, are parts of the attention, not features of a place.
-        projection = grid.layout == "tokens" and isinstance(model.get_submodule(name), nn.Linear)
-        class_map = grid.channels == logits.shape[1] and _is_class_map(logits, features, grid)
-        if not projection and not class_map:
-            return name
-        second_choice = second_choice or name
-    if second_choice is not None:
-        return second_choice
-    tried = ", ".join(f"{name} {tuple(features.shape)}" for name, features in seen[-6:])
-    raise ValueError(
-        f"No layer with spatial features reaches the logits for a {size[0]}x{size[1]} image "
-        f"(the last ones seen: {tried}). Name target_layer, or use larger images."
+def _unknown(wanted: str, names: list[str]) -> str:
+    top = [name for name in names if name.count(".") < 2]
+    deeper = [name for name in names if wanted and name.endswith(f".{wanted}")]
+    near = [*deeper, *(name for name in difflib.get_close_matches(wanted, names, 3) if name not in deeper)]
+    text = (
+        f"target_layer {wanted!r} is unknown; this model has, among others, {', '.join(top[-12:])}; leave it "
+        "out to have one found."
     )
+    return f"{text} Did you mean {' or '.join(map(repr, near[:3]))}?" if near else text
 
 
-def _trace(
-    model: nn.Module, image: Float[Tensor, "1 C H W"]
-) -> tuple[Float[Tensor, "1 N"], list[tuple[str, Tensor]]]:
-    """Return the logits and what each layer gave, in order; layers that only pool or pass on are left out."""
-    names = {module: name for name, module in model.named_modules() if name}
-    seen: list[tuple[str, Tensor]] = []
-    passed: list[tuple[Tensor, int]] = []  # Held, so that no tensor's identity is used twice.
-
-    def note(module: nn.Module, _inputs: Any, output: Any) -> Any:
-        try:
-            features = first_tensor(output)
-        except TypeError:
-            return output
-        if isinstance(module, _PASS_THROUGH):
-            passed.append((features, features._version))
-            return output
-        # Written to since it passed, as by an activation in place, it is features again.
-        merely_passed = any(features is tensor and features._version == v for tensor, v in passed)
-        if merely_passed or not features.requires_grad:
-            return output
-        # A copy is reached by what reads the layer's output only, not by what the layer itself made of it:
-        # Hugging Face's backbones give features and a pooled output, and the head reads the latter.
-        features = features.clone()
-        seen.append((names[module], features))
-        return with_first_tensor(output, features)
-
-    def record(_module: nn.Module, _inputs: Any) -> None:
-        torch.set_grad_enabled(True)  # Even where the model's own `no_grad` wraps a frozen backbone.
-
-    with ExitStack() as stack:
-        for module in names:
-            stack.callback(module.register_forward_pre_hook(record).remove)
-            stack.callback(module.register_forward_hook(note).remove)
-        return classify(model, image.requires_grad_().clone()), seen
-
-
-def _is_class_map(logits: Float[Tensor, "1 N"], features: Tensor, grid: Grid) -> bool:
-    """Whether the features are the logits before pooling: each logit then hangs on its own channel."""
-    reached = _gradient(logits[0, 0], features, retain_graph=True)
-    return reached is not None and not grid.to_maps(reached)[:, 1:].any()
-
-
-def _probe(logits: Tensor, seen: list[tuple[str, Tensor]]) -> Tensor:
-    """Return a scalar whose gradient tells what can reach the logits."""
-    mix = torch.linspace(1, 2, logits.shape[1], device=logits.device, dtype=logits.dtype)
-    probe = (logits * mix).sum()
-    before_head = [
-        features for _, features in seen if features.ndim == 2 and features.shape[1] != logits.shape[1]
-    ]
-    if not logits.any() and before_head:
-        # A head of zeros, as an untrained torchvision ViT has, stops every gradient: look in front of it.
-        probe = before_head[-1].cumsum(1).sum()
-    return probe
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How a layer's features lie on the image.
-
-    Attributes:
-        layout: ``"channels"`` (B, C, h, w), ``"channels_last"`` (B, h, w, C) or ``"tokens"``
-            (B, extra + h * w, C).
-        height: Rows of the grid.
-        width: Columns of the grid.
-        channels: Feature channels.
-        extra: Leading tokens that belong to no place (class, distillation, register tokens).
-    """
-
-    layout: str
-    height: int
-    width: int
-    channels: int
-    extra: int = field(default=0)
-
-    def to_maps(self, features: Tensor) -> Float[Tensor, "B C h w"]:
-        """Return features as (B, C, h, w)."""
-        if self.layout == "channels_last":
-            return features.permute(0, 3, 1, 2)
-        if self.layout == "tokens":
-            features = features[:, self.extra :].unflatten(1, (self.height, self.width))
-            return features.permute(0, 3, 1, 2)
-        return features
-
-
-def find_grid(shape: tuple[int, ...], size: tuple[int, int]) -> Grid | None:
-    """Read a feature shape as a grid over an image of ``size``, or return None if it is none.
-
-    Channels may come first or last: the reading whose proportions fit the image's wins, if they fit at all.
-    Tokens (B, N, C) are read with the patch size that leaves the fewest tokens over.
-    """
-    height, width = size
-    if len(shape) == 4:
-        readings = [Grid("channels", shape[2], shape[3], shape[1]), Grid("channels_last", *shape[1:])]
-        misfits = [_misfit(grid, height, width) for grid in readings]
-        return readings[misfits.index(min(misfits))] if min(misfits) < 2 else None
-    if len(shape) == 3 and shape[2] > 1:
-        grids = {(height // patch, width // patch) for patch in range(2, min(height, width) + 1)}
-        tokens = [
-            Grid("tokens", *grid, shape[2], shape[1] - grid[0] * grid[1]) for grid in grids if grid != (1, 1)
-        ]
-        return min(
-            (grid for grid in tokens if 0 <= grid.extra <= 32), key=lambda grid: grid.extra, default=None
-        )
-    return None
-
-
-def _misfit(grid: Grid, height: int, width: int) -> float:
-    """How many times longer or flatter the grid is than the image; infinite where it is no grid over it."""
-    if grid.height * grid.width == 1 or grid.height > height or grid.width > width:
-        return float("inf")
-    ratio = grid.height * width / (grid.width * height)
-    return max(ratio, 1 / ratio)
+def _no_grid(layer: nn.Module, shape: tuple[int, ...], images: tuple[int, ...]) -> str:
+    """Return what to say of a layer whose features lie on no grid."""
+    return (
+        f"target_layer {type(layer).__name__} gives features of shape {shape}, which lie on no grid over "
+        f"{images} images; name an earlier layer, leave it out to have one found, or state how its features "
+        "lie: OnGrid(name, Grid(...))."
+    )
 
 
 def input_window(model: nn.Module) -> int | None:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sess_lightning.introspection.hooks import first_tensor, with_first_tensor
-from sess_lightning.introspection.layers import Grid, find_grid, resolve_layer
+from sess_lightning.introspection.layers import Site, TargetLayer, read_features
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores
 from sess_lightning.ops import min_max, size_of, upsample
@@ -33,7 +33,7 @@ class _Adapter(SaliencyMethod):
 
     method: str | type
     options: dict[str, Any] | None = field(default=None, hash=False)
-    target_layer: str | nn.Module | None = None
+    target_layer: TargetLayer = None
     activation: Activation = "softmax"
     package: ClassVar[str]
     extra: ClassVar[str]
@@ -43,7 +43,7 @@ class _Adapter(SaliencyMethod):
         method: str | type,
         options: Mapping[str, Any] | None = None,
         *,
-        target_layer: str | nn.Module | None = None,
+        target_layer: TargetLayer = None,
         activation: Activation = "softmax",
         **more: Any,
     ) -> None:
@@ -91,18 +91,27 @@ class _Adapter(SaliencyMethod):
         kind = self._kind()
         with explaining(model):
             images, targets = borrowed(images), borrowed(targets)
-            layer = self._layer(kind, model, images)
-            with _lent(model, layer, size_of(images)) as classifier:
-                with torch.no_grad():
-                    scores = log_scores(classify(model, images), targets, self.activation).exp()
-                classifier.images = len(images)
+            site, shape = None, None
+            with torch.no_grad():
+                if self._needs_layer(kind):
+                    logits, features, site = read_features(model, self.target_layer, images)
+                    shape = site.to_maps(features).shape
+                    if len(site.grids) > 1:
+                        raise self._refuse(
+                            kind, f"{site.name} runs on several views of the image; name a later layer"
+                        )
+                else:
+                    logits = classify(model, images)
+                scores = log_scores(logits, targets, self.activation).exp()
+            with _lent(model, site) as classifier:
+                classifier.images, classifier.shape = len(images), shape
                 maps = self._draw(kind, classifier, images.requires_grad_(), targets)
         maps = maps.detach().to(images.device, torch.float32)
         drawn = min_max(upsample(maps, size_of(images)))
         return Explanation(drawn, scores), classifier.images // len(images)
 
-    def _layer(self, kind: type[Any], model: nn.Module, images: Tensor) -> nn.Module | None:  # noqa: ARG002
-        return resolve_layer(model, self.target_layer, images)
+    def _needs_layer(self, kind: type[Any]) -> bool:  # noqa: ARG002
+        return True
 
     def _kind(self) -> type[Any]:
         try:
@@ -160,11 +169,11 @@ class _Classifier(nn.Module):
         self.model = model
         self.probe = _Probe()
         self.shape: torch.Size | None = None
-        self.images = 0
+        self.images, self.calls = 0, 0
         self.training = self.probe.training = False
 
     def forward(self, images: Tensor) -> Tensor:
-        self.images += len(images)
+        self.images, self.calls = self.images + len(images), 0
         logits = classify(self.model, images).float()
         return torch.cat([-logits, logits], 1) if logits.shape[1] == 1 else logits
 
@@ -174,31 +183,18 @@ class _Classifier(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         pass
 
-    def through_probe(self, layer: nn.Module, size: tuple[int, int], output: Any) -> Any:
-        features = first_tensor(output)
-        grid = find_grid(features.shape, size)
-        if grid is None:
-            raise ValueError(
-                f"target_layer {type(layer).__name__} gives features of shape {tuple(features.shape)}, which "
-                f"lie on no grid over {size[0]}x{size[1]} images; name an earlier layer."
-            )
+    def through_probe(self, site: Site, output: Any) -> Any:
+        number, self.calls = self.calls, self.calls + 1
+        if number not in site.grids:
+            return output
+        grid, features = site.grids[number], first_tensor(output)
         maps = self.probe(grid.to_maps(features).float())
-        self.shape = maps.shape
         # The clone lets whatever follows work in place, while the package still holds the maps.
-        return with_first_tensor(output, _put_back(grid, features, maps.clone()))
-
-
-def _put_back(grid: Grid, features: Tensor, maps: Float[Tensor, "B K h w"]) -> Tensor:
-    maps = maps.to(features.dtype)
-    if grid.layout == "channels_last":
-        return maps.permute(0, 2, 3, 1)
-    if grid.layout == "tokens":
-        return torch.cat([features[:, : grid.extra], maps.flatten(2).mT], 1)
-    return maps
+        return with_first_tensor(output, grid.put_back(maps.clone(), features))
 
 
 @contextmanager
-def _lent(model: nn.Module, layer: nn.Module | None, size: tuple[int, int]) -> Iterator[_Classifier]:
+def _lent(model: nn.Module, site: Site | None) -> Iterator[_Classifier]:
     """Lend a model to code that hooks, patches and differentiates as it likes; take it back as it was."""
     stores = [
         store
@@ -215,10 +211,9 @@ def _lent(model: nn.Module, layer: nn.Module | None, size: tuple[int, int]) -> I
                 own = module._parameters
                 own.update({name: stand_ins[p] for name, p in own.items() if p is not None})
             classifier = _Classifier(model)
-            if layer is not None:
-                layer.register_forward_hook(
-                    lambda module, _, output: classifier.through_probe(module, size, output)
-                )
+            if site is not None:
+                layer = dict(model.named_modules(remove_duplicate=False))[site.name]
+                layer.register_forward_hook(lambda _, __, output: classifier.through_probe(site, output))
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"captum|pytorch_grad_cam")
             for redirect in (redirect_stdout, redirect_stderr):  # Progress bars, notes to the reader.
@@ -295,7 +290,7 @@ class Captum(_Adapter):
         method: str | type,
         options: Mapping[str, Any] | None = None,
         *,
-        target_layer: str | nn.Module | None = None,
+        target_layer: TargetLayer = None,
         activation: Activation = "softmax",
         absolute: bool | None = None,
         **more: Any,
@@ -304,9 +299,8 @@ class Captum(_Adapter):
         super().__init__(method, options, target_layer=target_layer, activation=activation, **more)
         object.__setattr__(self, "absolute", absolute)
 
-    def _layer(self, kind: type[Any], model: nn.Module, images: Tensor) -> nn.Module | None:
-        by_layer = "layer" in _parameters(kind)
-        return resolve_layer(model, self.target_layer, images) if by_layer else None
+    def _needs_layer(self, kind: type[Any]) -> bool:
+        return "layer" in _parameters(kind)
 
     def _draw(self, kind: type[Any], model: "_Classifier", images: Tensor, targets: Tensor) -> Tensor:
         from captum.attr import GradientAttribution, LayerAttribution

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.introspection.hooks import gradient, head_forward, recording
-from sess_lightning.introspection.layers import find_grid, resolve_layer
+from sess_lightning.introspection.hooks import gradients
+from sess_lightning.introspection.layers import TargetLayer, read_features, resolve_layer
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs, classify, log_scores, target_logits
+from sess_lightning.introspection.logits import check_inputs, log_scores, target_logits
 from sess_lightning.methods.gradient import generator
 from sess_lightning.ops import ROUNDING, full_precision, min_max_upsampled, size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
@@ -47,7 +47,7 @@ def log_odds(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[
 
 def layer_evidence(
     model: nn.Module,
-    target_layer: str | nn.Module | None,
+    target_layer: TargetLayer,
     images: Float[Tensor, "B C H W"],
     targets: Int[Tensor, " B"],
     evidence: Evidence = target_logits,
@@ -72,24 +72,17 @@ def layer_evidence(
 
 def class_evidence(
     model: nn.Module,
-    target_layer: str | nn.Module | None,
+    target_layer: TargetLayer,
     images: Float[Tensor, "B C H W"],
     targets: Sequence[Int[Tensor, " B"]],
     evidence: Evidence = target_logits,
 ) -> Iterator[tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"], Float[Tensor, "B N"]]]:
     """Yield what ``layer_evidence`` returns for each of several targets: one forward pass for all."""
-    layer = resolve_layer(model, target_layer, images)
-    logits, features = head_forward(model, layer, images)
-    grid = find_grid(features.shape, size_of(images))
-    if grid is None or features.shape[0] != images.shape[0]:
-        raise ValueError(
-            f"target_layer {type(layer).__name__} gives features of shape {tuple(features.shape)}, which lie "
-            f"on no grid over {tuple(images.shape)} images; name an earlier layer."
-        )
-    on_grid = grid.to_maps(features.detach()).to(torch.float32)
+    logits, features, site = read_features(model, target_layer, images)
+    on_grid = site.to_maps(features).detach().to(torch.float32)
     for place, each in enumerate(targets, 1):
-        found = gradient(evidence(logits, each), features, retain_graph=place < len(targets))
-        yield on_grid, grid.to_maps(found.detach()).to(torch.float32), logits.detach()
+        found = gradients(evidence(logits, each), features, retain_graph=place < len(targets))
+        yield on_grid, site.to_maps(found).detach().to(torch.float32), logits.detach()
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,7 @@ class _FromFeatures(SaliencyMethod):
             same.
     """
 
-    target_layer: str | nn.Module | None = None
+    target_layer: TargetLayer = None
     activation: Activation = "softmax"
     of: Literal["logit", "log_odds"] = field(default="logit", kw_only=True)
     single_forward: ClassVar[bool] = True
@@ -215,7 +208,7 @@ class CAM(_FromFeatures):
             ValueError: If the head is not a single linear layer after global average pooling.
         """
         with explaining(model):
-            _check_linear_head(model, resolve_layer(model, self.target_layer, images), borrowed(images[:1]))
+            _check_linear_head(model, self.target_layer, borrowed(images[:1]))
             return super().extract(model, images, targets)
 
     def combine(
@@ -228,8 +221,9 @@ class CAM(_FromFeatures):
 _LINEAR_HEADS: WeakKeyDictionary[nn.Module, tuple[str, ref[nn.Module]]] = WeakKeyDictionary()
 
 
-def _check_linear_head(model: nn.Module, layer: nn.Module, image: Float[Tensor, "1 C H W"]) -> None:
+def _check_linear_head(model: nn.Module, target_layer: TargetLayer, image: Float[Tensor, "1 C H W"]) -> None:
     """Refuse a model without CAM's head, by a forward of one image; the answer is remembered per layer."""
+    layer = resolve_layer(model, target_layer, image)
     names = {module: name for name, module in model.named_modules()}
     remembered = _LINEAR_HEADS.get(layer)
     if remembered is not None and names.get(remembered[1]() or layer) == remembered[0]:
@@ -243,15 +237,12 @@ def _check_linear_head(model: nn.Module, layer: nn.Module, image: Float[Tensor, 
         for module in names:
             if isinstance(module, nn.Linear):
                 stack.callback(module.register_forward_hook(note).remove)
-        tap = stack.enter_context(recording(layer))
-        logits = classify(model, image)
-    grid = find_grid(tap.features.shape, size_of(image)) if tap.features is not None else None
-    if grid is not None and tap.features is not None:
-        pooled = grid.to_maps(tap.features).mean((2, 3))
-        for module, given, output in calls:
-            if _alike(given, pooled) and _alike(output, logits):
-                _LINEAR_HEADS[layer] = names[module], ref(module)
-                return
+        logits, features, site = read_features(model, target_layer, image)
+    pooled = site.to_maps(features).mean((2, 3))
+    for module, given, output in calls:
+        if _alike(given, pooled) and _alike(output, logits):
+            _LINEAR_HEADS[layer] = names[module], ref(module)
+            return
     raise ValueError(
         f"CAM: the head is not a single linear layer on the mean of target_layer {type(layer).__name__}'s "
         "features over places, which CAM is defined by; use GradCAM, or HiResCAM for other linear heads."

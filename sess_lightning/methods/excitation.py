@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
-from sess_lightning.introspection.hooks import gradient, head_forward
-from sess_lightning.introspection.layers import find_grid, resolve_layer
+from sess_lightning.introspection.hooks import gradients
+from sess_lightning.introspection.layers import TargetLayer, read_features, resolve_layer
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, log_scores, target_logits
 from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
@@ -180,7 +180,7 @@ class ExcitationBackprop(SaliencyMethod):
         activation: How the model's logits become probabilities.
     """
 
-    target_layer: str | nn.Module | None = None
+    target_layer: TargetLayer = None
     contrastive: bool = False
     activation: Activation = "softmax"
     single_forward: ClassVar[bool] = True
@@ -209,22 +209,11 @@ class ExcitationBackprop(SaliencyMethod):
     ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B N"]]:
         """Return each neuron's marginal winning probability (or the difference of two), and the logits."""
         with explaining(model):
-            layer = resolve_layer(model, self.target_layer, images)
+            resolve_layer(model, self.target_layer, images)  # Searched for by plain gradients.
             with excitation():
-                logits, features = head_forward(model, layer, images)
-            grid = find_grid(features.shape, size_of(images))
-            if grid is None or features.shape[0] != images.shape[0]:
-                raise ValueError(
-                    f"target_layer {type(layer).__name__} gives features of shape {tuple(features.shape)}, "
-                    f"which lie on no grid over {tuple(images.shape)} images; name an earlier layer."
-                )
+                logits, features, site = read_features(model, self.target_layer, images)
             wins = target_logits(logits, targets)
-            against = None
-            if self.contrastive and wins.requires_grad:
-                (against,) = torch.autograd.grad(
-                    -wins.float().sum(), features, retain_graph=True, allow_unused=True
-                )
-            found = gradient(wins, features)
-            if against is not None:
-                found = found - against
-            return grid.to_maps(found).to(torch.float32), logits.detach()
+            found = site.to_maps(gradients(wins, features, retain_graph=self.contrastive))
+            if self.contrastive:
+                found = found - site.to_maps(gradients(-wins, features))
+            return found.to(torch.float32), logits.detach()

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from sess_lightning.batching import batch_limit, blank_batch, by_image, in_batches
 from sess_lightning.introspection.hooks import gradient
+from sess_lightning.introspection.layers import TargetLayer
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores, score, target_logits
 from sess_lightning.methods.cam import layer_evidence
@@ -46,7 +47,7 @@ class GroupCAM(SaliencyMethod):
     """
 
     groups: int = 32
-    target_layer: str | nn.Module | None = None
+    target_layer: TargetLayer = None
     kernel_size: int = 51
     sigma: float = 50.0
     batch_size: int | None = None
@@ -130,7 +131,7 @@ class ScoreCAM(SaliencyMethod):
         activation: How the model's logits become probabilities.
     """
 
-    target_layer: str | nn.Module | None = None
+    target_layer: TargetLayer = None
     weighting: Weighting = "probability"
     batch_size: int = 32
     activation: Activation = "softmax"

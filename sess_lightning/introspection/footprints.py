@@ -1,0 +1,249 @@
+"""Whether features lie on the image as they are read: by the pixels that their cells hang on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from sess_lightning.introspection.grids import (
+    TOKEN_AXES,
+    Grid,
+    as_tokens,
+    find_grid,
+    plane_readings,
+    token_readings,
+    turned,
+)
+from sess_lightning.ops import size_of
+
+CELLS = 12
+"""How many cells are asked."""
+_SAMPLES = 48
+
+
+def read_grid(features: Tensor, image: Float[Tensor, "1 C H W"]) -> Grid | None:
+    """Read features as a grid, and check that each cell hangs mainly on its own pixels.
+
+    A dozen cells are differentiated by the pixels. A reading that agrees with where their gradients lie is
+    taken, the usual one (``find_grid``) first. Planes with channels may be too blurred to tell: then their
+    shape decides. Tokens that follow no place are no grid.
+
+    Args:
+        features: Of one image, with a graph back to it.
+        image: What was differentiated by, a leaf of that graph.
+    """
+    usual = find_grid(tuple(features.shape), size_of(image))
+    if features.device.type == "meta":
+        return usual
+    if features.ndim == 4 and features.shape[0] == 1:
+        return _read_plane(features, image, usual)
+    return _read_tokens(features, image, usual) if features.ndim == 3 else None
+
+
+def _read_plane(features: Tensor, image: Tensor, usual: Grid | None) -> Grid | None:
+    fits: dict[Grid, Fit] = {}
+    for grid in plane_readings(tuple(features.shape), size_of(image)):
+        cells = spread_cells(grid.height, grid.width)
+        maps = grid.to_maps(features)
+        footprints = Footprints.of([maps[0, :, row, column] for row, column in cells], image)
+        if footprints is None:
+            return None  # Features that do not depend on the image.
+        fits |= footprints.fits({position: dict(enumerate(cells)) for position in turned(grid)})
+        if fits[grid].holds:
+            return grid
+    good = [grid for grid, fit in fits.items() if fit.follows > 0.7 and fit.holds]
+    return max(good, key=lambda grid: fits[grid].contrast, default=usual)
+
+
+def _read_tokens(features: Tensor, image: Tensor, usual: Grid | None) -> Grid | None:
+    for layout, axis in TOKEN_AXES.items():
+        if features.shape[1 if axis == 0 else 0] != 1 or features.shape[axis] < 4:
+            continue
+        tokens = as_tokens(features, layout)[0]
+        asked = [int((0.5 + 0.618034 * i) % 1 * len(tokens)) for i in range(1, 1 + CELLS)]
+        footprints = Footprints.of([tokens[i] for i in asked], image)
+        if footprints is None:
+            return None
+        readings = token_readings(layout, len(tokens), tokens.shape[1], size_of(image))
+        if usual is not None and layout == "tokens":
+            readings = [*turned(usual), *readings]
+        fits = footprints.fits({grid: _places(asked, grid) for grid in readings})
+        # Among some hundred readings one may fit by chance.
+        good = [grid for grid, fit in fits.items() if (fit.holds if grid == usual else fit.stands_out)]
+        if good:
+            return max(good, key=lambda grid: fits[grid].contrast * (1.05 if grid == usual else 1))
+    return None
+
+
+def _places(asked: Sequence[int], grid: Grid) -> dict[int, tuple[int, int]]:
+    """Return row and column of those of the tokens that are places."""
+    numbers = {k: token - grid.extra for k, token in enumerate(asked)}
+    return {k: divmod(n, grid.width) for k, n in numbers.items() if 0 <= n < grid.height * grid.width}
+
+
+def spread_cells(height: int, width: int) -> list[tuple[int, int]]:
+    """Return some distinct cells, spread over the grid in no order; all of them where there are few."""
+    if height * width <= CELLS:
+        return [(row, column) for row in range(height) for column in range(width)]
+    cells: dict[tuple[int, int], None] = {}
+    for i in range(1, 100 * CELLS):  # Multiples of the plastic number's powers: a sequence without lumps.
+        cells[int((0.5 + 0.754878 * i) % 1 * height), int((0.5 + 0.569840 * i) % 1 * width)] = None
+        if len(cells) == CELLS:
+            break
+    return [*cells]
+
+
+class Fit(NamedTuple):
+    """How well a reading agrees with what cells hang on.
+
+    Attributes:
+        follows: Correlation of where cells should lie with where their gradients lie, on the worse axis.
+        contrast: How much more a cell hangs on its own pixels than other cells do.
+        wins: Cells that hang on their own pixels more than any other cell does.
+        cells: Cells that were asked.
+    """
+
+    follows: float
+    contrast: float
+    wins: int
+    cells: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether this is no chance: noise reaches 1.13 in contrast, blurred features lie above 1.2."""
+        return (self.follows > 0.5 and self.contrast > 1.15) or self._is_sharp
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether this is no chance even among many readings."""
+        return (self.follows > 0.7 and self.contrast > 1.3) or self._is_sharp
+
+    @property
+    def _is_sharp(self) -> bool:
+        # Where attention picks single patches, centres of gravity say little.
+        return self.contrast > 1.5 and self.wins >= max(6, 0.75 * self.cells)
+
+
+class Footprints:
+    """Where on the image some cells of a layer lie, told by the gradient of each to the pixels."""
+
+    def __init__(self, strengths: Float[Tensor, "K h w"]) -> None:
+        """Take the strength of each cell's gradient at each pixel, or block of pixels."""
+        self.alive = strengths.sum((1, 2)) > 0
+        mean = strengths.mean((1, 2), keepdim=True)
+        strengths = strengths / torch.where(mean > 0, mean, 1)
+        # What all cells hang on says nothing of any of them.
+        shared = strengths.sum(0) / self.alive.sum().clamp(min=1)
+        self.strengths = strengths / (shared + shared.mean()).clamp(min=1e-30)
+
+    @classmethod
+    def of(cls, cells: Iterable[Float[Tensor, " K"]], image: Float[Tensor, "1 C H W"]) -> Footprints | None:
+        """Differentiate cells by the pixels; None if they do not depend on them at all."""
+        chance = torch.Generator().manual_seed(0)
+        samples = min(_SAMPLES, image.shape[2]), min(_SAMPLES, image.shape[3])
+        strengths, depends = [], False
+        for cell in cells:
+            mix = torch.randn(cell.shape, generator=chance).to(cell)
+            (found,) = torch.autograd.grad((cell * mix).sum(), image, retain_graph=True, allow_unused=True)
+            depends |= found is not None
+            found = torch.zeros_like(image) if found is None else found.nan_to_num(0, 0, 0)
+            power = found.float().square().sum(1)
+            strengths.append(F.adaptive_avg_pool2d(power, samples).sqrt())
+        return cls(torch.cat(strengths).cpu()) if depends else None
+
+    def centroids(self, axis: int) -> Float[Tensor, " K"]:
+        """Return where each footprint lies along the height (0) or the width (1), as a share of it."""
+        length = self.strengths.shape[1 + axis]
+        profile = self.strengths.sum(2 - axis)
+        return profile @ _middles(length) / profile.sum(1).clamp(min=1e-30)
+
+    def fits(self, readings: dict[Grid, dict[int, tuple[int, int]]]) -> dict[Grid, Fit]:
+        """Compare footprints with where several readings have the cells.
+
+        Args:
+            readings: For each, row and column of the cells that it takes for places, by number.
+        """
+        count = len(self.strengths)
+        fits: dict[Grid, Fit] = {}
+        for grids in [[*readings][i : i + 128] for i in range(0, len(readings), 128)]:
+            centres = torch.zeros(len(grids), count, 2)
+            for centre, grid in zip(centres, grids, strict=True):
+                if readings[grid]:
+                    where = [grid.centre(*place) for place in readings[grid].values()]
+                    centre[[*readings[grid]]] = torch.tensor(where)
+            asked = torch.tensor([[k in readings[grid] for k in range(count)] for grid in grids]) & self.alive
+            sides = torch.tensor([[1 / side for side in grid.shape] for grid in grids])
+            fits |= dict(zip(grids, self._compare(centres, asked, sides), strict=True))
+        return fits
+
+    def _compare(
+        self, centres: Float[Tensor, "G K 2"], asked: Bool[Tensor, "G K"], sides: Float[Tensor, "G 2"]
+    ) -> list[Fit]:
+        follows, draws = [], []
+        for axis in (0, 1):
+            along, cell = centres[..., axis], sides[:, axis, None]
+            spread = along.masked_fill(~asked, -9).amax(1) - along.masked_fill(~asked, 9).amin(1)
+            varies = spread > cell[:, 0] / 2
+            follows.append(torch.where(varies, _correlation(along, self.centroids(axis), asked), 1.0))
+            length = self.strengths.shape[1 + axis]
+            reach = 0.5 * cell[..., None] + 0.5 / length
+            draw = torch.exp(-0.5 * ((_middles(length) - along[..., None]) / reach) ** 2)
+            draws.append(draw / draw.sum(2, keepdim=True))
+        hits = torch.einsum("khw,gjw->gkjh", self.strengths, draws[1])
+        hits = (hits * draws[0][:, None]).sum(3) * (asked[:, :, None] & asked[:, None])
+        cells = asked.sum(1)
+        mean = hits.sum((1, 2)) / cells.square().clamp(min=1)
+        contrast = hits.diagonal(dim1=1, dim2=2).sum(1) / cells.clamp(min=1) / mean.clamp(min=1e-30)
+        wins = ((hits.argmax(1) == torch.arange(asked.shape[1])) & asked).sum(1)
+        columns = torch.stack(follows).amin(0), contrast, wins, cells
+        enough = min(4, asked.shape[1])
+        return [
+            Fit(*row) if row[3] >= enough else Fit(0.0, 1.0, 0, row[3])
+            for row in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+
+def _middles(length: int) -> Float[Tensor, " {length}"]:
+    return (torch.arange(length) + 0.5) / length
+
+
+def _correlation(
+    one: Float[Tensor, "G K"], other: Float[Tensor, " K"], which: Bool[Tensor, "G K"]
+) -> Float[Tensor, " G"]:
+    count = which.sum(1, keepdim=True).clamp(min=1)
+    one, other = (
+        (values - (values * which).sum(1, keepdim=True) / count) * which
+        for values in (one, other.expand_as(one))
+    )
+    scale = (one.square().sum(1) * other.square().sum(1)).sqrt()
+    return (one * other).sum(1) / scale.clamp(min=1e-12)
+
+
+def coverage(
+    features: Float[Tensor, "1 K h w"], image: Float[Tensor, "1 C H W"]
+) -> list[tuple[float, float]] | None:
+    """Return what part of the image a layer's cells span: (start, end) of its height and of its width.
+
+    As shares of the sides. None where cells see too much of the image to tell, as they do in later layers.
+    """
+    cells = spread_cells(*features.shape[2:])
+    footprints = Footprints.of([features[0, :, row, column] for row, column in cells], image)
+    if footprints is None or int(footprints.alive.sum()) < 3:
+        return None
+    spans = []
+    for axis, length in enumerate(features.shape[2:]):
+        found, which = footprints.centroids(axis), footprints.alive[None]
+        expected = torch.tensor([(cell[axis] + 0.5) / length for cell in cells])
+        if abs(float(_correlation(expected[None], found, which)[0])) < 0.99:
+            return None
+        expected, found = expected[which[0]], found[which[0]]
+        expected, middle = expected - expected.mean(), float(expected.mean())
+        slope = float(expected @ found / expected.square().sum())
+        start = float(found.mean()) - slope * middle
+        spans.append((min(start, start + slope), max(start, start + slope)))
+    return spans

@@ -1,0 +1,304 @@
+"""Looking for the last layer of a model whose features lie on the image, by one traced forward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sess_lightning.introspection.footprints import coverage, read_grid
+from sess_lightning.introspection.grids import Grid, find_grid, may_be_grid
+from sess_lightning.introspection.hooks import first_tensor, try_gradient, with_first_tensor
+from sess_lightning.introspection.logits import classify
+from sess_lightning.ops import size_of
+
+
+class Passage(NamedTuple):
+    """One call of a layer.
+
+    Attributes:
+        name: Of the layer.
+        features: What it gave.
+        given: The first tensor it was given, where there is one.
+    """
+
+    name: str
+    features: Tensor
+    given: Tensor | None
+
+
+class Trace(NamedTuple):
+    """One forward pass of one image, with its graph.
+
+    Attributes:
+        image: The leaf that the graph begins with.
+        logits: What it ends with.
+        passages: The layers' calls in order; those that only pool or pass on are left out.
+    """
+
+    image: Float[Tensor, "1 C H W"]
+    logits: Float[Tensor, "1 N"]
+    passages: list[Passage]
+
+    def calls(self, name: str) -> list[int]:
+        """Return the numbers of the passages through one layer."""
+        return [i for i, passage in enumerate(self.passages) if passage.name == name]
+
+
+_PASS_THROUGH = (
+    nn.Dropout, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity, nn.Flatten,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.AvgPool1d, nn.MaxPool1d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Softmax, nn.LogSoftmax,
+)  # fmt: skip
+_TRIES = 4
+"""How often features of one shape may turn out to lie on no grid."""
+
+
+def trace(model: nn.Module, image: Float[Tensor, "1 C H W"], wanted: nn.Module | None = None) -> Trace:
+    """Run one forward pass with a graph from the image to the logits.
+
+    Args:
+        model: As ``explaining`` lends it.
+        image: A copy that may become a leaf.
+        wanted: A layer that is noted even if it only passes on.
+    """
+    names = {module: name for name, module in model.named_modules() if name}
+    passages: list[Passage] = []
+    passed: list[tuple[Tensor, int]] = []  # Held, so that no tensor's identity is used twice.
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> Any:
+        try:
+            features = first_tensor(output)
+        except TypeError:
+            return output
+        if isinstance(module, _PASS_THROUGH) and module is not wanted:
+            passed.append((features, features._version))
+            return output
+        # Written to since it passed, as by an activation in place, it is features again.
+        merely_passed = any(features is tensor and features._version == v for tensor, v in passed)
+        if (merely_passed and module is not wanted) or not features.requires_grad:
+            return output
+        # A copy is reached by what reads the layer's output only, not by what the layer itself made of it:
+        # Hugging Face's backbones give features and a pooled output, and the head reads the latter.
+        features = features.clone()
+        given = next((each for each in inputs if isinstance(each, Tensor) and each.requires_grad), None)
+        passages.append(Passage(names[module], features, given))
+        return with_first_tensor(output, features)
+
+    def record(_module: nn.Module, _inputs: Any) -> None:
+        torch.set_grad_enabled(True)  # Even where the model's own `no_grad` wraps a frozen backbone.
+
+    with ExitStack() as stack:
+        for module in names:
+            stack.callback(module.register_forward_pre_hook(record).remove)
+            stack.callback(module.register_forward_hook(note).remove)
+        return Trace(image, classify(model, image.requires_grad_().clone()), passages)
+
+
+def search(
+    model: nn.Module, image: Float[Tensor, "1 C H W"], stated: Grid | None = None
+) -> tuple[str, dict[int, Grid]]:
+    """Find the last layer whose features still lie on a grid, and how its calls do, by number.
+
+    For a CNN that is the block before global pooling (ResNet's ``layer4``, VGG-16's last ReLU before its last
+    pooling). For a transformer it is the last layer, keys and values aside, whose patch tokens still reach
+    the logits: a class token is read at the end, so the very last layers tell nothing about place (ViT's last
+    block's ``norm1``).
+
+    Args:
+        model: As ``explaining`` lends it.
+        image: A copy that may become a leaf.
+        stated: The grid that it must have, unchecked.
+
+    Raises:
+        ValueError: If no layer keeps a grid, or the model crops or pads the image inside.
+    """
+    reader = _Reader(trace(model, image), stated)
+    if stated is None:
+        reader.check_coverage()
+    second_choice, modules = None, dict(model.named_modules())
+    for place in reversed(range(len(reader.passages))):
+        grids = reader.grids(place)
+        if not grids:
+            continue
+        name = reader.passages[place].name
+        if not reader.is_side_road(place, modules[name]) and not reader.is_class_map(place):
+            return name, grids
+        second_choice = second_choice or (name, grids)
+    if second_choice is not None:
+        return second_choice
+    raise ValueError(reader.nothing_found())
+
+
+def place_layer(
+    model: nn.Module, layer: nn.Module, image: Float[Tensor, "1 C H W"], stated: Grid | None = None
+) -> dict[int, Grid]:
+    """Return how a layer's calls lie on the image, by number; empty if they do not.
+
+    Of calls that follow one another the last that reaches the logits is read; calls beside each other, as of
+    a model that sums several views of the image, are read all.
+    """
+    reader = _Reader(trace(model, image, layer), stated)
+    if stated is None:
+        reader.check_coverage()
+    places = reader.traced.calls(next(name for name, module in model.named_modules() if module is layer))
+    for place in reversed(places):
+        if reader.reached(place) is not None:
+            return reader.grids(place)
+    # Of a model that says nothing, as with a head of zeros: its map is flat wherever it is read.
+    grid = reader.read(places[-1]) if places else None
+    return {} if grid is None else {places[-1]: grid}
+
+
+class _Reader:
+    """Reads grids off a trace; each passage once."""
+
+    def __init__(self, traced: Trace, stated: Grid | None) -> None:
+        self.traced, self.stated = traced, stated
+        self.passages, self.image = traced.passages, traced.image
+        self.probe = _probe(traced)
+        self._known: dict[int, Grid | None] = {}
+        self._failures: Counter[torch.Size] = Counter()
+
+    def reached(self, place: int) -> Tensor | None:
+        """Return how the logits hang on a passage, or None if they do not."""
+        found = try_gradient(self.probe, self.passages[place].features, retain_graph=True)
+        return found if found is not None and found.any() else None
+
+    def grids(self, place: int) -> dict[int, Grid]:
+        """Return how a passage, and those of its layer beside it, lie on the image, by the call's number."""
+        if self._grid(place) is None:
+            return {}
+        calls = self.traced.calls(self.passages[place].name)
+        grids = {calls.index(each): self._grid(each) for each in calls if self._is_beside(each, place)}
+        known = {call: grid for call, grid in grids.items() if grid is not None}
+        same_shape = len({grid.shape for grid in known.values()}) == 1
+        return known if len(known) == len(grids) and same_shape else {}
+
+    def _is_beside(self, one: int, other: int) -> bool:
+        if one == other:
+            return True
+        earlier, later = (self.passages[place].features for place in sorted((one, other)))
+        follows = try_gradient(later.float().sum(), earlier, retain_graph=True) is not None
+        depends = try_gradient(self.passages[one].features.float().sum(), self.image, retain_graph=True)
+        return not follows and depends is not None and self.reached(one) is not None
+
+    def _grid(self, place: int) -> Grid | None:
+        if place not in self._known:
+            reached = self.reached(place)
+            self._known[place] = None if reached is None else self._read_reached(place, reached)
+        return self._known[place]
+
+    def _read_reached(self, place: int, reached: Tensor) -> Grid | None:
+        usual = find_grid(tuple(reached.shape), size_of(self.image))
+        if self.stated is None and usual is not None and not usual.to_maps(reached).any():
+            return None  # As of a class token that alone is read: no need to look further.
+        grid = self.read(place)
+        return grid if grid is not None and grid.to_maps(reached).any() else None
+
+    def read(self, place: int) -> Grid | None:
+        """Return how a passage lies on the image, whether the logits hang on it or not."""
+        features = self.passages[place].features
+        if self.stated is not None:
+            return self.stated if self.stated.fits(tuple(features.shape), 1) else None
+        if not may_be_grid(tuple(features.shape)) or self._failures[features.shape] >= _TRIES:
+            return None
+        grid = read_grid(features, self.image)
+        self._failures[features.shape] += grid is None
+        return grid
+
+    def is_side_road(self, place: int, module: nn.Module) -> bool:
+        """Return whether places reach the logits past this layer, too, as they do past keys or values.
+
+        Those are parts of the attention that reads a place, not its features. A linear layer on tokens, be it
+        wrapped by an adapter, is taken for one of them.
+        """
+        grid, (_, features, given) = self._known[place], self.passages[place]
+        if grid is None or grid.is_plane:
+            return False
+        if _is_linear(module):
+            return True
+        if given is None or not grid.fits(given.shape, 1):
+            return False
+        all_ways = try_gradient(self.probe, given, retain_graph=True)
+        through = try_gradient(features, given, self.reached(place), retain_graph=True)
+        if all_ways is None or through is None:
+            return False
+        past = grid.to_maps(all_ways - through).abs().amax()
+        return bool(past > 1e-4 * grid.to_maps(all_ways).abs().amax())  # Beyond rounding.
+
+    def is_class_map(self, place: int) -> bool:
+        """Return whether features are the logits before pooling: each logit then hangs on its own channel."""
+        grid, logits = self._known[place], self.traced.logits
+        if grid is None or grid.channels != logits.shape[1]:
+            return False
+        reached = try_gradient(logits[0, 0], self.passages[place].features, retain_graph=True)
+        return reached is not None and not grid.to_maps(reached)[:, 1:].any()
+
+    def check_coverage(self) -> None:
+        """Refuse a model that shows its layers a part of the image, or the image on a larger ground.
+
+        The first layer tells: its cells see few pixels.
+
+        Raises:
+            ValueError: If its cells do not span the image.
+        """
+        first = next((each for each in self.passages if each.features.ndim == 4), None)
+        spans = None if first is None else coverage(first.features, self.image)
+        if first is None or spans is None:
+            return
+        for (start, end), cells in zip(spans, first.features.shape[2:], strict=True):
+            slack = max(1 / 24, 0.5 / cells)  # Small kernels with large strides lie off centre.
+            if abs(start) < slack and -2 * slack < end - 1 < slack:
+                continue
+            rows, columns = (f"{max(0, start):.0%} to {end:.0%}" for start, end in spans)
+            raise ValueError(
+                f"The model crops, pads or moves the image inside: its first layer, {first.name}, spans "
+                f"{rows} of the height and {columns} of the width, so that a map would lie beside what it "
+                "shows. Do so before the model is called, or state the layer's grid: "
+                "target_layer=OnGrid(name, Grid(...))."
+            )
+
+    def nothing_found(self) -> str:
+        """Return why no layer was found, and what helps."""
+        tried = ", ".join(f"{name} {tuple(features.shape)}" for name, features, _ in self.passages[-6:])
+        height, width = size_of(self.image)
+        text = (
+            f"No layer with spatial features reaches the logits for a {height}x{width} image (the last ones "
+            f"seen: {tried}). Name target_layer, state its grid with OnGrid(name, Grid(...)), use larger "
+            "images, or a method that needs no layer, such as SESS(Gradient())."
+        )
+        name, runs = Counter(passage.name for passage in self.passages).most_common(1)[0]
+        if runs > 1:
+            text += f" {name} runs {runs} times in one forward pass: on views that one map cannot sum?"
+        return text
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, or an adapter's sum of such."""
+    if isinstance(module, nn.Linear):
+        return True
+    parts = [part for part in module.modules() if not any(True for _ in part.children())]
+    neutral = (nn.Dropout, nn.Identity, nn.ModuleDict, nn.ModuleList, nn.ParameterDict)
+    return any(isinstance(part, nn.Linear) for part in parts) and all(
+        isinstance(part, (nn.Linear, *neutral)) for part in parts
+    )
+
+
+def _probe(traced: Trace) -> Float[Tensor, ""]:
+    """Return a scalar whose gradient tells what can reach the logits."""
+    logits = traced.logits
+    mix = torch.linspace(1, 2, logits.shape[1], device=logits.device, dtype=logits.dtype)
+    before_head = [
+        features
+        for _, features, _ in traced.passages
+        if features.ndim == 2 and features.shape[1] != logits.shape[1]
+    ]
+    if not logits.any() and before_head:
+        # A head of zeros, as an untrained torchvision ViT has, stops every gradient: look in front of it.
+        return before_head[-1].cumsum(1).sum()
+    return (logits * mix).sum()
