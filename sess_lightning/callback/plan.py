@@ -12,6 +12,7 @@ from sess_lightning.callback.sampling import Order, find_order
 from sess_lightning.callback.settings import Settings
 from sess_lightning.cost.budget import SHARED, Budget
 from sess_lightning.ops import size_of
+from sess_lightning.reporting.run import display_names
 from sess_lightning.types import Batch
 
 
@@ -73,6 +74,7 @@ def plan_run(
     available = len(batch) * batches if order is None else float(order.length)
     budget = settings.budget(model, size, available, shares)
     method, compare = settings.methods(model)
+    names = display_names({"": method, **compare})
     limits = {name: budget.floors for name, other in compare.items() if other.forwards == 0}
     has_regions = batch.boxes is not None or batch.masks is not None
     details = {
@@ -80,7 +82,7 @@ def plan_run(
         "forwards per map": method.count_forwards(model, size),
         "samples": budget.samples * shares,
         "beside (samples)": ", ".join(
-            f"{name} ({limits.get(name, budget.samples) * shares})" for name in compare
+            f"{names[key]} ({limits.get(key, budget.samples) * shares})" for key in compare
         ),
         "explained class": settings.target,
         "image size": f"{size[0]} × {size[1]} px",
