@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -10,61 +11,53 @@ import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from sess_lightning.callback.batches import read_batch
-from sess_lightning.callback.explaining import explain
+from sess_lightning.callback.explaining import Examiner
 from sess_lightning.callback.gallery import Gallery
 from sess_lightning.callback.guard import RunGuard, refuse_shards
 from sess_lightning.callback.history import RunHistory
 from sess_lightning.callback.hooks import RunHooks, batches_of
-from sess_lightning.callback.plan import RunPlan, plan_run
-from sess_lightning.callback.runs import moment, record
+from sess_lightning.callback.monitors import advice, spare_patience, stand_in, unmeasured
+from sess_lightning.callback.runs import age, moment, record
 from sess_lightning.callback.sampling import Kept, SampleKeeper
 from sess_lightning.callback.settings import Settings
-from sess_lightning.callback.watching import Watcher, one_by_one
 from sess_lightning.cost.budget import Budget
 from sess_lightning.introspection.observers import unobserved
-from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN, Summary
-from sess_lightning.reporting.panels import Panel
 from sess_lightning.reporting.publisher import Publisher
 from sess_lightning.reporting.run import RunReport
-from sess_lightning.scores import SCORES, split
+from sess_lightning.scores import split
 from sess_lightning.types import Batch, SaliencyMethod
-
-GRID = 16
-"""Side of the small maps by which runs are compared."""
 
 
 class SESSCallback(RunHooks):
     """Runs SESS on a few validation samples of every run, and logs maps and their scores.
 
-    One line in a Trainer: ``Trainer(callbacks=[SESSCallback()])``. The LightningModule's ``forward`` must
-    return logits. Samples are taken from the validation (or test) batches as they pass, spread evenly over
-    the data set, and stay the same in all epochs. Where the loader does not shuffle, they do not depend
-    on the batch size and the number of processes; else each process takes a share of its own.
+    ``Trainer(callbacks=[SESSCallback()])`` is all; the module's ``forward`` must return logits. Samples are
+    taken from the validation (or test) batches as they pass, spread over the data set, and stay the same in
+    all epochs. Where the loader does not shuffle, they do not depend on the batch size and the number of
+    processes; else each process takes a share of its own.
 
     Logged are ``sess/insertion``, ``sess/deletion``, ``sess/overall``, where boxes or masks are in the batch
-    ``sess/pointing_game``, the same for the base method alone (``sess/base/...``) and for the floors
+    ``sess/pointing_game``, the same for the base method alone (``sess/base/...``) and for controls
     (``sess/random/...``, ``sess/centre/...``), their counts and 95 % intervals, the panel ``sess/panel`` and
-    the mean curves ``sess/curves``. The scalars work as ``monitor=`` of EarlyStopping and ModelCheckpoint.
+    the mean curves ``sess/curves``. The scalars work as ``monitor=``: until one is measured, a value worse
+    than any stands in for it, and EarlyStopping's patience counts runs only.
 
     ``ModelCheckpoint(monitor="sess/selection", mode="max")`` keeps, of the epochs whose validation accuracy
-    is within one standard error of the best, the best explained one (``select``): by relevance mass where
-    there are boxes or masks, else by overall. It needs an accuracy, found as for ``alarm``, and is not sent
-    to loggers.
+    (``accuracy``) is within one standard error of the best, the best explained one (``select``): by relevance
+    mass where there are boxes or masks, else by overall. It is not sent to loggers.
 
-    Training goes on exactly as it would without the callback, and an error in it costs a warning, not the
-    run.
+    Training goes on exactly as it would without; an error costs a warning.
 
     Args:
         method: What explains; None is ``SESS(GradCAM())``.
         num_samples: Samples that are explained and scored per run, over all processes; fewer if
             ``max_forwards`` says so.
         num_images: Samples in the panel.
-        every_n_epochs: Run in every n-th epoch of ``fit``; ``validate`` and ``test`` always run.
+        every_n_epochs: Run in every n-th epoch of ``fit``, or in the first one after it that is validated;
+            ``validate`` and ``test`` always run.
         prefix: First part of all keys; give two callbacks different ones.
         target: Explain the ``"label"``, or what the model ``"predicted"``.
         batch_adapter: Turns a batch into ``(images, labels)``, or anything else ``read_batch`` understands.
@@ -125,21 +118,19 @@ class SESSCallback(RunHooks):
         super().__init__()
         self.settings = Settings(
             method=method, num_samples=num_samples, num_images=num_images, every_n_epochs=every_n_epochs,
-            prefix=prefix, target=target, batch_adapter=batch_adapter, on_error=on_error,
+            prefix=prefix, target=target, batch_adapter=batch_adapter, forward=forward, on_error=on_error,
             max_forwards=max_forwards, tolerance=tolerance, compare=compare, class_names=class_names,
             normalisation=normalisation, display_channels=display_channels, dataloader_idx=dataloader_idx,
             report=report, alarm=alarm, accuracy=accuracy, num_rows=num_rows, show_names=show_names,
         )  # fmt: skip
         self.guard = RunGuard(on_error)
         self.keeper = SampleKeeper()
-        self.gallery = Gallery(num_images, num_rows)
+        self.examiner = Examiner(self.settings)
+        self.gallery = Gallery(num_images, num_rows, self.settings.legend({}))
         self.history = RunHistory(prefix, self.settings.accuracy_key, rings=bool(alarm))
         self.publisher = Publisher(self.guard.protect, self.guard.warn)
-        self.watcher = Watcher(forward)
-        self._metric: SESSMetric | None = None
-        self._plan: RunPlan | None = None
-        self._last: dict[str, float] = {}
         self._loaded: dict[str, int] | None = None
+        self._due = False
 
     @property
     def state_key(self) -> str:
@@ -162,8 +153,8 @@ class SESSCallback(RunHooks):
         refuse_shards(trainer.strategy)
         log_dir = trainer.log_dir or trainer.default_root_dir  # Broadcast: on every process, or all hang.
         self.guard.start(trainer)
-        self.watcher.start()
-        self._metric, self._plan, self._loaded = None, None, None
+        self._loaded = None
+        self.examiner.forget()
         self.keeper.forget()
         with self.guard.protect():
             if stage == "fit" and trainer.global_step == 0:
@@ -177,28 +168,18 @@ class SESSCallback(RunHooks):
                 )  # fmt: skip
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module back, whatever ended a step."""
-        self.watcher.leave()
-
-    @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Note how old the weights are that ``validate`` or ``test`` was given."""
         with self.guard.protect("epoch is missing"):
-            # One less: Lightning's rows at the end of an epoch carry the step of its last batch.
-            step = max(0, int(checkpoint["global_step"]) - 1)
-            self._loaded = {"epoch": int(checkpoint["epoch"]), "step": step}
+            self._loaded = age(checkpoint)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, of types that weights-only loading accepts.
-
-        Where the loader's order is known the same samples are found again; else their pictures are in it.
-        """
-        state: dict[str, Any] = {"last": dict(self._last), "failed": self.guard.failed}
-        for part in (self.history, self.keeper):
+        """Return what a resumed run needs, of types that weights-only loading accepts."""
+        state: dict[str, Any] = {}
+        for part in (self.guard, self.history, self.keeper):
             with self.guard.protect("state is missing in the checkpoint"):
                 state |= part.state_dict()
         return state
@@ -206,127 +187,106 @@ class SESSCallback(RunHooks):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what a checkpoint holds; what another version has left out or added costs a line."""
-        with self.guard.protect("state in the checkpoint is left out"):
-            last = dict(state_dict.get("last", {}))
-            self._last = {str(name): float(value) for name, value in last.items()}
-            self.guard.failed = int(state_dict.get("failed", 0))
-        for part in (self.history, self.keeper):
+        for part in (self.guard, self.history, self.keeper):
             with self.guard.protect("state in the checkpoint is left out"):
                 if text := part.load_state_dict(state_dict):
                     self.guard.warn(text)
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.sanity_checking or self.guard.is_off:
-            return False
-        return trainer.state.fn != "fit" or trainer.current_epoch % self.settings.every_n_epochs == 0
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which monitors will not do what is asked of them."""
+        with self.guard.protect("advice is missing"):
+            texts = advice(trainer, self.settings.prefix, self.settings.every_n_epochs)
+            for text in texts if trainer.is_global_zero else ():
+                self.guard.warn(text)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._due = not (trainer.sanity_checking or self.guard.is_off) and (
+            trainer.state.fn != "fit"
+            or self.history.is_due(trainer.current_epoch, self.settings.every_n_epochs)
+        )
         if trainer.sanity_checking:
             return
-        # EarlyStopping and ModelCheckpoint fail on a missing key: until a run is over the last figures stand.
-        # These keys only, from the first run on: a key first logged at the end of a run keeps that place, and
-        # what is logged here later would overwrite it.
-        for score in SCORES.values():
-            if score.worst is not None:
-                self._log(pl_module, score.key, self._last.get(score.key, score.worst), logger=False)
         self.guard.start_run(trainer)
         self.keeper.start_run()
         self.gallery.start_run()
-        self.history.discard()
+        self.history.start_run(trainer.current_epoch if self._due and trainer.state.fn == "fit" else None)
         with self.guard.protect():
-            self._made(pl_module).reset()
+            stand_in(trainer, self.settings.prefix, self.history.known)
+            metric = self.examiner.metric(pl_module)
+            metric.reset()
+            self.gallery.legend = replace(self.gallery.legend, methods=metric.methods)
 
-    def _made(self, pl_module: LightningModule) -> SESSMetric:
-        """Return the metric, made on first use: a process that no batch reaches gathers from others, too."""
-        if self._metric is None:
-            method, compare = self.methods(pl_module)
-            self._metric = SESSMetric(method, compare=compare, grid=GRID).to(pl_module.device)
-            self.gallery.legend = self.settings.legend(self._metric.methods)
-        return self._metric
+    def _wants(self, trainer: Trainer, dataloader_idx: int) -> bool:
+        watched = dataloader_idx == self.settings.dataloader_idx and not self.guard.is_broken
+        return watched and (trainer.sanity_checking or self._due)
 
-    def _watch(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
-        if dataloader_idx != self.settings.dataloader_idx or self.guard.is_broken:
-            return
-        if not (trainer.sanity_checking or self._is_due(trainer)):
-            return
-        self.watcher.leave()
-        read = cache(lambda: self._read(batch))
+    def _look(self, pl_module: LightningModule) -> None:
+        with self.guard.protect():
+            self.examiner.watcher.look(pl_module)
+
+    def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.examiner.watcher.leave()
+        read = cache(lambda: self.examiner.read(batch))
         with self.guard.protect(), unobserved(pl_module):
-            batches = batches_of(trainer, dataloader_idx)
-            if self._plan is None:
-                self._plan = self._settle(trainer, pl_module, read(), batch_idx, batches)
+            batches = batches_of(trainer, self.settings.dataloader_idx)
+            if self.examiner.plan is None:
+                self._settle(trainer, pl_module, read(), batch_idx, batches)
             if trainer.sanity_checking:
                 return
-            self.keeper.take(read, batch_idx, batches, self.watcher.logits)
+            self.keeper.take(read, batch_idx, batches, self.examiner.watcher.logits)
             # All together: full batches. Not once validation is over: then EMA callbacks have swapped the
             # weights back. Where no batch is known to be the last, each explains its own.
             if batch_idx + 1 >= batches or batches == float("inf"):
-                self._explain_waiting(trainer, pl_module)
-
-    def _look(self, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> None:
-        is_wanted = trainer.sanity_checking or self._is_due(trainer)
-        if is_wanted and dataloader_idx == self.settings.dataloader_idx and not self.guard.is_broken:
-            with self.guard.protect():
-                self.watcher.look(pl_module)
-
-    def _read(self, batch: Any) -> Batch:
-        """Read a batch, its images as the step fed them to the model."""
-        samples = read_batch(batch, self.settings.batch_adapter)
-        self.watcher.settle(samples.labels)
-        return self.watcher.fed(samples)
+                for kept in self.keeper.waiting():
+                    self._explain(trainer, pl_module, kept)
 
     def _settle(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, batches: float
-    ) -> RunPlan:
+    ) -> None:
         """Settle, on the first batch, which samples are explained and what a run costs, and say so."""
-        settings, metric = self.settings, self._made(pl_module)
-        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loader = tree_leaves(loaders)[settings.dataloader_idx]
-        plan = plan_run(settings, trainer, pl_module, loader, batch, batch_idx, batches)
-        metric.limits = dict(plan.limits)
-        self.keeper.settle(
-            plan.order, plan.budget, batch, restore=trainer.is_global_zero and not trainer.testing
-        )
-        owners = (trainer.datamodule, loaders, pl_module)  # type: ignore[attr-defined]
-        self.gallery.legend = settings.legend(metric.methods, *owners)
+        plan = self.examiner.settle(trainer, pl_module, batch, batch_idx, batches)
+        restore = trainer.is_global_zero and not trainer.testing
+        self.keeper.settle(plan.order, plan.budget, batch, restore)
+        self.gallery.legend = plan.legend
         pictures = ", ".join(self.publisher.names) or "none"
-        rank_zero_info(f"SESSCallback: {plan.line}; {self.watcher.text}; pictures: {pictures}.")
-        return plan
-
-    def _explain_waiting(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for kept in self.keeper.waiting():
-            for which in one_by_one(kept.samples):
-                self._explain(trainer, pl_module, kept.take(which))
+        rank_zero_info(f"SESSCallback: {plan.line}; {self.examiner.watcher.text}; pictures: {pictures}.")
 
     def _explain(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
-        metric, samples = self._made(pl_module), kept.samples.to(pl_module.device)
-        metric.tolerance = self.settings.tolerance_on(samples)
-        with self.watcher.bound(pl_module, samples):
-            explain(metric, trainer, pl_module, samples, kept.numbers, self.settings.target)
-        if text := self.watcher.doubt(metric, kept.validated):
+        metric = self.examiner.explain(trainer, pl_module, kept)
+        if text := self.examiner.watcher.doubt(metric, kept.validated):
             self.guard.warn(text)
         if trainer.is_global_zero:
             self.gallery.add(metric, kept.samples, kept.numbers, self.keeper.total)
 
+    def _leave(self) -> None:
+        self.examiner.watcher.leave()
+
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_due(trainer):
+        if trainer.sanity_checking:
             return
-        outcome = self._outcome(trainer, pl_module)
+        outcome = self._outcome(trainer, pl_module) if self._due else None
+        prefix, measured = self.settings.prefix, {"failed"} if self._due else set()
+        if outcome is not None:
+            self.history.last = outcome[0].values
+            measured |= {*self.history.last, "selection"}
+        with self.guard.protect("patience of EarlyStopping is not spared"):
+            spare_patience(trainer, prefix, measured)
+        if not self._due:
+            return
         if outcome is None:
             self.history.discard()  # What some processes found of it is not remembered by them alone.
         else:
             summary, drifts = outcome
             with self.guard.protect("figures are missing"):
-                for name, value in _logged(self._last).items():
-                    self._log(pl_module, name, value)
-            with self.guard.protect("report is missing"):
-                if self.publisher.names and self._last:
+                for name, value in _logged(summary.values).items():
+                    _log(pl_module, f"{prefix}/{name}", value)
+            if self.publisher.names and summary.values:
+                with self.guard.protect("report is missing"):
                     self._show(trainer, summary, drifts)
         self.guard.end_run(outcome is not None)
         with self.guard.protect("count of failed runs is missing"):
-            self._log(pl_module, "failed", float(self.guard.failed))
+            _log(pl_module, f"{prefix}/failed", float(self.guard.failed))
 
     def _outcome(
         self, trainer: Trainer, pl_module: LightningModule
@@ -334,64 +294,62 @@ class SESSCallback(RunHooks):
         """Return what the run found on all processes, and its drifts; None if it failed on any of them."""
         outcome = None
         with self.guard.protect():  # What a loader left that ended before its announced length.
-            self._explain_waiting(trainer, pl_module)
+            for kept in self.keeper.waiting():
+                self._explain(trainer, pl_module, kept)
         if self.publisher.names:
             with self.guard.protect("panel is missing"):  # Under way while the figures are computed.
                 self.gallery.to_host()
         with self.guard.protect():
-            self._made(pl_module).pack()
+            self.examiner.metric(pl_module).pack()
         # A process that fails must not leave the others waiting in a collective: all go on, or none. Until
         # they have gathered, nothing may fail; what is computed then is agreed upon once more.
         if not self.guard.agree(trainer):
             return None
         with self.guard.protect():
-            summary = self._made(pl_module).summary()
+            summary = self.examiner.metric(pl_module).summary()
             if not summary.values:
-                raise RuntimeError(f"no sample came by in validation loader {self.settings.dataloader_idx}.")
+                raise RuntimeError(f"no sample came by in loader {self.settings.dataloader_idx}.")
             self.gallery.identify(summary.samples)
             predicted = self.settings.target == "predicted"  # Predictions change, the samples do not.
             key = [len(summary.samples.targets)] if predicted else summary.samples.targets.tolist()
-            run = record(moment(trainer, self._loaded), key, summary.samples)
-            drifts = self.history.add(run)
-            values = summary.values | {name: float(drift.nanmean()) for name, drift in drifts.items()}
-            self._last = {name: value for name, value in values.items() if np.isfinite(value)}
-            outcome = summary, drifts
+            drifts = self.history.add(record(moment(trainer, self._loaded), key, summary.samples))
+            outcome = summary._replace(values=_finite(summary.values, drifts)), drifts
         return outcome if self.guard.agree(trainer) else None
 
-    def _log(self, pl_module: LightningModule, name: str, value: float, logger: bool | None = None) -> None:
-        # Every process has the same values. Lightning synchronises none (rank_zero_only), and with sync_dist
-        # it does not advise to either, once for each key.
-        pl_module.log(
-            f"{self.settings.prefix}/{name}", float(value), logger=logger, on_step=False, on_epoch=True,
-            batch_size=1, sync_dist=True, rank_zero_only=True,
-        )  # fmt: skip
-
     def _show(self, trainer: Trainer, summary: Summary, drifts: Mapping[str, Tensor]) -> None:
-        panels: list[Panel] = []
-        tables: dict[str, list[dict[str, Any]]] = {}
-        with self.guard.protect("panel is missing"):
-            panels = self.gallery.panels(trainer.lightning_module.device)
-        with self.guard.protect("tables are missing"):
-            tables = self.gallery.tables(summary.samples, drifts)
-        when, legend = moment(trainer, self._loaded), self.gallery.legend
-        details = {} if self._plan is None else self._plan.details
+        device = trainer.lightning_module.device
+        panels, tables = self.gallery.shown(summary.samples, drifts, device, self.guard.protect)
+        names, when = self.gallery.legend.names, moment(trainer, self._loaded)
         self.publisher.publish(RunReport(
-            self.settings.prefix, when["epoch"], when["step"], method=legend.names[OWN], values=self._last,
-            names=legend.names, curves=summary.curves, panels=panels, tables=tables,
-            settings={**details, "seconds": round(self.guard.seconds, 2)},
+            self.settings.prefix, when["epoch"], when["step"], method=names[OWN], values=summary.values,
+            names=names, curves=summary.curves, panels=panels, tables=tables,
+            settings={**self.examiner.details, "seconds": round(self.guard.seconds, 2)},
         ))  # fmt: skip
 
     def _close(self, trainer: Trainer) -> None:
+        metrics, prefix, fits = trainer.callback_metrics, self.settings.prefix, trainer.state.fn == "fit"
         if not (trainer.testing or trainer.sanity_checking):
             with self.guard.protect("comparison with earlier runs is missing"):
-                count = float("inf") if self._plan is None else self._plan.count
-                is_fit = trainer.state.fn == "fit"
-                text = self.history.judge(trainer.callback_metrics, count, is_fit, self.gallery.title)
+                text = self.history.judge(metrics, self.examiner.count, fits, self.gallery.title)
                 if text and trainer.is_global_zero:
                     self.guard.warn(text)
                     self.publisher.alert("Clever Hans?", text)
+                for text in unmeasured(trainer, prefix, self.history.known) if fits else ():
+                    self.guard.warn(text, once=True)
         with self.guard.protect("figures of its own are missing"):
-            self.publisher.close(_of_others(trainer.callback_metrics, f"{self.settings.prefix}/"))
+            self.publisher.close(_of_others(metrics, f"{prefix}/"))
+
+
+def _finite(values: Mapping[str, float], drifts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the scores that there are, the drifts among them."""
+    means = {name: float(drift.nanmean()) for name, drift in drifts.items()}
+    return {name: value for name, value in {**values, **means}.items() if np.isfinite(value)}
+
+
+def _log(pl_module: LightningModule, key: str, value: float) -> None:
+    # Every process has the same values. Lightning synchronises none (rank_zero_only), and with sync_dist it
+    # does not advise to either, once for each key.
+    pl_module.log(key, value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True, rank_zero_only=True)
 
 
 def _of_others(metrics: Mapping[str, Tensor], prefix: str) -> dict[str, float]:

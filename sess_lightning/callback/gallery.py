@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,14 +135,11 @@ class Gallery:
     Args:
         num_images: Samples in the panel; 0 sends no picture at all.
         num_rows: Rows of the worst explained samples, and as many of the most drifted.
-
-    Attributes:
         legend: How samples and methods are named and displayed.
     """
 
-    def __init__(self, num_images: int, num_rows: int) -> None:
-        self.num_images, self.num_rows = num_images, num_rows
-        self.legend = Legend()
+    def __init__(self, num_images: int, num_rows: int, legend: Legend) -> None:
+        self.num_images, self.num_rows, self.legend = num_images, num_rows, legend
         self._exhibits: list[Exhibit] = []
         self._seen: dict[int, Batch] = {}
         self._added = 0
@@ -182,20 +180,31 @@ class Gallery:
         """Return the name of sample ``i`` of all processes."""
         return self.legend.title(self._identified[i], i)
 
-    def panels(self, device: torch.device) -> list[Panel]:
-        """Return the panel, whose maps come from ``device``, and forget it."""
-        exhibits, self._exhibits = self._exhibits, []
-        wait_for(device)
-        return [exhibit.panel(i, self.legend) for i, exhibit in enumerate(exhibits)]
+    def shown(
+        self,
+        samples: Samples,
+        drifts: Mapping[str, Float[Tensor, " N"]],
+        device: torch.device,
+        protect: Callable[[str], AbstractContextManager[None]],
+    ) -> tuple[list[Panel], dict[str, list[dict[str, Any]]]]:
+        """Return the panel and the tables of classes and of the samples that stand out.
 
-    def tables(
-        self, samples: Samples, drifts: Mapping[str, Float[Tensor, " N"]]
-    ) -> dict[str, list[dict[str, Any]]]:
-        """Return the rows of classes, and of the samples that stand out, with pictures of those held here."""
-        return {
-            "classes": class_rows(samples, self.legend.name),
-            "samples": [*self._rows(samples, drifts)],
-        }
+        Args:
+            samples: What the run found, of all processes.
+            drifts: How alike each map is to that of earlier runs, by name.
+            device: Where the panel's maps come from.
+            protect: Makes a context in which an error costs what its argument says.
+        """
+        panels: list[Panel] = []
+        tables: dict[str, list[dict[str, Any]]] = {}
+        exhibits, self._exhibits = self._exhibits, []
+        with protect("panel is missing"):
+            wait_for(device)
+            panels = [exhibit.panel(i, self.legend) for i, exhibit in enumerate(exhibits)]
+        with protect("tables are missing"):
+            tables["classes"] = class_rows(samples, self.legend.name)
+            tables["samples"] = [*self._rows(samples, drifts)]
+        return panels, tables
 
     def _rows(self, samples: Samples, drifts: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
         for why, i in standing_out(samples, drifts, self.num_rows):

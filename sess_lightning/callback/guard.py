@@ -7,7 +7,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from inspect import isfunction, ismethod
@@ -41,6 +41,7 @@ class RunGuard:
         self.failed, self.seconds = 0, 0.0
         self._in_a_row, self._broken, self._flawed = 0, False, False
         self._place = "process 0, epoch 0"
+        self._told: set[str] = set()
 
     @property
     def is_off(self) -> bool:
@@ -55,6 +56,7 @@ class RunGuard:
     def start(self, trainer: Trainer) -> None:
         """Begin to fit, validate or test: earlier failures are forgiven."""
         self._in_a_row = 0
+        self._told.clear()
         self.start_run(trainer)
 
     def start_run(self, trainer: Trainer) -> None:
@@ -98,8 +100,20 @@ class RunGuard:
         if self.is_off:
             self.warn("three runs failed in a row; SESSCallback is off until the next start.")
 
-    def warn(self, text: str) -> None:
-        """Warn, and say which process and epoch speaks."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed training goes on with."""
+        return {"failed": self.failed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> str:
+        """Take up what a checkpoint holds."""
+        self.failed = int(state.get("failed", 0))
+        return ""
+
+    def warn(self, text: str, once: bool = False) -> None:
+        """Warn, and say which process and epoch speaks; ``once`` until the next start."""
+        if once and text in self._told:
+            return
+        self._told.add(text)
         text = f"SESSCallback ({self._place}): {text}"
         try:
             warnings.warn(text, SESSWarning, stacklevel=4)

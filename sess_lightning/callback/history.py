@@ -29,6 +29,7 @@ class RunHistory:
         alarmed: Whether the alarm has rung, which it does once.
         selection: The epoch to keep, so far.
         training: Which training this is, for the page of the report.
+        last: The scores of the last run that went well.
     """
 
     def __init__(self, prefix: str, accuracy: str | None, rings: bool) -> None:
@@ -37,21 +38,41 @@ class RunHistory:
         self.alarmed = False
         self.selection = Selection()
         self.training: dict[str, str] = {}
+        self.last: dict[str, float] = {}
+        self._epoch: int | None = None
         self._open: Run | None = None
+
+    def is_due(self, epoch: int, every_n_epochs: int) -> bool:
+        """Return whether a validation in this epoch has a run.
+
+        It has in every n-th epoch, and in the first validation after one in which nothing was validated.
+        """
+        missed = self._epoch is None or epoch // every_n_epochs > self._epoch // every_n_epochs
+        return epoch % every_n_epochs == 0 or missed
 
     def start_training(self) -> None:
         """Begin another training; a checkpoint brings its own."""
         self.training.clear()
-        self.selection = Selection()
+        self.selection, self._epoch = Selection(), None
 
     def add(self, run: Run) -> dict[str, Tensor]:
         """Take up a run, and return how alike its maps are to those of earlier ones."""
         self._open = run
         return drift(self.runs, run)
 
-    def discard(self) -> None:
-        """Forget the run that was added last and is not judged yet: it failed, or is over."""
+    def start_run(self, epoch: int | None) -> None:
+        """Begin a run; ``epoch`` is that of a training."""
         self._open = None
+        self._epoch = self._epoch if epoch is None else epoch
+
+    def discard(self) -> None:
+        """Forget the run that was added last: it failed elsewhere."""
+        self._open = None
+
+    @property
+    def known(self) -> dict[str, float]:
+        """The scores that were measured last, with the selection."""
+        return self.last | ({"selection": self.selection.value} if self.selection != Selection() else {})
 
     def judge(
         self, metrics: dict[str, Tensor], count: float, is_fit: bool, title: Callable[[int], str]
@@ -74,9 +95,8 @@ class RunHistory:
         if run is not None:
             run = run if accuracy is None else replace(run, accuracy=accuracy)
             self.runs = remembered(earlier, run)
-        if accuracy is not None and is_fit:
-            if run is not None:
-                self.selection = select(self.selection, accuracy, run.quality, count)
+        if run is not None and accuracy is not None and is_fit:
+            self.selection = select(self.selection, accuracy, run.quality, count)
             metrics[f"{self._prefix}/selection"] = torch.tensor(self.selection.value)
         if run is None or self.alarmed or not self._rings:
             return ""
@@ -91,16 +111,20 @@ class RunHistory:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed training goes on with."""
         return {
-            "history": dict(self.training), "runs": [dict(vars(run)) for run in self.runs],
+            "last": dict(self.last), "history": dict(self.training),
+            "runs": [dict(vars(run)) for run in self.runs], "epoch": self._epoch,
             "alarmed": self.alarmed, "selection": dict(vars(self.selection)),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> str:
         """Take up what a checkpoint holds, and return what another version of it lacks or adds."""
         self.training.update({str(k): str(v) for k, v in dict(state.get("history", {})).items()})
-        self.alarmed = bool(state.get("alarmed", False))
+        self.alarmed, self._epoch = bool(state.get("alarmed", False)), state.get("epoch")
+        self.last = {str(name): float(value) for name, value in dict(state.get("last", {})).items()}
         odd: set[str] = set()
         self.runs = _read(Run, state.get("runs", []), odd)
+        if self._epoch is None and self.runs:
+            self._epoch = self.runs[-1].epoch
         self.selection = next(iter(_read(Selection, [state.get("selection", {})], odd)), Selection())
         names = ", ".join(sorted(odd))
         return names and f"the checkpoint is of another version ({names}); earlier runs may be missing."

@@ -17,13 +17,18 @@ class RunHooks(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a run."""
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule, dataloader_idx: int) -> None:
+    def _wants(self, trainer: Trainer, dataloader_idx: int) -> bool:
+        """Return whether a loader's batches are looked at."""
+        raise NotImplementedError
+
+    def _look(self, pl_module: LightningModule) -> None:
         """Get ready to see a step."""
 
-    def _watch(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
-    ) -> None:
+    def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look at a batch, with the very weights that were validated."""
+
+    def _leave(self) -> None:
+        """Give the module back."""
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the run: the last moment at which a hook may."""
@@ -51,7 +56,8 @@ class RunHooks(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Get ready to see a step."""
-        self._look(trainer, pl_module, dataloader_idx)
+        if self._wants(trainer, dataloader_idx):
+            self._look(pl_module)
 
     @override
     def on_test_batch_start(
@@ -63,7 +69,8 @@ class RunHooks(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Get ready to see a step."""
-        self._look(trainer, pl_module, dataloader_idx)
+        if self._wants(trainer, dataloader_idx):
+            self._look(pl_module)
 
     @override
     def on_validation_batch_end(
@@ -76,7 +83,8 @@ class RunHooks(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Look at a batch."""
-        self._watch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if self._wants(trainer, dataloader_idx):
+            self._watch(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_test_batch_end(
@@ -89,7 +97,8 @@ class RunHooks(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Look at a batch."""
-        self._watch(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if self._wants(trainer, dataloader_idx):
+            self._watch(trainer, pl_module, batch, batch_idx)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,6 +119,11 @@ class RunHooks(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the run."""
         self._close(trainer)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the module back, whatever ended a step."""
+        self._leave()
 
 
 def batches_of(trainer: Trainer, dataloader_idx: int) -> float:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.utils._pytree import tree_leaves
 
+from sess_lightning.callback.gallery import Legend
 from sess_lightning.callback.sampling import Order, find_order
 from sess_lightning.callback.settings import Settings
 from sess_lightning.cost.budget import SHARED, Budget
+from sess_lightning.metrics.sess_metric import OWN
 from sess_lightning.ops import size_of
 from sess_lightning.reporting.run import display_names
 from sess_lightning.types import Batch
@@ -26,6 +29,7 @@ class RunPlan:
         budget: What is paid for: on all processes together, or without an order on each.
         limits: For how many samples the curves of a compared method are drawn, by name; of all if missing.
         count: Samples of the whole data set, of which the model's accuracy is a mean; infinite if unknown.
+        legend: How samples and methods are named and displayed.
         details: How the scores are made, in words and numbers.
     """
 
@@ -34,6 +38,7 @@ class RunPlan:
     budget: Budget
     limits: Mapping[str, int]
     count: float
+    legend: Legend
     details: Mapping[str, Any]
 
     @property
@@ -49,16 +54,19 @@ class RunPlan:
 
 
 def plan_run(
-    settings: Settings, trainer: Trainer, model: LightningModule, loader: Any, batch: Batch,
-    batch_idx: int, batches: float,
-) -> RunPlan:  # fmt: skip
+    settings: Settings,
+    trainer: Trainer,
+    model: LightningModule,
+    batch: Batch,
+    batch_idx: int,
+    batches: float,
+) -> RunPlan:
     """Settle what runs do.
 
     Args:
         settings: What is wanted.
         trainer: Runs the processes.
         model: What is explained.
-        loader: Gives the batches.
         batch: The first one that passed.
         batch_idx: Which one it is.
         batches: How many will pass; may be infinite.
@@ -66,6 +74,8 @@ def plan_run(
     Raises:
         ValueError: If the budget does not pay for a single sample.
     """
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    loader = tree_leaves(loaders)[settings.dataloader_idx]
     world, size = trainer.world_size, size_of(batch.images)
     order = find_order(loader, batches, trainer.global_rank, world)
     if order is not None and order.passing(batch_idx) != len(batch):
@@ -93,4 +103,6 @@ def plan_run(
         "model": type(model).__name__,
         "device": f"{model.device}, {trainer.precision}, {world} process{'es' * (world > 1)}",
     }
-    return RunPlan(size, order, budget, limits, available * shares, details)
+    owners = (trainer.datamodule, loaders, model)  # type: ignore[attr-defined]
+    legend = settings.legend({OWN: method, **compare}, *owners)
+    return RunPlan(size, order, budget, limits, available * shares, legend, details)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -59,6 +60,12 @@ def moment(trainer: Trainer, loaded: dict[str, int] | None = None) -> dict[str, 
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     step = int(getattr(loop, "_batches_that_stepped", trainer.global_step))
     return {"epoch": trainer.current_epoch, "step": step}
+
+
+def age(checkpoint: Mapping[str, Any]) -> dict[str, int]:
+    """Return epoch and step of a checkpoint's weights."""
+    # One less: Lightning's rows at the end of an epoch carry the step of its last batch.
+    return {"epoch": int(checkpoint["epoch"]), "step": max(0, int(checkpoint["global_step"]) - 1)}
 
 
 def record(when: Mapping[str, int], key: Sequence[int], samples: Samples) -> Run:

@@ -142,6 +142,10 @@ class Kept:
     places: list[int] = field(default_factory=list)
     validated: Tensor | None = None
 
+    def parts(self) -> list[Kept]:
+        """Return what can be explained at once: samples whose call takes more than images, one by one."""
+        return [self.take([i]) for i in range(len(self.samples))] if self.samples.context else [self]
+
     def take(self, which: Sequence[int]) -> Kept:
         """Return samples ``which``."""
         validated = None if self.validated is None else self.validated[list(which)]
@@ -229,12 +233,15 @@ class SampleKeeper:
         self._waiting.append(replace(kept, validated=logits(kept.places) if is_same else None))
 
     def waiting(self) -> list[Kept]:
-        """Return what was taken since the last call, samples of one kind together."""
+        """Return what was taken since the last call, in parts that can be explained at once.
+
+        Samples of one kind go together, but those whose call takes more than images.
+        """
         waiting, self._waiting = self._waiting, []
         kinds: dict[Any, list[Kept]] = {}
         for kept in waiting:
             kinds.setdefault(kept.samples.kind, []).append(kept)
-        return [_joined(alike) for alike in kinds.values()]
+        return [part for alike in kinds.values() for part in _joined(alike).parts()]
 
     def _chosen(self, size: int, batch_idx: int, batches: float) -> dict[int, int]:
         """Return places in a batch, and the numbers of the samples there."""

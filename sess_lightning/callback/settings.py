@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from sess_lightning.callback.gallery import Legend
 from sess_lightning.callback.names import find_class_names, find_display_channels, find_normalisation
@@ -36,6 +36,7 @@ class Settings:
     prefix: str
     target: Literal["label", "predicted"]
     batch_adapter: Callable[[Any], Any] | None
+    forward: Callable[[nn.Module, Tensor], Any] | None
     on_error: Literal["warn", "raise"]
     max_forwards: int
     tolerance: float | None

@@ -121,8 +121,3 @@ class Watcher:
             f"the model that is explained gives an image a probability {away:.3f} away from validation's: "
             f"{self.text}. Say what is validated, SESSCallback(forward=lambda module, images: logits)."
         )
-
-
-def one_by_one(samples: Batch) -> list[list[int]]:
-    """Return which samples can be explained at once: those whose call takes more than images, one by one."""
-    return [[i] for i in range(len(samples))] if samples.context else [list(range(len(samples)))]

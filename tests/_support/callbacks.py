@@ -47,16 +47,17 @@ class Spy(SaliencyMethod):
 
 @dataclass(frozen=True)
 class Broken(SaliencyMethod):
-    """Draws from every generator, then fails in all epochs from ``since`` on."""
+    """Draws from every generator, then fails from call ``since`` on, but for those from ``until`` on."""
 
     since: int = 0
+    until: int = 10**6
     error: type = RuntimeError
     calls: list = field(default_factory=list, compare=False)
 
     def explain(self, model, images, targets):
         torch.rand(1), np.random.rand(), random.random()  # noqa: NPY002
         self.calls.append(1)
-        if len(self.calls) > self.since:
+        if self.since < len(self.calls) <= self.until:
             raise self.error("out of luck")
         return Explanation(images[:, 0].clamp(0, 1), torch.ones(len(images)))
 

@@ -91,11 +91,11 @@ class WandbLogger(CSVLogger):
 
 
 STAGES = {
-    "the metric is made": "sess_lightning.callback.callback.SESSMetric",
-    "a batch is read": "sess_lightning.callback.callback.read_batch",
-    "the run is planned": "sess_lightning.callback.callback.plan_run",
+    "the metric is made": "sess_lightning.callback.explaining.SESSMetric",
+    "a batch is read": "sess_lightning.callback.explaining.read_batch",
+    "the run is planned": "sess_lightning.callback.explaining.plan_run",
     "samples are taken": "sess_lightning.callback.sampling.SampleKeeper.take",
-    "samples are explained": "sess_lightning.callback.callback.explain",
+    "samples are explained": "sess_lightning.callback.explaining.Examiner.explain",
     "samples are kept to be shown": "sess_lightning.callback.gallery.Gallery.add",
     "the panel is sent": "sess_lightning.callback.gallery.Gallery.to_host",
     "rows are put together": "sess_lightning.metrics.SESSMetric.pack",

@@ -10,10 +10,17 @@ from sess_lightning.types import Batch
 
 
 def test_a_default_run_of_one_sample_a_batch_calls_the_model_45_times_at_most(tmp_path, monkeypatch):
-    monkeypatch.setattr("sess_lightning.batching.OFF_GPU", 128)  # What a GPU's memory would allow.
-    module, sizes = Apart(), []
-    module.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
-    validate(tmp_path, SESSCallback(on_error="raise"), module=module, val=squares(32, batch_size=1, size=64))
+    monkeypatch.setattr("sess_lightning.batching.ON_CPU", 128)  # What a GPU's memory would allow.
+    sizes = []
+
+    class Counting(Apart):
+        def forward(self, images):
+            sizes.append(len(images))
+            return super().forward(images)
+
+    validate(
+        tmp_path, SESSCallback(on_error="raise"), module=Counting, val=squares(32, batch_size=1, size=64)
+    )
     # Of 32 images: 31 windows, 2 ends, 54 steps of two maps each. Beside that zeros, and two controls on 4.
     assert 32 * (31 + 2 + 2 * 54) + 1 + 4 * 2 * 54 <= sum(sizes) <= 5000
     assert len(sizes) <= 45

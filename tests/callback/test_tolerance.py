@@ -60,8 +60,8 @@ def test_the_tolerance_is_settled_for_each_batch(tmp_path):
 
     calls = iter(range(100))
     callback, _ = spying(batch_adapter=adapt, num_samples=16)
-    validate(tmp_path, callback, val=squares(read=boxed))
-    assert callback._metric.tolerance == 15.0
+    its = validate(tmp_path, callback, val=squares(read=boxed))
+    assert callback.examiner.metric(its.lightning_module).tolerance == 15.0
 
 
 def test_masks_of_another_size_than_the_images_are_taken_for_the_original_one(tmp_path, told):

@@ -1,0 +1,125 @@
+"""Who monitors the scores of runs, and what they find where no run has measured any.
+
+EarlyStopping and ModelCheckpoint end a training when the key they monitor is missing. What stands in for it
+must neither win nor lose anything: it ranks below every measured score, and costs no patience.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from sess_lightning.scores import SCORES, split
+
+NEEDS = {"selection": "a validation accuracy: log one, or name its key in accuracy="} | dict.fromkeys(
+    ("pointing_game", "pointing_game_difficult", "relevance_mass", "region_share"),
+    "boxes or masks in the batches",
+)
+"""What a score needs to be measured."""
+UNBOUNDED = 1e6
+"""What stands in for a score that has no worst value."""
+
+
+def monitors(trainer: Trainer, prefix: str) -> dict[str, list[Any]]:
+    """Return the callbacks that stop or save by a key below ``prefix``: key's last part -> callbacks."""
+    found: dict[str, list[Any]] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        key = getattr(callback, "monitor", None)
+        if isinstance(key, str) and key.startswith(f"{prefix}/") and (_stops(callback) or _saves(callback)):
+            found.setdefault(key.removeprefix(f"{prefix}/"), []).append(callback)
+    return found
+
+
+def stand_in(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> None:
+    """Put a value under each monitored key, until a run has measured one.
+
+    The last measured value, or what is worse than any. A ModelCheckpoint that keeps several epochs would take
+    the last value for a second epoch's: for it, only the worse will do.
+
+    Args:
+        trainer: Has the callbacks.
+        prefix: First part of the keys.
+        known: The scores that were measured last.
+    """
+    for name, callbacks in monitors(trainer, prefix).items():
+        ranked = any(_saves(callback) and callback.save_top_k not in (0, 1) for callback in callbacks)
+        mode = callbacks[0].mode
+        value = known[name] if name in known and not ranked else _worse_than_any(name, mode)
+        for limit in (getattr(callback, "divergence_threshold", None) for callback in callbacks):
+            if limit is not None:  # Beyond it, EarlyStopping ends the training.
+                value = max(value, limit) if mode == "max" else min(value, limit)
+        trainer.callback_metrics[f"{prefix}/{name}"] = torch.tensor(value)
+
+
+def unmeasured(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> list[str]:
+    """Return what to say of monitored keys that a run did not measure though all went well."""
+    told = []
+    for name, callbacks in monitors(trainer, prefix).items():
+        if known and name not in known and not name.startswith("drift"):  # The first run has no drift.
+            kinds = " and ".join(sorted({type(callback).__name__ for callback in callbacks}))
+            needs = NEEDS.get(name.rpartition("/")[2], "another monitor")
+            told.append(f"{kinds} waits for {prefix}/{name}, which no run measures; it needs {needs}.")
+    return told
+
+
+def spare_patience(trainer: Trainer, prefix: str, measured: Iterable[str]) -> None:
+    """Have EarlyStopping not count a validation in which what it monitors was not measured.
+
+    Call it once in each validation, before EarlyStopping's turn, which adds the one that is taken off here.
+    """
+    for name, callbacks in monitors(trainer, prefix).items():
+        for callback in callbacks if name not in measured else ():
+            if _stops(callback):
+                callback.wait_count -= 1
+
+
+def advice(trainer: Trainer, prefix: str, every_n_epochs: int) -> list[str]:
+    """Return, before a training, which monitors will not do what is asked of them."""
+    told = []
+    epochs, between = trainer.max_epochs or -1, trainer.check_val_every_n_epoch or 1
+    runs = -(-epochs // max(every_n_epochs, between)) if epochs > 0 else float("inf")
+    for name, callbacks in monitors(trainer, prefix).items():
+        told += [
+            f"ModelCheckpoint(monitor='{prefix}/{name}', save_top_k={callback.save_top_k}) will also keep "
+            f"epochs that were never explained: there are to be {runs} runs. Use a smaller every_n_epochs "
+            "or save_top_k."
+            for callback in callbacks
+            if _saves(callback) and callback.save_top_k > runs
+        ]
+    told += [
+        f"ReduceLROnPlateau counts validations without a run as ones without progress on {plan.monitor!r}: "
+        f"set its patience to {every_n_epochs} times as many."
+        for plan in trainer.lr_scheduler_configs
+        if every_n_epochs > 1 and plan.reduce_on_plateau and str(plan.monitor).startswith(f"{prefix}/")
+    ]
+    if not trainer.enable_validation:
+        told.append(
+            "this training has no validation, in which explanations are made: give the module a "
+            "validation_step and fit() a validation loader (limit_val_batches above 0)."
+        )
+    return told
+
+
+def _stops(callback: Any) -> bool:
+    return "EarlyStopping" in _kinds(callback)
+
+
+def _saves(callback: Any) -> bool:
+    return "ModelCheckpoint" in _kinds(callback)
+
+
+def _kinds(callback: Any) -> set[str]:
+    # By name: those of pytorch_lightning are other classes.
+    return {cls.__name__ for cls in type(callback).__mro__}
+
+
+def _worse_than_any(name: str, mode: str) -> float:
+    key = split(name)
+    bounds = SCORES[key.score].bounds if key is not None else None
+    if key is None or bounds is None:
+        return -UNBOUNDED if mode == "max" else UNBOUNDED
+    low, high = (bounds[0] - bounds[1], bounds[1] - bounds[0]) if key.minus else bounds
+    return low - 1 if mode == "max" else high + 1
