@@ -206,7 +206,10 @@ class DigitsDataModule(LightningDataModule):
 
 
 class SmallCNN(Classifier):
-    """Six convolutions, a 16 x 16 grid of features for a 128 px picture, global pooling, ten logits."""
+    """Six convolutions, global pooling, ten logits.
+
+    The grid of features is 1/32 of the image's side, 4 x 4 at 128 px, as coarse as that of a ResNet.
+    """
 
     def __init__(self, lr: float = 3e-3, width: int = 24) -> None:
         super().__init__(lr)
@@ -214,14 +217,14 @@ class SmallCNN(Classifier):
         layers = [
             (3, w, 2),
             (w, 2 * w, 2),
-            (2 * w, 2 * w, 1),
             (2 * w, 3 * w, 2),
             (3 * w, 3 * w, 1),
-            (3 * w, 3 * w, 1),
+            (3 * w, 4 * w, 2),
+            (4 * w, 4 * w, 2),
         ]
         self.features = nn.Sequential(*(_block(*layer) for layer in layers))
         self.features.to(memory_format=torch.channels_last)  # a third faster on a CPU
-        self.head = nn.Linear(3 * w, len(DigitsDataModule.class_names))
+        self.head = nn.Linear(4 * w, len(DigitsDataModule.class_names))
 
     def forward(self, images: Tensor) -> Tensor:
         # Root mean square: a plain mean drowns small digits in background, and learning starts much later.

@@ -31,6 +31,11 @@ def test_the_package_offers_six_names():
     assert all(hasattr(sess_lightning, name) for name in sess_lightning.__all__)
 
 
+def test_every_method_can_be_imported_from_the_package_itself():
+    assert all(getattr(sess_lightning, name) is getattr(methods, name) for name in methods.__all__)
+    assert sess_lightning.__version__[0].isdigit()
+
+
 def test_every_method_is_offered_by_name_and_is_a_frozen_record():
     assert {"SESS", "GradCAM", "GuidedBackprop", "GroupCAM", "RandomMap", "CentreGaussian"} <= set(
         methods.__all__
@@ -115,5 +120,5 @@ def test_the_callback_takes_a_method_and_all_else_by_name():
 
 def test_a_batch_holds_what_an_adapter_may_give():
     assert [field.name for field in fields(Batch)] == [
-        "images", "labels", "boxes", "masks", "ids", "difficult", "size",
+        "images", "labels", "boxes", "masks", "ids", "difficult", "size", "context",
     ]  # fmt: skip
