@@ -322,7 +322,7 @@ def describe_regions(regions: Regions | None) -> str:
         if not (covered > 0).any():
             return "empty masks"
         return f"masks over {covered[covered > 0].median():.0%} of the image"
-    x0, y0, x1, y1 = torch.cat([*regions, torch.zeros(0, 4)]).unbind(1)
+    x0, y0, x1, y1 = torch.cat([*(boxes.cpu() for boxes in regions), torch.zeros(0, 4)]).unbind(1)
     filled = (x1 > x0) & (y1 > y0)
     if not filled.any():
         return "no box with an area"

@@ -87,6 +87,7 @@ SCORES = {
         _count("missing", "missing"),
         _count("all_difficult", "images with difficult objects only"),
         _count("skipped", "without object"),
+        _count("left_out", "without a known class, or not finite"),
         _count("misclassified", "misclassified"),
         _count("nan", "not finite"),
         _count("flat", "flat maps", is_shared=False),

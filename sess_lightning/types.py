@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 Activation: TypeAlias = Literal["softmax", "sigmoid"]
@@ -69,6 +69,11 @@ class SaliencyMethod(ABC):
     forwards: ClassVar[int] = 1
     has_strength: ClassVar[bool] = False
     activation: Activation = "softmax"
+
+    @property
+    def shares_classes(self) -> bool:
+        """Whether maps of several classes of one image cost the forwards of a single one."""
+        return False
 
     @abstractmethod
     def explain(
@@ -152,9 +157,13 @@ class Batch:
         difficult: Whether the object is small and other objects are about, where the data set knows.
         size: (height, width) of the pictures before they were resized to ``images``, where it is known.
         context: Per image, what else the model's call takes for it.
+        items: Which image of the loader's batch each row is of, where that is not simply its own: of several
+            classes each is a row, and an image without one has none.
+        count: Images in the loader's batch, where that is known.
+        activation: How logits become probabilities, where the labels say so.
     """
 
-    images: Float[Tensor, "B C H W"]
+    images: Real[Tensor, "B C H W"]
     labels: Int[Tensor, " B"]
     boxes: list[Float[Tensor, "_ 4"]] | None = None
     masks: Bool[Tensor, "B h w"] | None = None
@@ -162,6 +171,9 @@ class Batch:
     difficult: Bool[Tensor, " B"] | None = None
     size: tuple[int, int] | None = None
     context: list[list[Tensor]] | None = None
+    items: list[int] | None = None
+    count: int | None = None
+    activation: Activation | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -1,70 +1,151 @@
-"""From the batches people have to the Batch that is explained; names and normalisation found on the way."""
+"""From the batches people have to the Batch that is explained.
+
+What is understood, and what is read:
+
+===================================================  =========================================================
+batch                                                read as
+===================================================  =========================================================
+``(images, labels)``, ``[images, labels, ...]``      the first two
+``{"image": ..., "label": ..., "boxes": ...}``       the usual keys (``IMAGE_KEYS``, ``LABEL_KEYS``, ...)
+``(images, {"label": ..., "mask": ...})``            likewise
+``(images, [{"labels": ..., "boxes": ...}, ...])``   of each dict its first label and that label's boxes and
+                                                     masks; each of its labels if the model is multi-label
+a ``Batch``                                          itself, values read as below
+anything else                                        through ``batch_adapter``
+---------------------------------------------------  ---------------------------------------------------------
+labels (B,) or (B, 1), any type                      class indices; floats in 0..1 at one half
+labels (B, N), rows that sum to 1                    the largest: one-hot, smoothed, mixed
+labels (B, N), other rows in 0..1                    each class of at least one half, up to four an image
+-1, -100, NaN, no positive class                     that image is left out
+---------------------------------------------------  ---------------------------------------------------------
+images (B, C, H, W), floats                          as the model takes them
+images (B, C, H, W), bytes                           floats of the same values; rounded for a model that needs
+                                                     bytes
+a NaN or an infinity in an image                     that image is left out
+---------------------------------------------------  ---------------------------------------------------------
+boxes (B, 4), (B, N, 4), a list of (N, 4)            (x0, y0, x1, y1) px of the images, half-open
+``BoundingBoxes``                                    as they say
+``"bbox"`` beside ``"area"``, ``"iscrowd"``, ...     COCO's (x, y, w, h)
+``"bbox"`` alone                                     what all boxes of the batch can be, else refused
+boxes in 0..1                                        refused
+masks                                                by ``sess_lightning.regions.read_masks``
+masks (B, N, h, w) beside labels (B, N)              the class's own
+one region for several classes of an image           none: nothing says whose it is
+===================================================  =========================================================
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sess_lightning.types import Batch
+from sess_lightning import regions
+from sess_lightning.callback.classes import MOST_CLASSES, Classes, known_labels, read_classes
+from sess_lightning.ops import size_of
+from sess_lightning.types import Activation, Batch
 
 IMAGE_KEYS = ("image", "images", "pixel_values", "img", "imgs", "x", "input", "inputs", "data")
-LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class", "classes", "category")
+LABEL_KEYS = (
+    "label", "labels", "target", "targets", "y", "class", "classes", "category", "category_id",
+)  # fmt: skip
 BOX_KEYS = ("boxes", "box", "bboxes", "bbox")
 MASK_KEYS = ("masks", "mask", "segmentation")
 ID_KEYS = ("ids", "id", "image_id", "image_ids", "path", "paths", "filename", "filenames")
 DIFFICULT_KEYS = ("difficult",)
+COCO_BOX_KEY, COCO_KEYS = "bbox", ("area", "iscrowd", "category_id")
+"""COCO's key for boxes (x, y, w, h), and what stands beside it in COCO's annotations only."""
 
 HELP = "Pass batch_adapter=lambda batch: (images, labels), or one that returns a sess_lightning.types.Batch."
 
 
-def read_batch(batch: Any, adapter: Callable[[Any], Any] | None = None) -> Batch:
-    """Read a batch as images and labels, with boxes, masks and ids where it has them.
+def read_batch(
+    batch: Any,
+    adapter: Callable[[Any], Any] | None = None,
+    *,
+    activation: Activation | None = None,
+) -> Batch:
+    """Read a batch as images and the classes to explain on them, with boxes, masks and ids where it has them.
 
-    Understands ``(images, labels)``, ``(images, targets)`` with a dict or one dict per image, a dict with the
-    usual keys, and a ``Batch``. Of multi-hot labels the first positive class is explained.
+    Values of labels, and of masks that are not bool, are read on the host.
 
     Args:
-        batch: What the dataloader gave.
-        adapter: Turns it into one of the above first.
+        batch: What the dataloader gave; the module's docstring lists what is understood.
+        adapter: Turns it into one of these first.
+        activation: How the model's logits become probabilities, where that is known: ``"sigmoid"`` has each
+            label of an image explained.
 
     Raises:
         TypeError: If images or labels are not found.
-        ValueError: If their shapes do not fit (where boxes lie is told by ``check_boxes``).
+        ValueError: If their shapes do not fit, or if nothing decides what values mean (where boxes lie is
+            told by ``check_boxes``).
     """
-    if adapter is not None:
-        batch = adapter(batch)
-    if isinstance(batch, Batch):
-        return _checked(batch)
-    images, target = _split(batch)
-    if isinstance(target, (list, tuple)) and target and isinstance(target[0], Mapping):
-        target = _collated(target)
-    if isinstance(target, Mapping):
-        labels = _first(target, LABEL_KEYS)
-    else:
-        labels, target = target, {}
-    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+    parts = _parts(batch if adapter is None else adapter(batch))
+    images, labels = parts.images, parts.labels
+    if not isinstance(images, Tensor) or not isinstance(labels, (Tensor, _Ragged)):
         raise TypeError(
             f"The batch gave images as {type(images).__name__} and labels as {type(labels).__name__}; "
             f"both must be tensors. {HELP}"
         )
-    difficult = _first(target, DIFFICULT_KEYS)
-    ids = _first(target, ID_KEYS)
-    return _checked(
-        Batch(
-            images=images,
-            labels=_class_indices(labels),
-            boxes=_boxes(_first(target, BOX_KEYS)),
-            masks=_masks(_first(target, MASK_KEYS)),
-            ids=None
-            if ids is None
-            else [str(each) for each in (ids.tolist() if isinstance(ids, Tensor) else ids)],
-            difficult=difficult.bool() if isinstance(difficult, Tensor) and difficult.ndim == 1 else None,
+    if images.ndim != 4 or images.dtype == torch.bool or images.is_complex():
+        raise ValueError(
+            f"images are {tuple(images.shape)}, {images.dtype}; expected (B, C, H, W) as the model takes "
+            f"them. {HELP}"
         )
-    )
+    if len(labels) != len(images):
+        shape = (len(labels),) if isinstance(labels, _Ragged) else tuple(labels.shape)
+        raise ValueError(
+            f"labels have shape {shape} for {len(images)} images; expected one class index each. {HELP}"
+        )
+    try:
+        return _rows(parts, _classes(labels, activation))
+    except ValueError as error:
+        raise ValueError(f"{error} {HELP}") from error
+
+
+class _Ragged(list[list[int]]):
+    """Class indices per image, as many as there are objects."""
+
+
+@dataclass
+class _Parts:
+    """What was found in a batch, before its values are read.
+
+    Attributes:
+        box_form: Torchvision's word for how boxes are written; ``"bbox"`` where only their key says it.
+    """
+
+    images: Any
+    labels: Any
+    boxes: Any = None
+    masks: Any = None
+    ids: Any = None
+    difficult: Any = None
+    size: tuple[int, int] | None = None
+    box_form: str = "XYXY"
+
+
+def _parts(batch: Any) -> _Parts:
+    if isinstance(batch, Batch):
+        return _Parts(
+            batch.images, batch.labels, batch.boxes, batch.masks, batch.ids, batch.difficult, batch.size
+        )
+    images, target = _split(batch)
+    if isinstance(target, (list, tuple)) and target and isinstance(target[0], Mapping):
+        target = _collated(target)
+    if not isinstance(target, Mapping):
+        return _Parts(images, _numbers(target))
+    form = "XYXY"
+    if _first_key(target, BOX_KEYS) == COCO_BOX_KEY:
+        form = "XYWH" if any(key in target for key in COCO_KEYS) else COCO_BOX_KEY
+    return _Parts(
+        images, _numbers(_first(target, LABEL_KEYS)), _first(target, BOX_KEYS), _first(target, MASK_KEYS),
+        _first(target, ID_KEYS), _first(target, DIFFICULT_KEYS), box_form=form,
+    )  # fmt: skip
 
 
 def _split(batch: Any) -> tuple[Any, Any]:
@@ -75,7 +156,9 @@ def _split(batch: Any) -> tuple[Any, Any]:
                 f"The batch is a dict with keys {sorted(map(str, batch))}; none of {IMAGE_KEYS} or none of "
                 f"{LABEL_KEYS} is among them. {HELP}"
             )
-        if isinstance(labels, (Mapping, list, tuple)):
+        if isinstance(labels, Mapping) or (
+            isinstance(labels, (list, tuple)) and labels and isinstance(labels[0], Mapping)
+        ):
             return images, labels
         return images, {**batch, LABEL_KEYS[0]: labels}
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
@@ -85,101 +168,182 @@ def _split(batch: Any) -> tuple[Any, Any]:
     )
 
 
+def _first_key(mapping: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    return next((key for key in keys if key in mapping and mapping[key] is not None), None)
+
+
 def _first(mapping: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    return next((mapping[key] for key in keys if key in mapping and mapping[key] is not None), None)
+    key = _first_key(mapping, keys)
+    return None if key is None else mapping[key]
+
+
+def _numbers(labels: Any) -> Any:
+    """Turn a list of numbers, one per image, into a tensor."""
+    if isinstance(labels, (list, tuple)) and not isinstance(labels, _Ragged) and labels:
+        if all(isinstance(label, (int, float)) for label in labels):
+            return torch.tensor(labels)
+        if all(isinstance(label, Tensor) and label.ndim == 0 for label in labels):
+            return torch.stack(list(labels))
+    return labels
 
 
 def _collated(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Collate one dict per image; a detection target is read as its first label and that label's boxes."""
-    collated: dict[str, Any] = {key: [target[key] for target in targets] for key in targets[0]}
-    label_key = next((key for key in LABEL_KEYS if key in collated), None)
-    if label_key is None:
+    """Collate one dict per image; where its labels name its objects, they stay as many as there are."""
+    collated: dict[str, Any] = {
+        key: [target[key] for target in targets] for key in targets[0] if all(key in each for each in targets)
+    }
+    key = _first_key(collated, LABEL_KEYS)
+    if key is None:
         raise TypeError(
             f"The targets are dicts with keys {sorted(collated)}; none of {LABEL_KEYS} is there. {HELP}"
         )
-    labels = [torch.as_tensor(label).reshape(-1) for label in collated[label_key]]
-    if any(len(label) == 0 for label in labels):
-        raise ValueError(f"A target has no label at all: nothing says which class to explain. {HELP}")
-    for keys, read in ((BOX_KEYS, _xyxy), (MASK_KEYS, torch.as_tensor)):
-        for key in set(keys) & set(collated):
-            entries = [read(entry) for entry in collated[key]]
-            collated[key] = [
-                entry[label == label[0]] if len(label) > 1 and len(entry) == len(label) else entry
-                for entry, label in zip(entries, labels, strict=True)
-            ]
-    collated[label_key] = torch.stack([label[0] for label in labels])
+    labels = [torch.as_tensor(label) for label in collated[key]]
+    if all(label.ndim == 0 for label in labels) or _are_hot(labels, collated):
+        collated[key] = torch.stack(labels)
+    else:
+        collated[key] = _Ragged(label.reshape(-1).tolist() for label in labels)
     return collated
 
 
-def _class_indices(labels: Tensor) -> Tensor:
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim == 2:
-        return labels.argmax(1)
-    return labels.long()
+def _are_hot(labels: Sequence[Tensor], collated: Mapping[str, Any]) -> bool:
+    """Whether each image has a value per class, not an index per object."""
+    if any(label.ndim != 1 or label.shape != labels[0].shape or not len(label) for label in labels):
+        return False
+    stacked = torch.stack(list(labels))
+    if stacked.is_floating_point():
+        return True
+    objects = _first(collated, (*BOX_KEYS, *MASK_KEYS))
+    per_object = objects is not None and all(
+        len(own) == len(label) for own, label in zip(objects, labels, strict=True)
+    )
+    return stacked.shape[1] > 2 and not per_object and bool(((stacked == 0) | (stacked == 1)).all())
 
 
-def _boxes(boxes: Any) -> list[Float[Tensor, "_ 4"]] | None:
-    if boxes is None:
-        return None
-    each = list(_xyxy(boxes)) if isinstance(boxes, Tensor) else [_xyxy(box) for box in boxes]
-    return [box.reshape(-1, 4) if box.numel() in (0, 4) else box for box in each]
+def _classes(labels: Tensor | _Ragged, activation: Activation | None) -> Classes:
+    if isinstance(labels, Tensor):
+        return read_classes(labels)
+    most = MOST_CLASSES if activation == "sigmoid" else 1
+    items, named = [], []
+    for item, own in enumerate(labels):
+        distinct = [label for label in dict.fromkeys(own) if label >= 0][:most]
+        items += [item] * len(distinct)
+        named += distinct
+    return Classes(items, named, "sigmoid" if most > 1 else None)
 
 
-def _xyxy(boxes: Any) -> Tensor:
-    # torchvision's BoundingBoxes say how they are written, and forget it when indexed.
-    form = getattr(getattr(boxes, "format", None), "value", "XYXY")
-    plain = torch.as_tensor(boxes).as_subclass(Tensor).float()
-    if form == "XYXY":
-        return plain
-    from torchvision.ops import box_convert
-
-    converted: Tensor = box_convert(plain, form.lower(), "xyxy")
-    return converted
-
-
-def _masks(masks: Any) -> Bool[Tensor, "B H W"] | None:
-    if isinstance(masks, (list, tuple)):
-        each = [mask.bool() for mask in masks]
-        masks = torch.stack([mask.flatten(0, -3).any(0) if mask.ndim > 2 else mask for mask in each])
-    if masks is None:
-        return None
-    plain: Tensor = masks.as_subclass(Tensor).bool()
-    return plain.flatten(1, -3).any(1) if plain.ndim > 3 else plain
-
-
-def _checked(batch: Batch) -> Batch:
-    images, labels = batch.images, batch.labels
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"images are {tuple(images.shape)}, {images.dtype}; expected float (B, C, H, W) as the model "
-            f"takes them. {HELP}"
-        )
-    if labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)} for {images.shape[0]} images; expected one class index "
-            f"each. {HELP}"
-        )
+def _rows(parts: _Parts, classes: Classes) -> Batch:
+    """Make a row of each class to explain."""
+    images, items = parts.images, classes.items
+    several = items != list(range(len(images)))
     for name in ("boxes", "masks", "ids", "difficult"):
-        value = getattr(batch, name)
-        if value is not None and len(value) != len(labels):
-            raise ValueError(f"{name}: got {len(value)} for {len(labels)} images; give one per image. {HELP}")
-    return batch
+        value = getattr(parts, name)
+        if value is not None and len(value) != len(images):
+            raise ValueError(f"{name}: got {len(value)} for {len(images)} images; give one per image.")
+    ids = parts.ids.tolist() if isinstance(parts.ids, Tensor) else parts.ids
+    marks = parts.difficult
+    return Batch(
+        images=images[items] if several else images,
+        labels=torch.tensor(classes.labels, dtype=torch.int64, device=images.device),
+        boxes=None if parts.boxes is None else _boxes(parts, classes),
+        masks=None if parts.masks is None else _masks(parts, classes),
+        ids=None if ids is None else [str(ids[item]) for item in items],
+        difficult=marks[items].bool() if isinstance(marks, Tensor) and marks.ndim == 1 else None,
+        size=parts.size,
+        items=items if several else None,
+        count=len(images),
+        activation=classes.activation,
+    )
+
+
+def _boxes(parts: _Parts, classes: Classes) -> list[Float[Tensor, "_ 4"]]:
+    boxes = regions.read_boxes(parts.boxes)
+    says_form = hasattr(parts.boxes, "format") or any(hasattr(each, "format") for each in parts.boxes)
+    if parts.box_form != "XYXY" and not says_form:
+        form = parts.box_form if parts.box_form != COCO_BOX_KEY else _proven_form(boxes, parts)
+        boxes = [regions.convert_boxes(each, form) if form != "XYXY" else each for each in boxes]
+    if isinstance(parts.labels, _Ragged):
+        return [
+            _of_label(boxes[item], parts.labels[item], label)
+            for item, label in zip(classes.items, classes.labels, strict=True)
+        ]
+    shared = _shared(classes)
+    return [boxes[item] * (item not in shared) for item in classes.items]
+
+
+def _of_label(entries: Tensor, labels: Sequence[int], label: int) -> Tensor:
+    """Return the entries of a label's objects, where there is one per object."""
+    if len(entries) != len(labels):
+        return entries
+    return entries[torch.tensor([own == label for own in labels], device=entries.device)]
+
+
+def _shared(classes: Classes) -> set[int]:
+    """Return the items with several rows: of one region nothing says whose it is."""
+    return {item for item, after in zip(classes.items, classes.items[1:], strict=False) if item == after}
+
+
+def _proven_form(boxes: Sequence[Tensor], parts: _Parts) -> str:
+    """Return how boxes under COCO's key are written, if only one way has all of them in the images."""
+    fits = []
+    for form in ("XYXY", "XYWH"):
+        written = [regions.convert_boxes(each, form) if form != "XYXY" else each for each in boxes]
+        try:
+            regions.check_boxes([each.cpu() for each in written], parts.size or size_of(parts.images))
+        except ValueError:
+            continue
+        fits.append(form)
+    if len(fits) == 2 and any(each.any() for each in boxes):
+        raise ValueError(
+            'boxes under "bbox", COCO\'s key for (x, y, w, h), may as well be (x0, y0, x1, y1): give those '
+            'under "boxes", or torchvision\'s BoundingBoxes, which say their format.'
+        )
+    return fits[0] if fits else "XYXY"
+
+
+def _masks(parts: _Parts, classes: Classes) -> Bool[Tensor, "B h w"]:
+    masks, items, labels = parts.masks, classes.items, classes.labels
+    if isinstance(parts.labels, _Ragged) and not isinstance(masks, Tensor):
+        chosen = [
+            _of_label(torch.as_tensor(masks[item]), parts.labels[item], label)
+            for item, label in zip(items, labels, strict=True)
+        ]
+        return regions.read_masks(chosen, labels)
+    by_class = isinstance(masks, Tensor) and masks.ndim == 4 and masks.shape[:2] == parts.labels.shape
+    if by_class:
+        return regions.read_masks(masks[items, labels], labels)
+    given = masks[items] if isinstance(masks, Tensor) else [masks[item] for item in items]
+    read = regions.read_masks(given, labels)
+    for row in range(1, len(read)):
+        if items[row] == items[row - 1] and torch.equal(read[row], read[row - 1]):
+            read[[other for other, item in enumerate(items) if item == items[row]]] = False
+    return read
+
+
+def fit_logits(batch: Batch, logits: int | None) -> Batch:
+    """Leave out rows whose label a model has no logit for: unknown ones such as 255.
+
+    Args:
+        batch: As ``read_batch`` gives it.
+        logits: How many the model has; None leaves the batch as it is.
+
+    Raises:
+        ValueError: If they do not look like unknown ones: all of them, or the number of classes itself.
+    """
+    if logits is None or not len(batch):
+        return batch
+    known = known_labels(batch.labels.tolist(), max(2, logits))
+    if all(known):
+        return batch
+    items = range(len(batch)) if batch.items is None else batch.items
+    rows = [row for row, is_known in enumerate(known) if is_known]
+    count = len(batch) if batch.count is None else batch.count
+    return replace(batch.take(rows), items=[items[row] for row in rows], count=count)
 
 
 def check_boxes(batch: Batch) -> None:
-    """Refuse boxes that are inside out or reach out of the picture. Reads values: call it on the host.
+    """Refuse boxes that do not lie in the images. Reads values: call it on the host.
 
     Raises:
         ValueError: Naming the first such box.
     """
-    height, width = batch.size or batch.images.shape[-2:]
-    for i, boxes in enumerate(batch.boxes or []):
-        for x0, y0, x1, y1 in boxes.tolist():
-            if not (0 <= x0 <= x1 <= width + 1 and 0 <= y0 <= y1 <= height + 1):
-                raise ValueError(
-                    f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) of image {i} does not lie in the "
-                    f"{height}x{width} image; boxes are (x0, y0, x1, y1) in pixels of the images as the "
-                    "model takes them: convert from (x, y, w, h) or from shares, and resize them with "
-                    "the images."
-                )
+    regions.check_boxes(batch.boxes or [], batch.size or size_of(batch.images))

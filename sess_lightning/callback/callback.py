@@ -227,14 +227,15 @@ class SESSCallback(RunHooks):
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.examiner.watcher.leave()
-        read = cache(lambda: self.examiner.read(batch))
+        read = cache(lambda: self.examiner.read(pl_module, batch))
         with self.guard.protect(), unobserved(pl_module):
             batches = batches_of(trainer, self.settings.dataloader_idx)
             if self.examiner.plan is None:
                 self._settle(trainer, pl_module, read(), batch_idx, batches)
             if trainer.sanity_checking:
                 return
-            self.keeper.take(read, batch_idx, batches, self.examiner.watcher.logits)
+            left_out = self.keeper.take(read, batch_idx, batches, self.examiner.watcher.logits)
+            self.examiner.metric(pl_module).leave_out(left_out)
             # All together: full batches. Not once validation is over: then EMA callbacks have swapped the
             # weights back. Where no batch is known to be the last, each explains its own.
             if batch_idx + 1 >= batches or batches == float("inf"):
@@ -308,7 +309,10 @@ class SESSCallback(RunHooks):
         with self.guard.protect():
             summary = self.examiner.metric(pl_module).summary()
             if not summary.values:
-                raise RuntimeError(f"no sample came by in loader {self.settings.dataloader_idx}.")
+                raise RuntimeError(
+                    f"no sample came by in loader {self.settings.dataloader_idx}, or none with a known class "
+                    "and finite pixels."
+                )
             self.gallery.identify(summary.samples)
             predicted = self.settings.target == "predicted"  # Predictions change, the samples do not.
             key = [len(summary.samples.targets)] if predicted else summary.samples.targets.tolist()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from sess_lightning.callback.batches import read_batch
+from sess_lightning.callback.batches import fit_logits, read_batch
 from sess_lightning.callback.plan import RunPlan, plan_run
 from sess_lightning.callback.sampling import Kept
 from sess_lightning.callback.settings import Settings
@@ -17,7 +19,8 @@ from sess_lightning.callback.watching import Watcher
 from sess_lightning.introspection.lending import borrowed, explaining, muted
 from sess_lightning.introspection.logits import classify, predict
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.types import Batch
+from sess_lightning.metrics.sess_metric import OWN
+from sess_lightning.types import Activation, Batch
 
 GRID = 16
 """Side of the small maps by which runs are compared."""
@@ -39,16 +42,17 @@ class Examiner:
         self.plan: RunPlan | None = None
         self.watcher = Watcher(settings.forward)
         self._metric: SESSMetric | None = None
+        self._activation: Activation | None = None
 
     def forget(self) -> None:
         """Begin anew: another model, perhaps."""
-        self.plan, self._metric = None, None
+        self.plan, self._metric, self._activation = None, None, None
         self.watcher.start()
 
     def metric(self, model: LightningModule) -> SESSMetric:
         """Return the metric, made on first use: a process that no batch reaches gathers from others, too."""
         if self._metric is None:
-            method, compare = self._settings.methods(model)
+            method, compare = self._settings.methods(model, self._activation)
             self._metric = SESSMetric(method, compare=compare, grid=GRID).to(model.device)
         return self._metric
 
@@ -62,17 +66,31 @@ class Examiner:
         """Samples of the whole data set; infinite if unknown."""
         return float("inf") if self.plan is None else self.plan.count
 
-    def read(self, batch: Any) -> Batch:
-        """Read a batch, its images as the step fed them to the model."""
-        samples = read_batch(batch, self._settings.batch_adapter)
-        self.watcher.settle(samples.labels)
-        return self.watcher.fed(samples)
+    def read(self, model: LightningModule, batch: Any) -> Batch:
+        """Read a batch, its images as the step fed them to the model.
+
+        Raises:
+            ValueError: If only now, the scores being settled, labels say that they are to be sigmoids.
+        """
+        known = self.metric(model).methods[OWN].activation
+        samples = read_batch(batch, self._settings.batch_adapter, activation=known)
+        self.watcher.settle(samples.labels if samples.items is None else None)
+        said = samples.activation or self.watcher.activation
+        if self.plan is None and said is not None:
+            self._metric, self._activation = None, said
+        elif said == "sigmoid" != known:
+            self.plan, self._metric, self._activation = None, None, said
+            raise ValueError(
+                "labels turn out to be multi-hot, so that scores are sigmoids: from the next run on. "
+                'SESSCallback(SESS(GradCAM(activation="sigmoid"))) says so from the start.'
+            )
+        return fit_logits(self.watcher.fed(samples), self.watcher.classes)
 
     def settle(
         self, trainer: Trainer, model: LightningModule, batch: Batch, batch_idx: int, batches: float
     ) -> RunPlan:
         """Settle what runs do, from the first batch that passes."""
-        self.plan = plan_run(self._settings, trainer, model, batch, batch_idx, batches)
+        self.plan = plan_run(self._settings, trainer, model, batch, batch_idx, batches, self._activation)
         return self.plan
 
     def explain(self, trainer: Trainer, model: LightningModule, kept: Kept) -> SESSMetric:
@@ -87,28 +105,49 @@ class Examiner:
         metric.tolerance = self._settings.tolerance_on(samples)
         if self.plan is not None:
             metric.limits = dict(self.plan.limits)
-        precision = trainer.precision_plugin
+        precision, given = trainer.precision_plugin, samples.images
+        if len(set(kept.numbers)) == 1:  # Of several classes, or of one.
+            given = given[:1]
         bound, precise = self.watcher.bound(model, samples), precision.forward_context()
-        with bound, torch.inference_mode(False), precise, muted(model):
-            images = precision.convert_input(samples.images)
-            labels, regions = samples.labels, samples.masks if samples.masks is not None else samples.boxes
+        takes = nullcontext() if given.is_floating_point() else _rounded(model, given.dtype)
+        with bound, torch.inference_mode(False), precise, muted(model), takes:
+            images = precision.convert_input(given if given.is_floating_point() else given.float())
             if self._settings.target == "predicted":
-                labels, regions = _predicted(model, images, labels, regions)
+                samples = _predicted(model, images, samples)
             metric.update(
-                model, images, labels, regions,
-                difficult=samples.difficult, size=samples.size, numbers=kept.numbers,
+                model, images, samples.labels, samples.boxes if samples.masks is None else samples.masks,
+                difficult=samples.difficult, size=samples.size, numbers=kept.numbers[: len(images)],
             )  # fmt: skip
         return metric
 
 
-def _predicted(model: nn.Module, images: Tensor, labels: Tensor, regions: Any) -> tuple[Tensor, Any]:
-    """Return the predicted classes; the regions are the label's, so that another prediction is no trial."""
+@contextmanager
+def _rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Have floats rounded before a model sees them: they may mean something else to it than whole numbers."""
+    limits = torch.iinfo(dtype)
+
+    def rounded(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0].round().clamp(limits.min, limits.max).to(dtype), *inputs[1:])
+
+    hook = model.register_forward_pre_hook(rounded)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _predicted(model: nn.Module, images: Tensor, samples: Batch) -> Batch:
+    """Return samples whose labels are what is predicted; regions are the label's, else there is no trial."""
     with explaining(model), torch.no_grad():
         logits = classify(model, borrowed(images))
     predicted = predict(logits)
-    right = predicted == labels
-    if isinstance(regions, Tensor):
-        regions = regions & right[:, None, None]
-    elif regions is not None:
-        regions = [box * same for box, same in zip(regions, right, strict=True)]
-    return predicted, regions
+    if len(samples.labels) > len(images):  # Of an image's classes, the predicted one if it is among them.
+        samples = samples.take([int((samples.labels == predicted).int().argmax())])
+    right = predicted == samples.labels
+    masks, boxes = samples.masks, samples.boxes
+    return replace(
+        samples,
+        labels=predicted,
+        masks=None if masks is None else masks & right[:, None, None],
+        boxes=None if boxes is None else [box * same for box, same in zip(boxes, right, strict=True)],
+    )

@@ -55,6 +55,8 @@ class Legend:
 
     def name(self, index: float) -> str:
         """Return a class's name."""
+        if index < 0:
+            return "none"
         names = self.class_names
         return names[int(index)] if names and 0 <= int(index) < len(names) else f"class {int(index)}"
 
@@ -141,7 +143,7 @@ class Gallery:
     def __init__(self, num_images: int, num_rows: int, legend: Legend) -> None:
         self.num_images, self.num_rows, self.legend = num_images, num_rows, legend
         self._exhibits: list[Exhibit] = []
-        self._seen: dict[int, Batch] = {}
+        self._seen: dict[int, list[Batch]] = {}
         self._added = 0
         self._identified: list[Batch | None] = []
 
@@ -159,11 +161,12 @@ class Gallery:
             total: How many samples there will have been when the run is over.
         """
         first, shown = self._added, min(self.num_images, total)
-        self._added += len(samples)
-        self._seen |= {number: samples.take([i]) for i, number in enumerate(numbers)}
-        which = [
-            i for i in range(len(samples)) if (first + i + 1) * shown // total > (first + i) * shown // total
-        ]
+        rows = {number: i for i, number in reversed([*enumerate(numbers)])}  # Of several classes, the first.
+        self._added += len(rows)
+        for i, number in enumerate(numbers):
+            self._seen.setdefault(number, []).append(samples.take([i]))
+        places = enumerate(sorted(rows.values()), first)
+        which = [i for k, i in places if (k + 1) * shown // total > k * shown // total]
         self._exhibits += _exhibits(metric, samples, which, self.legend.shown)
 
     def to_host(self) -> None:
@@ -174,7 +177,8 @@ class Gallery:
     def identify(self, samples: Samples) -> None:
         """Note which of this process' own samples those of all processes are."""
         # Of equal numbers the first is this process' own; others' samples have no name and no picture here.
-        self._identified = [self._seen.pop(number, None) for number in samples.numbers.tolist()]
+        rows = (self._seen.get(number) for number in samples.numbers.tolist())
+        self._identified = [own.pop(0) if own else None for own in rows]
 
     def title(self, i: int) -> str:
         """Return the name of sample ``i`` of all processes."""

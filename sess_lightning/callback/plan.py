@@ -9,14 +9,16 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils._pytree import tree_leaves
 
+from sess_lightning.callback.classes import MOST_CLASSES
 from sess_lightning.callback.gallery import Legend
 from sess_lightning.callback.sampling import Order, find_order
 from sess_lightning.callback.settings import Settings
 from sess_lightning.cost.budget import SHARED, Budget
 from sess_lightning.metrics.sess_metric import OWN
 from sess_lightning.ops import size_of
+from sess_lightning.regions import describe_regions
 from sess_lightning.reporting.run import display_names
-from sess_lightning.types import Batch
+from sess_lightning.types import Activation, Batch
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def plan_run(
     batch: Batch,
     batch_idx: int,
     batches: float,
+    activation: Activation | None = None,
 ) -> RunPlan:
     """Settle what runs do.
 
@@ -70,6 +73,7 @@ def plan_run(
         batch: The first one that passed.
         batch_idx: Which one it is.
         batches: How many will pass; may be infinite.
+        activation: How logits become probabilities, where labels or the loss have said so.
 
     Raises:
         ValueError: If the budget does not pay for a single sample.
@@ -78,15 +82,20 @@ def plan_run(
     loader = tree_leaves(loaders)[settings.dataloader_idx]
     world, size = trainer.world_size, size_of(batch.images)
     order = find_order(loader, batches, trainer.global_rank, world)
-    if order is not None and order.passing(batch_idx) != len(batch):
+    images = len(batch) if batch.count is None else batch.count
+    if order is not None and order.passing(batch_idx) != images:
         order = None  # The adapter, or what collates, leaves samples out.
     shares = world if order is None else 1
-    available = len(batch) * batches if order is None else float(order.length)
-    budget = settings.budget(model, size, available, shares)
-    method, compare = settings.methods(model)
+    available = images * batches if order is None else float(order.length)
+    several = settings.target == "label" and batch.activation == "sigmoid"
+    budget = settings.budget(model, size, available, shares, MOST_CLASSES if several else 1)
+    method, compare = settings.methods(model, activation)
     names = display_names({"": method, **compare})
     limits = {name: budget.floors for name, other in compare.items() if other.forwards == 0}
-    has_regions = batch.boxes is not None or batch.masks is not None
+    regions = batch.boxes if batch.masks is None else batch.masks
+    game = "no Pointing Game"
+    if regions is not None:
+        game = f"Pointing Game within {settings.tolerance_on(batch):.3g} px"
     details = {
         "method": str(method),
         "forwards per map": method.count_forwards(model, size),
@@ -96,9 +105,7 @@ def plan_run(
         ),
         "explained class": settings.target,
         "image size": f"{size[0]} × {size[1]} px",
-        "objects": f"Pointing Game within {settings.tolerance_on(batch):.3g} px"
-        if has_regions
-        else "no boxes or masks, no Pointing Game",
+        "objects": f"{describe_regions(regions)}, {game}",
         "forwards per run, at most": budget.forwards + (0 if order is None else SHARED * (world - 1)),
         "model": type(model).__name__,
         "device": f"{model.device}, {trainer.precision}, {world} process{'es' * (world > 1)}",

@@ -131,23 +131,38 @@ class Kept:
     """A batch's samples as the first run met them, on the host, and which of all samples they are.
 
     Attributes:
-        samples: The samples.
-        numbers: Which of all samples they are.
+        samples: A row for each class to explain.
+        numbers: Which of all samples each row is of.
         places: Where in the batch they were; empty where that is not known any more.
         validated: Validation's logits of them in this run, where they are known.
+        chosen: How many images were chosen, those that cannot be explained included; None is all that are.
     """
 
     samples: Batch
     numbers: list[int]
     places: list[int] = field(default_factory=list)
     validated: Tensor | None = None
+    chosen: int | None = None
+
+    @property
+    def left_out(self) -> int:
+        """How many samples cannot be explained: no known class, or a pixel that is no number."""
+        return 0 if self.chosen is None else self.chosen - len(set(self.numbers))
 
     def parts(self) -> list[Kept]:
-        """Return what can be explained at once: samples whose call takes more than images, one by one."""
-        return [self.take([i]) for i in range(len(self.samples))] if self.samples.context else [self]
+        """Return what can be explained at once.
+
+        Alone are images of several classes, which share forward passes, and those whose call takes more.
+        """
+        rows: dict[int, list[int]] = {}
+        for row, number in enumerate(self.numbers):
+            rows.setdefault(number, []).append(row)
+        alone = [own for own in rows.values() if len(own) > 1 or self.samples.context]
+        together = [own[0] for own in rows.values() if own not in alone]
+        return [self.take(own) for own in (together, *alone) if own]
 
     def take(self, which: Sequence[int]) -> Kept:
-        """Return samples ``which``."""
+        """Return rows ``which``."""
         validated = None if self.validated is None else self.validated[list(which)]
         return Kept(self.samples.take(which), [self.numbers[i] for i in which], validated=validated)
 
@@ -181,7 +196,7 @@ class SampleKeeper:
 
     def forget(self) -> None:
         """Begin anew: another loader, perhaps."""
-        self.budget, self._choice, self._kept, self._loaded = None, None, {}, {}
+        self.budget, self._choice, self._kept, self._loaded, self._waiting = None, None, {}, {}, []
 
     def settle(self, order: Order | None, budget: Budget, first: Batch, restore: bool) -> None:
         """Settle which samples are taken.
@@ -204,8 +219,10 @@ class SampleKeeper:
     def take(
         self, read: Callable[[], Batch], batch_idx: int, batches: float,
         logits: Callable[[list[int]], Tensor | None] = lambda _: None,
-    ) -> None:  # fmt: skip
+    ) -> int:  # fmt: skip
         """Take a batch's share of the samples: those of the first run, even if the loader shuffles.
+
+        Returns how many of them are left out, as they cannot be explained.
 
         Args:
             read: Reads the batch; called at most once.
@@ -216,21 +233,34 @@ class SampleKeeper:
         is_new = batch_idx not in self._kept
         if is_new:
             if self._choice is not None and not self._choice.of_batch(batch_idx):
-                return
-            batch = read()
-            chosen = self._chosen(len(batch), batch_idx, batches)
-            places = [place for place in chosen if place < len(batch)]
-            if not places:
-                return
-            samples = batch.take(places).to("cpu")
-            check_inputs("SESSCallback", samples.images, samples.labels)
-            check_boxes(samples)
-            self._kept[batch_idx] = Kept(samples, [chosen[place] for place in places], places)
+                return 0
+            kept = self._chosen_of(read(), batch_idx, batches)
+            if not kept.chosen:
+                return 0
+            self._kept[batch_idx] = kept
         kept = self._kept[batch_idx]
-        self._taken += len(kept.samples)
+        self._taken += len(set(kept.numbers)) + kept.left_out
         # Where the loader shuffles, the images of later batches are others.
         is_same = kept.places and (is_new or self._choice is not None)
-        self._waiting.append(replace(kept, validated=logits(kept.places) if is_same else None))
+        if kept.numbers:
+            self._waiting.append(replace(kept, validated=logits(kept.places) if is_same else None))
+        return kept.left_out
+
+    def _chosen_of(self, batch: Batch, batch_idx: int, batches: float) -> Kept:
+        """Choose images of a batch, and return those that can be explained."""
+        items = list(range(len(batch))) if batch.items is None else batch.items
+        count = len(batch) if batch.count is None else batch.count
+        chosen = self._chosen(count, batch_idx, batches)
+        samples = batch.take([row for row, item in enumerate(items) if item in chosen]).to("cpu")
+        places = [item for item in items if item in chosen]
+        finite = samples.images.isfinite().flatten(1).all(1).nonzero()[:, 0].tolist()
+        samples, places = samples.take(finite), [places[row] for row in finite]
+        if places:
+            check_inputs("SESSCallback", samples.images.float(), samples.labels)
+            check_boxes(samples)
+        samples = replace(samples, items=None, count=None, activation=None)  # Of the batch, not of these.
+        numbers = [chosen[place] for place in places]
+        return Kept(samples, numbers, places, chosen=sum(place < count for place in chosen))
 
     def waiting(self) -> list[Kept]:
         """Return what was taken since the last call, in parts that can be explained at once.
@@ -264,7 +294,8 @@ class SampleKeeper:
         if self.budget is None or self._choice is not None:
             return {}
         kept = {i: (vars(kept.samples), kept.numbers) for i, kept in self._kept.items()}
-        return {"samples": self.budget.samples, "kept": kept}
+        chosen = {i: kept.chosen for i, kept in self._kept.items()}
+        return {"samples": self.budget.samples, "kept": kept, "chosen": chosen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> str:
         """Note what a checkpoint holds, for ``settle``."""
@@ -283,6 +314,10 @@ def _joined(waiting: Sequence[Kept]) -> Kept:
 
 def _restored(state: Mapping[str, Any], budget: Budget, batch: Batch) -> dict[int, Kept]:
     """Return a checkpoint's samples, if they are those that this run would take."""
-    held = {i: Kept(Batch(**fields), numbers) for i, (fields, numbers) in state.get("kept", {}).items()}
+    chosen = state.get("chosen", {})
+    held = {
+        i: Kept(Batch(**fields), numbers, chosen=chosen.get(i))
+        for i, (fields, numbers) in state.get("kept", {}).items()
+    }
     shapes = {kept.samples.images.shape[1:] for kept in held.values()}
     return held if state.get("samples") == budget.samples and shapes == {batch.images.shape[1:]} else {}

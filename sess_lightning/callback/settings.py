@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from sess_lightning.callback.classes import find_activation, with_activation
 from sess_lightning.callback.gallery import Legend
 from sess_lightning.callback.names import find_class_names, find_display_channels, find_normalisation
 from sess_lightning.cost.budget import Budget, afford
@@ -15,7 +16,7 @@ from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.methods.controls import controls
 from sess_lightning.ops import size_of
 from sess_lightning.scores import check_names
-from sess_lightning.types import Batch, SaliencyMethod
+from sess_lightning.types import Activation, Batch, SaliencyMethod
 
 LITERATURE_TOLERANCE, LITERATURE_SIDE = 15.0, 224
 
@@ -84,13 +85,30 @@ class Settings:
         """The key under which the accuracy is logged; None to look for one."""
         return self.accuracy or (self.alarm if isinstance(self.alarm, str) else None)
 
-    def methods(self, model: nn.Module) -> tuple[SaliencyMethod, dict[str, SaliencyMethod]]:
-        """Return the method that a run scores on this model, and by name those it scores beside it."""
-        method = self.method if self.method is not None else SESS(GradCAM(activation=_activation(model)))
-        return method, dict(self.compare) if self.compare is not None else controls(method)
+    def methods(
+        self, model: nn.Module, activation: Activation | None = None
+    ) -> tuple[SaliencyMethod, dict[str, SaliencyMethod]]:
+        """Return the method that a run scores on this model, and by name those it scores beside it.
+
+        Args:
+            model: The model to explain.
+            activation: How its logits become probabilities, as its labels say; None asks its losses.
+        """
+        method = self.method if self.method is not None else SESS(GradCAM())
+        compare = self.compare
+        if (activation or find_activation(model)) == "sigmoid":
+            method = with_activation(method, "sigmoid")
+            if compare is not None:
+                compare = {name: with_activation(other, "sigmoid") for name, other in compare.items()}
+        return method, dict(compare) if compare is not None else controls(method)
 
     def budget(
-        self, model: nn.Module, size: tuple[int, int], available: float = float("inf"), shares: int = 1
+        self,
+        model: nn.Module,
+        size: tuple[int, int],
+        available: float = float("inf"),
+        shares: int = 1,
+        classes: int = 1,
     ) -> Budget:
         """Return what a run on images of one size will do.
 
@@ -99,6 +117,7 @@ class Settings:
             size: (height, width) of the images as the model takes them.
             available: Samples that there are, in one share.
             shares: Processes that each choose samples of their own; 1 where they share one choice.
+            classes: Classes that are explained of one sample, at most.
 
         Raises:
             ValueError: If ``max_forwards`` does not pay for a single sample.
@@ -106,6 +125,7 @@ class Settings:
         return afford(
             *self.methods(model), model, size, num_samples=self.num_samples, available=available,
             max_forwards=self.max_forwards, fixed=1 + (self.target == "predicted"), shares=shares,
+            classes=classes,
         )  # fmt: skip
 
     def legend(self, methods: Mapping[str, SaliencyMethod], *owners: Any) -> Legend:
@@ -126,8 +146,3 @@ class Settings:
         resized = batch.size is None if batch.masks is None else size_of(batch.masks) == size
         scale = min(size) / LITERATURE_SIDE if resized else 1
         return self.tolerance or LITERATURE_TOLERANCE * scale
-
-
-def _activation(model: nn.Module) -> Literal["softmax", "sigmoid"]:
-    sigmoid = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
-    return "sigmoid" if any(isinstance(module, sigmoid) for module in model.modules()) else "softmax"

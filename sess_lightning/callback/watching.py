@@ -15,7 +15,7 @@ from sess_lightning.introspection.witness import Call, Seen, Witness, calling, i
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN
 from sess_lightning.ops import size_of
-from sess_lightning.types import Batch
+from sess_lightning.types import Activation, Batch
 
 LARGEST = 0.02
 """How far probabilities of the replayed call may be from validation's: what bfloat16 rounds."""
@@ -70,10 +70,25 @@ class Watcher:
         """Give the module back; what was seen is kept until the next step."""
         self._open.close()
 
-    def settle(self, labels: Tensor) -> None:
-        """Settle after the first step what is called."""
+    @property
+    def classes(self) -> int | None:
+        """How many logits the model gave in the last step; None if none were seen."""
+        return None if self._seen is None or self._seen.logits is None else self._seen.logits.shape[1]
+
+    @property
+    def activation(self) -> Activation | None:
+        """How logits become probabilities, by the loss that was seen; None if none says."""
+        return None if self._call is None else self._call.activation
+
+    def settle(self, labels: Tensor | None) -> None:
+        """Settle after the first step what is called.
+
+        Args:
+            labels: Class of each image; None where images have several, or none.
+        """
         if self._witness is not None:
-            self._call = self._witness.call(labels)
+            # Labels that fit no logits may be unknown ones, such as 255.
+            self._call = self._witness.call(labels) or self._witness.call(None)
             self._seen = self._witness.seen(self._call)
             self._witness = None
         self._is_settled = True
@@ -81,12 +96,15 @@ class Watcher:
     def fed(self, batch: Batch) -> Batch:
         """Return a batch with the images that the step fed to the model, and the call's other rows."""
         seen = self._seen
-        if seen is None or seen.images is None or len(seen.images) != len(batch):
+        count = len(batch) if batch.count is None else batch.count
+        if seen is None or seen.images is None or len(seen.images) != count:
             return batch
-        context = [[row[i] for row in seen.rows] for i in range(len(batch))] if seen.rows else None
+        items = list(range(count)) if batch.items is None else batch.items
+        context = [[row[item] for row in seen.rows] for item in items] if seen.rows else None
         resized = size_of(seen.images) != size_of(batch.images) and batch.size is None
         size = size_of(batch.images) if resized else batch.size
-        return replace(batch, images=seen.images, size=size, context=context)
+        images = seen.images if batch.items is None else seen.images[items]
+        return replace(batch, images=images, size=size, context=context)
 
     def logits(self, places: list[int]) -> Float[Tensor, "K N"] | None:
         """Return validation's logits of some images of the batch."""

@@ -47,6 +47,7 @@ def afford(
     max_forwards: int,
     fixed: int = 1,
     shares: int = 1,
+    classes: int = 1,
 ) -> Budget:
     """Return how many samples ``max_forwards`` pays for.
 
@@ -60,14 +61,18 @@ def afford(
         max_forwards: On all processes.
         fixed: Forwards of each sample before it is explained.
         shares: Processes that each explain their own number of samples.
+        classes: Classes that are explained of each sample, at most.
 
     Raises:
         ValueError: If it does not pay for a single sample.
     """
     models = [each for each in compare.values() if each.forwards > 0]
-    each = fixed + 1 + method.count_forwards(model, size) + FURTHER * (1 + len(models))
-    each += sum(other.count_forwards(model, size) for other in models if not method.gives(other, model, size))
-    floors = FURTHER * (len(compare) - len(models))
+    beside = [other for other in models if not method.gives(other, model, size)]
+    each = classes * (fixed + 1 + FURTHER * (1 + len(models)))
+    each += sum(
+        one.count_forwards(model, size) * (1 if one.shares_classes else classes) for one in (method, *beside)
+    )
+    floors = classes * FURTHER * (len(compare) - len(models))
     here = max_forwards // shares - SHARED
     wanted = int(min(-(-num_samples // shares), available))
     samples = min(wanted, (here - FLOOR_SAMPLES * floors) // each)

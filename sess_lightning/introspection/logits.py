@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -54,7 +54,8 @@ def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> F
     if targets.device.type == "cpu" and not all(0 <= target < classes for target in targets.tolist()):
         raise ValueError(
             f"targets must be class indices in 0..{classes - 1}, as the model has, got {targets.tolist()}; "
-            "leave out samples without a class, and check that labels and model count classes alike."
+            "leave out samples without a class, and check that labels and model count classes alike. "
+            + ORDINAL
         )
     if logits.shape[1] == 1:
         logits = torch.cat([-logits, logits], 1)
@@ -82,7 +83,7 @@ def log_scores(
     return target_logits(logits.log_softmax(1), targets)
 
 
-def classify(model: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N"]:
+def classify(model: nn.Module, images: Real[Tensor, "B C H W"]) -> Float[Tensor, "B N"]:
     """Run one forward and return the logits.
 
     Raises:
@@ -97,6 +98,30 @@ def classify(model: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor
             f"images have {images.shape[1]} channels, which the model does not take; give them as the model "
             f"takes them ({error})."
         ) from error
+
+
+ORDINAL = (
+    "An ordinal head has a logit less than there are classes: explain the highest threshold that a label "
+    "passes, batch_adapter=lambda batch: (batch[0], batch[1] - 1)."
+)
+"""What labels may mean that a model has no logit for, and a way on."""
+NO_CLASS = -1
+"""Predicted where a multi-label model gives every class less than one half."""
+
+
+def predict_beside(
+    logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"], activation: Activation = "softmax"
+) -> Int[Tensor, " B"]:
+    """Return what is predicted where ``targets`` are asked for.
+
+    Of a multi-label model that is the target itself if it has at least one half, else the likeliest class
+    that has, else ``NO_CLASS``; of any other, what ``predict`` returns.
+    """
+    top = predict(logits)
+    if activation != "sigmoid" or logits.shape[1] == 1:
+        return top
+    likely = torch.where(target_logits(logits, top) >= 0, top, NO_CLASS)
+    return torch.where(target_logits(logits, targets) >= 0, targets.to(top), likely)
 
 
 def predict(logits: Float[Tensor, "B N"]) -> Int[Tensor, " B"]:

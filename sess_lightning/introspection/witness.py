@@ -19,15 +19,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from typing_extensions import override
 
+from sess_lightning.types import Activation
+
 MOST_CHANNELS = 16
 """Channels that a tensor may have to be taken for images, where a batch does not say."""
 DEEPEST = 3
 """How deep outputs are searched."""
-LOSSES = frozenset({
-    "cross_entropy", "nll_loss", "log_softmax", "binary_cross_entropy", "binary_cross_entropy_with_logits",
-    "multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss", "soft_margin_loss",
-})  # fmt: skip
-"""Functions whose first argument is what a loss is computed from."""
+LOSSES: dict[str, Activation | None] = {
+    "cross_entropy": "softmax", "nll_loss": "softmax", "log_softmax": "softmax", "multi_margin_loss": None,
+    "binary_cross_entropy": "sigmoid", "binary_cross_entropy_with_logits": "sigmoid",
+    "multilabel_margin_loss": "sigmoid", "multilabel_soft_margin_loss": "sigmoid", "soft_margin_loss": None,
+}  # fmt: skip
+"""Functions whose first argument is what a loss is computed from, and how that becomes probabilities."""
 READINGS = frozenset({"argmax", "topk", "softmax", "sigmoid"})
 """Functions by which predictions are read off logits."""
 
@@ -48,6 +51,7 @@ class Call:
         path: Where in the output the logits are.
         text: The call in words.
         doubts: What was assumed, empty where nothing was.
+        activation: How the logits become probabilities, by the loss that was computed from them.
     """
 
     module: str
@@ -58,6 +62,7 @@ class Call:
     path: tuple[Step, ...]
     text: str
     doubts: str = ""
+    activation: Activation | None = None
 
     @contextmanager
     def bound(self, root: nn.Module, rows: tuple[Tensor, ...] = ()) -> Iterator[None]:
@@ -211,6 +216,7 @@ class _Reading(TorchFunctionMode):
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.readings: list[Tensor] = []
+        self.activations: list[Activation | None] = []  # By loss.
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -219,6 +225,7 @@ class _Reading(TorchFunctionMode):
             given = args[0] if args else (kwargs or {}).get("input")
             if isinstance(given, Tensor):
                 (self.losses if name in LOSSES else self.readings).append(given)
+                self.activations += [LOSSES[name]] if name in LOSSES else []
         return func(*args, **(kwargs or {}))
 
 
@@ -313,7 +320,7 @@ class Witness:
         return Seen()
 
     def _made(self, chosen: tuple[_Record, tuple[Step, ...], Tensor], doubts: str, all_: list[Any]) -> Call:
-        record, path, _ = chosen
+        record, path, logits = chosen
         count = len(record.leaves[record.place])
         rows = tuple(
             i for i, leaf in enumerate(record.leaves)
@@ -325,7 +332,10 @@ class Witness:
             doubts = f"{doubts}; {repeated}" if doubts else repeated
         text = _in_words(record, path)
         leaves = [None if i == record.place or i in rows else leaf for i, leaf in enumerate(record.leaves)]
-        return Call(record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts)
+        losses = zip(self._reading.losses, self._reading.activations, strict=True)
+        says = {activation for tensor, activation in losses if _same(logits, tensor)}
+        said = says.pop() if len(says) == 1 else None
+        return Call(record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts, said)
 
 
 def is_compiled(root: nn.Module) -> bool:

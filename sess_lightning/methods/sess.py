@@ -205,6 +205,13 @@ class SESS(SaliencyMethod):
         check_inputs("SESS", images, targets)
         return self._finished(model, images, targets)[0]
 
+    @property
+    def shares_classes(self) -> bool:
+        """Whether maps of several classes of one image cost the forwards of a single one."""
+        base = self.base
+        shared = type(base).extract_classes is not SaliencyMethod.extract_classes and base.single_forward
+        return shared and not self.coarse_to_fine
+
     def explain_classes(
         self, model: nn.Module, image: Float[Tensor, "1 C H W"], targets: Int[Tensor, " T"]
     ) -> Explanation:

@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from sess_lightning.batching import batch_limit, in_batches, stacked
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs, classify, log_scores, predict
+from sess_lightning.introspection.logits import check_inputs, classify, log_scores, predict_beside
 from sess_lightning.metrics.functional import (
     blurred_baseline,
     insertion_and_deletion_curves,
@@ -115,6 +115,7 @@ class SESSMetric(PerSample):
     begins: list[Tensor]
     share: list[Tensor]
     small: list[Tensor]
+    left_out: Tensor
 
     def __init__(
         self,
@@ -148,6 +149,7 @@ class SESSMetric(PerSample):
         self._passed = 0
         self._add_states(len(self.methods))
         keep_apart(self, self.methods, self.limits, tolerance)
+        self.add_state("left_out", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def _add_states(self, methods: int) -> None:
         self.add_rows("ends", 3)
@@ -198,6 +200,10 @@ class SESSMetric(PerSample):
             numbers = self._numbers(numbers, len(targets), shared)
             self.latest = self._assessed(model, images if shared else scene.images, scene, numbers)
             self._append(scene, numbers, difficult, shared)
+
+    def leave_out(self, count: int) -> None:
+        """Count samples that cannot be explained."""
+        self.left_out = self.left_out + count  # Not in place: the state may be an inference tensor.
 
     def _scene(
         self,
@@ -276,7 +282,7 @@ class SESSMetric(PerSample):
             log_scores(self._logits(model, blurred), targets, activation),
             log_scores(zero, targets, activation),
         )
-        return torch.stack(ends, 1).exp(), predict(logits)
+        return torch.stack(ends, 1).exp(), predict_beside(logits, targets, activation)
 
     def _logits(self, model: nn.Module, images: Tensor) -> Float[Tensor, "B N"]:
         size = batch_limit(self.batch_size, images)
@@ -355,7 +361,7 @@ class SESSMetric(PerSample):
 
     def _rows(self) -> Rows:
         # On the host first: not every device has the float64 that figures are computed in.
-        return in_order({name: self.rows(name).cpu() for name in self.states})
+        return in_order({name: self.rows(name).cpu() for name in self.states}, int(self.left_out))
 
     def reset(self) -> None:
         """Forget everything."""

@@ -39,6 +39,7 @@ class Rows(NamedTuple):
         tied: Share of each method's map whose order is arbitrary.
         share: The region's share of the image; NaN without one.
         small: The explained method's map on a grid of G x G; G is 0 where none is kept.
+        left_out: How many more samples could not be explained.
     """
 
     numbers: Int[Tensor, " N"]
@@ -54,6 +55,7 @@ class Rows(NamedTuple):
     tied: Float[Tensor, "N M"]
     share: Float[Tensor, " N"]
     small: Float[Tensor, "N G G"]
+    left_out: int = 0
 
 
 class Samples(NamedTuple):
@@ -98,20 +100,22 @@ class Summary(NamedTuple):
     samples: Samples
 
 
-def in_order(states: Mapping[str, Tensor]) -> Rows:
+def in_order(states: Mapping[str, Tensor], left_out: int = 0) -> Rows:
     """Return a metric's states, on the host, as rows in order.
 
     Args:
         states: By name, in the order in which updates and processes appended them. ``begins`` tells where an
             image's rows begin: 1 + its number there, else 0. Numbers of several processes may be the same,
             so that a number alone would not tell images apart.
+        left_out: As in ``Rows``.
     """
     begins = states["begins"]
     numbers = begins[begins > 0][begins.sign().cumsum(0) - 1] - 1
     order = numbers.argsort(stable=True)
     rows = {name: state[order] for name, state in states.items()}
     image_of = rows.pop("begins").sign().cumsum(0) - 1
-    return Rows(numbers[order], image_of, **{"small": torch.empty(len(order), 0, 0), **rows})
+    rows.setdefault("small", torch.empty(len(order), 0, 0))
+    return Rows(numbers[order], image_of, **rows, left_out=left_out)
 
 
 def scores(rows: Rows, methods: Sequence[str]) -> dict[str, float]:
@@ -150,6 +154,8 @@ def _counts(rows: Rows) -> dict[str, float]:
         "nan": int((~rows.ends.isfinite().all(1)).sum()),
         "misclassified": int((rows.predicted != rows.targets).sum()),
     }
+    if rows.left_out:
+        values["left_out"] = rows.left_out
     subsets = _trials(rows, 0)
     if subsets:
         values["skipped"] = int((rows.hits[:, 0] == NO_TRIAL).sum())

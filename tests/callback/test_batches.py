@@ -8,6 +8,7 @@ from sess_lightning.types import Batch
 IMAGES = torch.zeros(2, 3, 8, 10)
 LABELS = torch.tensor([3, 1])
 FIRST, SECOND = [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]
+BOXES = torch.tensor([FIRST, SECOND])
 
 
 def box_lists(batch):
@@ -44,9 +45,34 @@ def test_batches_of_many_kinds_are_read_as_images_and_labels(given):
     assert (batch.boxes, batch.masks, batch.ids, batch.difficult) == (None, None, None, None)
 
 
-def test_of_multi_hot_labels_the_first_positive_class_is_explained():
+def test_of_multi_hot_labels_each_positive_class_is_a_row():
     batch = read_batch((IMAGES, torch.tensor([[0.0, 0, 1, 1], [0, 1, 0, 0]])))
-    assert batch.labels.tolist() == [2, 1]
+    assert batch.labels.tolist() == [2, 3, 1]
+    assert (batch.items, batch.count, batch.activation) == ([0, 0, 1], 2, "sigmoid")
+    assert torch.equal(batch.images, IMAGES[[0, 0, 1]])
+
+
+def test_images_without_a_known_class_have_no_row():
+    batch = read_batch((IMAGES, {"label": torch.tensor([-100, 1]), "ids": ["a", "b"], "boxes": BOXES}))
+    assert (batch.labels.tolist(), batch.items, batch.count, batch.ids) == ([1], [1], 2, ["b"])
+    assert box_lists(batch) == [[SECOND]]
+    nothing = read_batch((IMAGES, torch.tensor([-1, -1])))
+    assert (len(nothing), nothing.images.shape[1:], nothing.count) == (0, IMAGES.shape[1:], 2)
+
+
+def test_whole_numbers_are_images_too():
+    assert read_batch((IMAGES.byte(), LABELS)).images.dtype == torch.uint8
+
+
+def test_a_batch_from_an_adapter_is_read_like_any_other(unchecked):
+    masks = torch.zeros(2, 8, 10, dtype=torch.uint8)
+    masks[:, 2, 5] = 255
+    given = Batch(IMAGES, torch.tensor([[0.0, 1, 1], [1, 0, 0]]), masks=masks, size=(80, 100))
+    batch = read_batch("anything", lambda _: given)
+    assert (batch.labels.tolist(), batch.size) == ([1, 2, 0], (80, 100))
+    assert batch.masks.dtype == torch.bool
+    # The first two rows are one image's classes: nothing says whose the object is.
+    assert batch.masks.flatten(1).sum(1).tolist() == [0, 0, 1]
 
 
 def test_an_adapter_comes_first():
@@ -81,6 +107,69 @@ def test_a_detection_target_is_read_as_its_first_label_and_that_labels_boxes():
     batch = read_batch((IMAGES, targets))
     assert batch.labels.tolist() == [2, 1]
     assert box_lists(batch) == [[FIRST, SECOND], [SECOND]]
+
+
+def test_each_class_of_a_detection_target_is_a_row_where_the_model_is_multi_label():
+    targets = [
+        {"labels": torch.tensor([2, 0, 2]), "boxes": torch.tensor([FIRST, SECOND, SECOND])},
+        {"labels": torch.tensor([1]), "boxes": torch.tensor([SECOND])},
+    ]
+    batch = read_batch((IMAGES, targets), activation="sigmoid")
+    assert (batch.labels.tolist(), batch.items) == ([2, 0, 1], [0, 0, 1])
+    assert box_lists(batch) == [[FIRST, SECOND], [SECOND], [SECOND]]
+
+
+def test_a_detection_target_without_objects_has_no_row():
+    targets = [
+        {"labels": torch.tensor([1]), "boxes": torch.tensor([FIRST])},
+        {"labels": torch.zeros(0), "boxes": torch.zeros(0, 4)},
+    ]
+    batch = read_batch((IMAGES, targets))
+    assert (batch.labels.tolist(), batch.items, batch.count) == ([1], [0], 2)
+
+
+def test_a_dict_per_image_may_hold_multi_hot_labels():
+    hot = [{"labels": torch.tensor([0, 1, 1, 0])}, {"labels": torch.tensor([1, 0, 0, 0])}]
+    assert read_batch((IMAGES, hot)).labels.tolist() == [1, 2, 0]
+    per_object = [{"labels": torch.tensor([0, 1, 1]), "boxes": torch.zeros(3, 4)}] * 2
+    assert read_batch((IMAGES, per_object)).labels.tolist() == [0, 0]
+
+
+def test_several_classes_share_no_region_unless_it_is_said_whose_it_is():
+    hot, masks = torch.tensor([[0.0, 1, 1], [1, 0, 0]]), torch.zeros(2, 3, 8, 10, dtype=torch.bool)
+    masks[0, 1, 0], masks[0, 2, 1], masks[1, 0, 2] = True, True, True
+    by_class = read_batch((IMAGES, {"label": hot, "masks": masks}))
+    assert [mask.nonzero()[0, 0].item() for mask in by_class.masks] == [0, 1, 2]
+    boxes = read_batch((IMAGES, {"label": hot, "boxes": BOXES}))
+    assert box_lists(boxes) == [[[0.0] * 4], [[0.0] * 4], [SECOND]]
+
+
+XYWH = {"XYXY": BOXES, "XYWH": torch.tensor([[1.0, 2, 2, 2], [5, 6, 2, 2]])}
+
+
+def test_boxes_under_cocos_key_are_cocos_where_the_rest_is_coco_too():
+    for beside in ({"area": torch.ones(2)}, {"iscrowd": torch.zeros(2)}, {"category_id": LABELS}):
+        batch = read_batch({"image": IMAGES, "label": LABELS, "bbox": XYWH["XYWH"], **beside})
+        assert box_lists(batch) == [[FIRST], [SECOND]]
+    targets = [{"category_id": 3, "bbox": [1, 2, 2, 2], "area": 4}, {"category_id": 1, "bbox": [5, 6, 2, 2]}]
+    targets[1]["area"] = 4
+    assert box_lists(read_batch((IMAGES, targets))) == [[FIRST], [SECOND]]
+
+
+@pytest.mark.parametrize("form", XYWH)
+def test_boxes_under_cocos_key_alone_are_what_they_can_be(form):
+    batch = read_batch({"image": IMAGES, "label": LABELS, "bbox": XYWH[form]})
+    assert box_lists(batch) == [[FIRST], [SECOND]]
+
+
+def test_boxes_under_cocos_key_that_could_be_either_are_refused_and_the_remedies_work():
+    either = torch.tensor([[1.0, 1, 4, 4]] * 2)
+    with pytest.raises(ValueError, match=r'may as well be \(x0, y0, x1, y1\): give those under "boxes"'):
+        read_batch({"image": IMAGES, "label": LABELS, "bbox": either})
+    renamed = read_batch({"image": IMAGES, "label": LABELS, "boxes": either})
+    assert box_lists(renamed) == [[[1.0, 1, 4, 4]]] * 2
+    said = tv_tensors.BoundingBoxes(either, format="XYWH", canvas_size=(8, 10))
+    assert box_lists(read_batch({"image": IMAGES, "label": LABELS, "bbox": said})) == [[[1.0, 1, 5, 5]]] * 2
 
 
 def test_a_detection_targets_masks_are_those_of_its_first_label():
@@ -167,11 +256,11 @@ def test_a_batch_moves_with_all_it_holds():
         ((IMAGES, {"name": LABELS}), TypeError, "labels as NoneType"),
         ((IMAGES, [{"name": 1}, {"name": 2}]), TypeError, r"The targets are dicts with keys \['name'\]"),
         ((IMAGES, ["cat", "dog"]), TypeError, "labels as list; both must be tensors"),
-        ((IMAGES, [{"labels": torch.tensor([1])}, {"labels": torch.zeros(0)}]), ValueError, "has no label"),
-        ((IMAGES[0], LABELS), ValueError, r"images are \(3, 8, 10\), torch.float32; expected float \(B, C"),
-        ((IMAGES.byte(), LABELS), ValueError, "torch.uint8; expected float"),
+        ((IMAGES, torch.tensor([[0, 2, 1]] * 2)), ValueError, "labels hold 0, 2, 1, 0, ...: neither"),
+        ((IMAGES[0], LABELS), ValueError, r"images are \(3, 8, 10\), torch.float32; expected \(B, C"),
+        ((IMAGES.bool(), LABELS), ValueError, r"torch.bool; expected \(B, C, H, W\)"),
         ((IMAGES, LABELS[:1]), ValueError, r"labels have shape \(1,\) for 2 images"),
-        ((IMAGES, torch.zeros(2, 8, 10)), ValueError, r"labels have shape \(2, 8, 10\) for 2 images"),
+        ((IMAGES, torch.zeros(2, 8, 10)), ValueError, r"labels have shape \(2, 8, 10\); expected class"),
         ((IMAGES, {"label": LABELS, "boxes": torch.zeros(3, 4)}), ValueError, "boxes: got 3 for 2 images"),
         ((IMAGES, {"label": LABELS, "masks": torch.zeros(1, 8, 10)}), ValueError, "masks: got 1 for 2"),
         ((IMAGES, {"label": LABELS, "ids": ["a"]}), ValueError, "ids: got 1 for 2 images"),

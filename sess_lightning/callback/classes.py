@@ -1,0 +1,209 @@
+"""Which classes of an image are explained, and how logits become probabilities: labels and losses say it."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sess_lightning.introspection.logits import ORDINAL
+from sess_lightning.types import Activation, SaliencyMethod
+
+MOST_CLASSES = 4
+"""Positive classes of one image that are explained, the first ones."""
+UNKNOWN = (-1, -100)
+"""What stands for no label."""
+
+
+class Classes(NamedTuple):
+    """The classes to explain, a row each.
+
+    Attributes:
+        items: Which of the labelled images each row is of, rising; images without a class have no row.
+        labels: Class indices.
+        activation: How logits become probabilities, where the labels say so: multi-hot ones do.
+    """
+
+    items: list[int]
+    labels: list[int]
+    activation: Activation | None
+
+
+def read_classes(labels: Tensor) -> Classes:
+    """Read labels as class indices; their values are read on the host.
+
+    Understood are class indices (B,) or (B, 1), of any type; binary targets (B,), smoothed or mixed, read at
+    one half; one-hot and soft targets (B, N) whose rows sum to 1, read as their largest; and multi-hot
+    targets (B, N), smoothed or mixed, read at one half: of those each positive class is explained, the first
+    four of an image. Negative labels and NaN are unknown: such an image has no row.
+
+    Args:
+        labels: As the data set gives them.
+
+    Raises:
+        ValueError: If these are no labels of classes.
+    """
+    values = labels.detach().as_subclass(Tensor).to("cpu", torch.float64)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim not in (1, 2):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}; expected class indices (B,) or multi-hot (B, N)."
+        )
+    return _read_indices(values) if values.ndim == 1 else _read_hot(values)
+
+
+def _read_indices(values: Tensor) -> Classes:
+    known = values >= 0
+    if (values[known] != values[known].round()).any():
+        if (values[known] > 1).any():
+            raise ValueError(_regression(values[known]))
+        values = (values >= 0.5).double()
+    items = known.nonzero()[:, 0].tolist()
+    return Classes(items, values[items].long().tolist(), None)
+
+
+def known_labels(labels: Sequence[int], classes: int) -> list[bool]:
+    """Return which labels are classes of a model; the others are unknown, such as 255.
+
+    Raises:
+        ValueError: If they do not look like unknown ones: all of them, or the number of classes itself.
+    """
+    known = [label < classes for label in labels]
+    if classes in labels or not any(known):
+        raise ValueError(
+            f"labels reach {max(labels)}, the model has the classes 0..{classes - 1}: count labels from 0. "
+            f"{ORDINAL}"
+        )
+    return known
+
+
+def _read_hot(values: Tensor) -> Classes:
+    unknown = values.isnan() | torch.isin(values, torch.tensor(UNKNOWN, dtype=values.dtype))
+    values = values.masked_fill(unknown, 0)
+    if (values < 0).any() or (values > 1).any():
+        raise ValueError(_regression(values))
+    sums_to_one = (values.sum(1) - 1).abs() < 1e-3  # Of half precision.
+    if (sums_to_one & ~unknown.any(1)).all():
+        return Classes(list(range(len(values))), values.argmax(1).tolist(), None)
+    positive = values >= 0.5
+    first = positive & (positive.cumsum(1) <= MOST_CLASSES)
+    items, labels = first.nonzero().unbind(1)
+    return Classes(items.tolist(), labels.tolist(), "sigmoid")
+
+
+def _regression(values: Tensor) -> str:
+    some = ", ".join(f"{value:g}" for value in values.flatten()[:4].tolist())
+    return (
+        f"labels hold {some}, ...: neither class indices nor targets in 0..1. A regression target has no "
+        "class to explain: give class indices, or (labels > threshold).long()."
+    )
+
+
+def with_activation(method: SaliencyMethod, activation: Activation) -> SaliencyMethod:
+    """Return a method, and what it is made of, with another activation."""
+    if not is_dataclass(method):
+        return method
+    changes: dict[str, Any] = {}
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if field.name == "activation":
+            changes[field.name] = activation
+        elif isinstance(value, SaliencyMethod):
+            changes[field.name] = with_activation(value, activation)
+    return replace(method, **changes)
+
+
+def find_activation(model: nn.Module) -> Activation | None:
+    """Return how a model's logits become probabilities, as its losses say; None if they say nothing or both.
+
+    Asked are configurations with a ``problem_type``, then what it holds (losses, multi-label metrics,
+    functions), then what its own code calls by name, and what functions of the project called there call.
+    """
+    for module in model.modules():
+        told = getattr(vars(module).get("config"), "problem_type", None)
+        if told in ("multi_label_classification", "single_label_classification"):
+            return "sigmoid" if told.startswith("multi") else "softmax"
+    kinds = {type(module) for module in model.modules()}
+    functions = [function for module in model.modules() for function in _held_functions(module)]
+    held = {kind.__name__ for kind in kinds} | {function.__name__ for function in functions}
+    methods = [method for kind in kinds for method in _methods(kind)]
+    called = {name for function in (*functions, *methods) for name in _called(function)}
+    for names in (held, called):
+        said = {says for name in names if (says := _activation_of(name)) is not None}
+        if said:
+            return said.pop() if len(said) == 1 else None
+    return None
+
+
+def _activation_of(name: str) -> Activation | None:
+    plain = name.lower().replace("_", "")
+    if any(word in plain for word in _SIGMOID):
+        return "sigmoid"
+    return "softmax" if "crossentropy" in plain or plain == "nllloss" else None
+
+
+_SIGMOID = ("bcewithlogits", "bceloss", "binarycrossentropy", "multilabel", "sigmoidfocal", "asymmetricloss")
+
+
+def _held_functions(module: nn.Module) -> list[FunctionType]:
+    if _is_library(type(module).__module__):
+        return []
+    return [value for value in vars(module).values() if isinstance(value, FunctionType)]
+
+
+def _methods(kind: type) -> Iterator[FunctionType]:
+    """Yield the methods of a class that are not a library's, without those that a subclass replaced."""
+    replaced: set[str] = set()
+    for base in kind.__mro__:
+        for name, value in vars(base).items():
+            function = inspect.unwrap(getattr(value, "__func__", value))
+            if not isinstance(function, FunctionType) or name in replaced or _is_library(base.__module__):
+                continue
+            yield function
+            if "super" not in function.__code__.co_names:
+                replaced.add(name)
+
+
+def _called(function: FunctionType, deeper: bool = True) -> Iterator[str]:
+    """Yield the names that a function's code mentions, and those of the user's own functions it calls."""
+    names = set(_mentioned(function.__code__))
+    yield from names
+    spaces = [function.__globals__] if deeper and not _is_library(function.__module__) else []
+    for name in names & set(function.__globals__):
+        value = function.__globals__[name]
+        if isinstance(value, ModuleType) and not _is_library(value.__name__):
+            spaces.append(vars(value))
+    for space in spaces if deeper else ():
+        yield from _called_in(space, names)
+
+
+def _called_in(space: Mapping[str, Any], names: set[str]) -> Iterator[str]:
+    for name in names & set(space):
+        value = space[name]
+        if isinstance(value, FunctionType) and not _is_library(value.__module__):
+            yield from _called(value, deeper=False)
+
+
+def _mentioned(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # What is defined inside.
+            yield from _mentioned(constant)
+
+
+def _is_library(module: str | None) -> bool:
+    root = str(module).partition(".")[0]
+    return root in _LIBRARIES or (root in sys.stdlib_module_names and root != "__main__")
+
+
+_LIBRARIES = frozenset({
+    "torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric", "timm",
+    "transformers", "numpy", "sess_lightning",
+})  # fmt: skip
