@@ -12,7 +12,7 @@ TORCHVISION ?= 0.24.1
 # Deprecations of versions other than today's are no failures.
 CORE   := -m pytest -n 2 -W default --ignore=tests/examples tests
 
-.PHONY: demo test test-all test-gpu test-lowest test-middle coverage bench planted check clean
+.PHONY: demo test test-all test-gpu test-portable test-lowest test-middle coverage bench planted check clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -40,6 +40,9 @@ test-all: check  ## The suite with the big models as well
 
 test-gpu: $(STAMP)  ## What needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-portable: $(STAMP)  ## What is sensitive to numbers, as other CPUs compute it, in random order
+	$(BIN)/python tests/_support/portable.py
 
 test-lowest:  ## The suite, without examples, on the lowest versions that pyproject.toml names (Python 3.10 to 3.12)
 	$(PYTHON) -m venv $(LOWEST)

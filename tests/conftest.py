@@ -1,6 +1,7 @@
 """Fixtures for all rooms; `formula.py` holds weights and pictures that no random generator draws."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from formula import build, picture
 
 def pytest_configure(config):
     # The models are small: on shared cores, threads would wait for each other longer than they work.
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("SESS_TEST_THREADS", "1")))
 
 
 @pytest.fixture

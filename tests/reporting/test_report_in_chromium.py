@@ -9,9 +9,13 @@ from recorded import NASTY, write_runs
 from sess_lightning.reporting.report.page import write_report
 from sess_lightning.reporting.report.records import picture, read
 
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="chromium and chromedriver are not installed"
-)
+if not (CHROMIUM and DRIVER):
+    # Not a mark: pytest's summary says it once for all tests of the file.
+    pytest.skip(
+        "to run the browser tests, install both: apt-get install chromium chromium-driver",
+        allow_module_level=True,
+    )
+
 SHOWN = """
 const all = (selector) => [...document.querySelectorAll(selector)];
 return {
