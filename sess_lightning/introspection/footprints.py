@@ -171,13 +171,14 @@ class Footprints:
         count = len(self.strengths)
         fits: dict[Grid, Fit] = {}
         for grids in [[*readings][i : i + 128] for i in range(0, len(readings), 128)]:
-            centres = torch.zeros(len(grids), count, 2)
+            centres = torch.zeros(len(grids), count, 2, dtype=torch.float32)
             for centre, grid in zip(centres, grids, strict=True):
                 if readings[grid]:
                     where = [grid.centre(*place) for place in readings[grid].values()]
-                    centre[[*readings[grid]]] = torch.tensor(where)
+                    centre[[*readings[grid]]] = torch.tensor(where, dtype=torch.float32)
             asked = torch.tensor([[k in readings[grid] for k in range(count)] for grid in grids]) & self.alive
-            sides = torch.tensor([[1 / side for side in grid.shape] for grid in grids])
+            shares = [[1 / side for side in grid.shape] for grid in grids]
+            sides = torch.tensor(shares, dtype=torch.float32)
             fits |= dict(zip(grids, self._compare(centres, asked, sides), strict=True))
         return fits
 
@@ -209,7 +210,8 @@ class Footprints:
 
 
 def _middles(length: int) -> Float[Tensor, " {length}"]:
-    return (torch.arange(length) + 0.5) / length
+    # Named, because a Trainer in another precision changes the default.
+    return (torch.arange(length, dtype=torch.float32) + 0.5) / length
 
 
 def _correlation(
@@ -237,8 +239,9 @@ def coverage(
         return None
     spans = []
     for axis, length in enumerate(features.shape[2:]):
-        found, which = footprints.centroids(axis), footprints.alive[None]
-        expected = torch.tensor([(cell[axis] + 0.5) / length for cell in cells])
+        found, which = footprints.centroids(axis).float(), footprints.alive[None]
+        middles = [(cell[axis] + 0.5) / length for cell in cells]
+        expected = torch.tensor(middles, dtype=torch.float32)
         if abs(float(_correlation(expected[None], found, which)[0])) < 0.99:
             return None
         expected, found = expected[which[0]], found[which[0]]

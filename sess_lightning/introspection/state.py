@@ -6,10 +6,10 @@ import random
 import sys
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import cache, partial, singledispatch
-from operator import is_, itemgetter
+from operator import is_
 from types import CellType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 
@@ -202,7 +202,14 @@ class State:
 
 _MODULES_OWN = frozenset(vars(nn.Module()))
 _STORES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
-_stores_of = itemgetter("_buffers", "_parameters", *sorted(_STORES - {"_buffers", "_parameters"}))
+_STORES_IN_ORDER = ("_buffers", "_parameters", *sorted(_STORES - {"_buffers", "_parameters"}))
+
+
+def _stores_of(attributes: Mapping[str, Any]) -> list[Any]:
+    # Scripted and traced modules hold none of them.
+    return [attributes.get(name, {}) for name in _STORES_IN_ORDER]
+
+
 _ATOMIC = frozenset({
     bool, int, float, complex, str, bytes, type(None), type, range, slice, torch.dtype, torch.device,
     torch.Size, torch.layout, torch.memory_format,

@@ -34,6 +34,9 @@ LOSSES: dict[str, Activation | None] = {
 READINGS = frozenset({"argmax", "topk", "softmax", "sigmoid"})
 """Functions by which predictions are read off logits."""
 
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+"""Modules that take no images, and compute otherwise where one of them has a hook."""
+
 Step = tuple[str, Any]
 """One step into an output: ``("item", key)`` or ``("attribute", name)``."""
 
@@ -245,9 +248,11 @@ class Witness:
         self._stack = ExitStack()
         if is_compiled(root):  # Hooks and modes would have it compiled anew, or not be seen.
             return
+        # With a hook, attention leaves its fused path, and validation's own figures move in the last digit.
+        fused = {part for module in root.modules() if isinstance(module, FUSED) for part in module.modules()}
         with ExitStack() as stack:
             for name, module in root.named_modules():
-                if not isinstance(module, torch.jit.ScriptModule):
+                if not isinstance(module, torch.jit.ScriptModule) and module not in fused:
                     _hooked(stack, root, name, partial(self._begin, name), partial(self._end, name))
             stack.enter_context(self._reading)
             self._stack = stack.pop_all()

@@ -50,7 +50,7 @@ DEFECTS = (
     ),
     Defect(
         "equation 2 divides by all windows, not by those above theta", "engine/fusion.py",
-        'count += len(part) if fusion == "average" else voting.ne_(0).sum(0)', "count += len(part)",
+        "            count += counts.sum(0)", "            count += len(part)",
         "tests/engine/test_engine.py::test_fuse_is_equation_2",
     ),
     Defect(
@@ -80,9 +80,9 @@ DEFECTS = (
         "tests/callback/test_same_training.py::test_what_the_users_forward_logs_and_counts_is_not_disturbed",
     ),
     Defect(
-        "a StopIteration slips through and ends the validation", "callback/callback.py",
-        "        except Exception as error:\n            self._flawed",
-        "        except RuntimeError as error:\n            self._flawed",
+        "a StopIteration slips through and ends the validation", "callback/guard.py",
+        "        except Exception as error:\n            if comes",
+        "        except RuntimeError as error:\n            if comes",
         "tests/callback/test_same_training.py::test_weights_are_bit_identical_though_every_explanation_fails",
     ),
     Defect(

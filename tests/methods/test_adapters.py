@@ -79,7 +79,9 @@ def test_captums_attributions_run_by_name(name, captum, modular, images, targets
     assert explanation.maps.shape == (2, 224, 224)
     assert explanation.maps.dtype == torch.float32
     assert explanation.maps.isfinite().all()
-    close(explanation.maps[0].amax(), torch.tensor(1.0), 1e-5)
+    # Through a mean, gradients are the same at every place: but for rounding, that map is flat.
+    highest = 0.0 if name == "InternalInfluence" else 1.0
+    close(explanation.maps[0].amax(), torch.tensor(highest), 1e-5)
     close(explanation.scores, modular(images).softmax(1)[[0, 1], targets].detach(), 1e-6)
 
 
@@ -259,6 +261,7 @@ BORROWERS += [
 
 @pytest.mark.parametrize("fails_at", [None, 2, 3], ids=["runs", "fails early", "fails later"])
 @pytest.mark.parametrize("method", BORROWERS, ids=str)
+@pytest.mark.usefixtures("unchecked")  # The run-time checks of shapes draw from Python's generator.
 def test_the_model_comes_back_as_it_was_whatever_the_package_does(
     method, fails_at, captum, grad_cam, modular, images, targets
 ):

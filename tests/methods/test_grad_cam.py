@@ -142,7 +142,7 @@ def test_a_map_without_positive_evidence_is_all_zeros_not_nan(tiny, images, targ
 
 
 def test_extract_keeps_to_the_layers_grid_and_explain_draws_it(tiny, images, targets):
-    coarse, logs = GradCAM("features.5").extract(tiny, images, targets)
+    coarse, logs, _ = GradCAM("features.5").extract(tiny, images, targets)
     maps, scores = GradCAM("features.5").explain(tiny, images, targets)
     assert coarse.shape == (2, 7, 7)
     drawn = F.interpolate(coarse[:, None], (224, 224), mode="bilinear")[:, 0]

@@ -145,7 +145,8 @@ def test_rise_is_the_formula(real, tiny, images, targets):
             scores = model(masked).softmax(1)[:, target].numpy()
             expected = np.tensordot(scores, masks, 1) / len(masks) / 0.5
             expected = (expected - expected.min()) / (expected.max() - expected.min())
-            np.testing.assert_allclose(map_, expected, atol=5e-6)
+            # 20 masks' float32 sums differ by 5.2e-6 between kinds of CPU; four times as much is let pass.
+            np.testing.assert_allclose(map_, expected, atol=2e-5)
         close(got.scores, model(images).softmax(1)[[0, 1], targets], 1e-6)
 
 
