@@ -248,13 +248,14 @@ class Witness:
         self._stack = ExitStack()
         if is_compiled(root):  # Hooks and modes would have it compiled anew, or not be seen.
             return
-        # With a hook, attention leaves its fused path, and validation's own figures move in the last digit.
+        # Under a hook or a mode, attention leaves its fused path, and validation's figures move in the last digit.
         fused = {part for module in root.modules() if isinstance(module, FUSED) for part in module.modules()}
         with ExitStack() as stack:
             for name, module in root.named_modules():
                 if not isinstance(module, torch.jit.ScriptModule) and module not in fused:
                     _hooked(stack, root, name, partial(self._begin, name), partial(self._end, name))
-            stack.enter_context(self._reading)
+            if not fused:
+                stack.enter_context(self._reading)
             self._stack = stack.pop_all()
 
     def close(self) -> None:
