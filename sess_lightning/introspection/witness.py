@@ -248,7 +248,7 @@ class Witness:
         self._stack = ExitStack()
         if is_compiled(root):  # Hooks and modes would have it compiled anew, or not be seen.
             return
-        # Under a hook or a mode, attention leaves its fused path, and validation's figures move in the last digit.
+        # Under a hook or a mode, attention leaves its fused path, and validation's last digits move.
         fused = {part for module in root.modules() if isinstance(module, FUSED) for part in module.modules()}
         with ExitStack() as stack:
             for name, module in root.named_modules():
