@@ -120,5 +120,6 @@ def test_the_callback_takes_a_method_and_all_else_by_name():
 
 def test_a_batch_holds_what_an_adapter_may_give():
     assert [field.name for field in fields(Batch)] == [
-        "images", "labels", "boxes", "masks", "ids", "difficult", "size", "context", "items", "count", "activation",
+        "images", "labels", "boxes", "masks", "ids", "difficult", "size", "context", "items",
+        "count", "activation",
     ]  # fmt: skip
