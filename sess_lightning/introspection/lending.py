@@ -45,6 +45,11 @@ def explaining(model: nn.Module) -> Iterator[nn.Module]:
             yield model
 
 
+def is_lent(model: nn.Module) -> bool:
+    """Return whether a model is being explained right now."""
+    return id(model) in _LENT.get()
+
+
 def borrowed(tensor: Tensor) -> Tensor:
     """Return a copy that autograd accepts, even of an inference tensor, and that a forward may write to."""
     return tensor.detach().clone()

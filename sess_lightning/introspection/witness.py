@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from typing_extensions import override
 
+from sess_lightning.introspection.lending import is_lent
 from sess_lightning.types import Activation
 
 MOST_CHANNELS = 16
@@ -131,30 +132,64 @@ After = Callable[[Any], None]
 
 
 def _hooked(stack: ExitStack, root: nn.Module, name: str, before: Before, after: After) -> None:
-    """Have functions called before and after a module's call, until the stack is closed."""
+    """Have functions called before and after a module's call, until the stack is closed.
+
+    Not while the module is being explained: another callback's windows are no part of the step.
+    """
+
+    def begin(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not is_lent(root):
+            before(args, kwargs)
+
+    def end(output: Any) -> None:
+        if not is_lent(root):
+            after(output)
+
     if not name:
-        stack.enter_context(_forward_hooked(root, before, after))
+        stack.enter_context(_forward_hooked(root, begin, end))
         return
     module = root.get_submodule(name)
-    first = module.register_forward_pre_hook(lambda _, args, kwargs: before(args, kwargs), with_kwargs=True)
-    last = module.register_forward_hook(lambda _module, _args, output: after(output))
+    first = module.register_forward_pre_hook(lambda _, args, kwargs: begin(args, kwargs), with_kwargs=True)
+    last = module.register_forward_hook(lambda _module, _args, output: end(output))
     stack.callback(first.remove)
     stack.callback(last.remove)
+
+
+_LISTENERS: dict[nn.Module, tuple[list[tuple[Before, After]], ExitStack]] = {}
+"""Who listens to a module's forward: two callbacks may watch one step, and leave in any order."""
 
 
 @contextmanager
 def _forward_hooked(root: nn.Module, before: Before, after: After) -> Iterator[None]:
     # An attribute: `self.forward(x)` runs no hook.
-    forward = root.forward
+    listener = (before, after)
+    if root not in _LISTENERS:
+        _LISTENERS[root] = _listened(root)
+    listeners, stack = _LISTENERS[root]
+    listeners.append(listener)
+    try:
+        yield
+    finally:
+        listeners.remove(listener)
+        if not listeners:
+            stack.close()
+            del _LISTENERS[root]
 
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        before(args, kwargs)
+
+def _listened(root: nn.Module) -> tuple[list[tuple[Before, After]], ExitStack]:
+    listeners: list[tuple[Before, After]] = []
+    forward, stack = root.forward, ExitStack()
+
+    def heard(*args: Any, **kwargs: Any) -> Any:
+        for before, _ in listeners:
+            before(args, kwargs)
         output = forward(*args, **kwargs)
-        after(output)
+        for _, after in reversed(listeners):
+            after(output)
         return output
 
-    with _attribute(root, "forward", hooked):
-        yield
+    stack.enter_context(_attribute(root, "forward", heard))
+    return listeners, stack
 
 
 @contextmanager

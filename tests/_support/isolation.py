@@ -43,8 +43,7 @@ def snapshot(trainer, module, batch=None):
     for name, each in module.named_modules():
         found |= {
             f"{name} mode": each.training,
-            # While a step is watched, up to the callback's own hook, `forward` is an attribute.
-            f"{name} attributes": sorted(vars(each).keys() - {"forward"}),
+            f"{name} attributes": sorted(vars(each)),
             f"{name} hooks": [
                 len(hooks) for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks)
             ],

@@ -125,3 +125,14 @@ def test_no_hook_and_no_attribute_is_left(tmp_path):
 def test_what_is_no_function_is_refused():
     with pytest.raises(TypeError, match="forward must be a function"):
         quick(forward="net")
+
+
+@pytest.mark.parametrize("shape", [Plain, Direct, WithLabels], ids=lambda shape: shape.__name__)
+def test_two_callbacks_watch_one_step_and_leave_nothing(shape, tmp_path):
+    module = shape()
+    module.net.load_state_dict(filled_net().state_dict())
+    mine = [quick(), quick(prefix="other")]
+    found = numbers(validate(tmp_path, *mine, module=module, val=squares(**VAL)).callback_metrics)
+    assert found["other/overall"] == pytest.approx(found["sess/overall"], abs=1e-6)
+    assert "forward" not in vars(module)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_models import filled_net
+from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.witness import Witness, calling
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -257,3 +258,31 @@ def test_a_users_own_call_may_use_the_module_itself():
     with torch.no_grad(), calling(module, lambda own, images: own({"image": images})):
         torch.testing.assert_close(module(IMAGES), module.net(IMAGES))
     assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("shape", [Step, CallsForward, WithoutForward], ids=lambda shape: shape.__name__)
+def test_of_two_who_watch_the_first_may_leave_first(shape):
+    module = shape().eval()
+    one, other = Witness(module, channels=3), Witness(module, channels=3)
+    with torch.no_grad():
+        module.step(fresh())
+    one.close()
+    assert other.call(LABELS).text == one.call(LABELS).text
+    other.close()
+    assert "forward" not in vars(module)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("shape", [Step, WithoutForward], ids=lambda shape: shape.__name__)
+def test_what_is_explained_meanwhile_is_no_part_of_the_step(shape):
+    module = shape().eval()
+    witness = Witness(module, channels=3)
+    with torch.no_grad():
+        module.step(fresh())
+        with explaining(module):
+            module.net(IMAGES[:2])
+            if shape is Step:
+                module(IMAGES[:2])
+    witness.close()
+    assert not witness.call(LABELS).doubts
+    assert {len(record.leaves[record.place]) for record in witness._records} == {4}
