@@ -3,52 +3,27 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.batching import batch_limit, in_batches, stacked
-from sess_lightning.engine.fusion import (
-    Fusion,
-    canvas_strips,
-    channel_weights,
-    coverage_strips,
-    crop,
-    crop_strips,
-    fuse,
-    smooth,
-    window_means,
-)
-from sess_lightning.engine.windows import (
-    Plan,
-    descent,
-    kept_count,
-    plan_windows,
-    ranked,
-    sides_of,
-    windows,
-)
+from sess_lightning.engine.extraction import Scored, WindowExtractor
+from sess_lightning.engine.fusion import Fusion, canvas_strips, channel_weights, coverage_strips, fuse, smooth
+from sess_lightning.engine.windows import Plan, descent, kept_count, plan_windows, ranked, sides_of
 from sess_lightning.introspection.layers import input_window
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs, classify, log_scores
+from sess_lightning.introspection.logits import check_inputs
 from sess_lightning.methods.cam import GradCAM
-from sess_lightning.ops import ROUNDING, min_max, size_of, upsample
-from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
+from sess_lightning.methods.coarse_to_fine import descend
+from sess_lightning.ops import min_max, size_of, upsample
+from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
 AnyFusion: TypeAlias = Fusion | Literal["coverage"]
 
 SCORES_APART = 1e-4
 """By how much log-scores differ that rank windows: equal windows differ by up to 2e-5 between CPUs."""
-
-
-class _Scored(NamedTuple):
-    """The windows that were scored, in the plan's order, and their maps where scoring gave them."""
-
-    which: Int[Tensor, "T S"]
-    logs: Float[Tensor, "T S"]
-    maps: Float[Tensor, "T S h w"] | None
 
 
 @dataclass(frozen=True)
@@ -268,18 +243,19 @@ class SESS(SaliencyMethod):
         extracts it; None where windows are explained after the pre-filter only. Windows that were not scored
         have minus infinity.
         """
-        scored = self._scored(model, images, targets, plan)
+        extractor = self._extractor(images, targets, plan)
+        scored = self._scored(model, extractor)
         places = self._places(scored, plan)
         kept, weighing = scored.which.gather(1, places), scored.logs.gather(1, places)
         logs = scored.logs.new_full((len(targets), len(plan)), -torch.inf)
         logs = logs.scatter(1, scored.which, scored.logs)
         if scored.maps is not None:
             stream: Iterator[Tensor] = chain.from_iterable(
-                own[which] for own, which in zip(scored.maps, places, strict=True)
+                maps[which] for maps, which in zip(scored.maps, places, strict=True)
             )
         else:
-            kept_maps = self._extractions(self.base, model, images, targets, plan, kept)
-            stream = chain.from_iterable(self._maps(part) for part in kept_maps)
+            extractions = extractor.extract_some(model, self.base, kept)
+            stream = chain.from_iterable(extractor.maps_of(part) for part in extractions)
         fused = self._fuse(stream, weighing, kept, plan)
         return fused, logs, None if scored.maps is None else scored.maps[:, 0]
 
@@ -308,116 +284,34 @@ class SESS(SaliencyMethod):
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"], plan: Plan
     ) -> Int[Tensor, "T K"]:
         """Return the numbers of the windows that are kept, rising; as for ``fused``."""
-        scored = self._scored(model, images, targets, plan)
+        scored = self._scored(model, self._extractor(images, targets, plan))
         return scored.which.gather(1, self._places(scored, plan))
 
-    def _places(self, scored: _Scored, plan: Plan) -> Int[Tensor, "T K"]:
+    def _extractor(self, images: Tensor, targets: Tensor, plan: Plan) -> WindowExtractor:
+        return WindowExtractor(images, targets, plan, self.antialias, self.stretch, self.batch_size)
+
+    def _places(self, scored: Scored, plan: Plan) -> Int[Tensor, "T K"]:
         # In the plan's order: where all are kept, the windows need not be cut one by one.
         return ranked(scored.logs, SCORES_APART)[:, : self._scored_and_kept(plan)[1]].sort(dim=-1).values
 
-    def _maps(self, extraction: Extraction) -> Float[Tensor, "B h w"]:
-        return extraction.maps if self.stretch else extraction.unscaled
-
-    def _scored(self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan) -> _Scored:
-        every = torch.arange(len(plan), device=images.device).expand(len(targets), -1)
+    def _scored(self, model: nn.Module, extractor: WindowExtractor) -> Scored:
         if self.coarse_to_fine is not None:
-            return self._descended(model, images, targets, plan, every)
+            return self._descended(model, extractor, self.coarse_to_fine)
         if self.base.single_forward:
-            logs, maps = self._extracted(self.base, model, images, targets, plan)
-            return _Scored(every, logs, maps)
-        return _Scored(every, self.score_windows(model, images, targets, plan), None)
+            return extractor.extract(model, self.base)
+        return extractor.score(model, self.activation)
 
-    def _descended(
-        self, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan, every: Int[Tensor, "T P"]
-    ) -> _Scored:
-        """Score the coarser scales, and those of the other windows over which the fused map is highest.
-
-        Where it is flat, the first of them are taken.
-        """
-        assert self.coarse_to_fine is not None
-        guide = self.base if self.base.single_forward else GradCAM(activation=self.activation)
-        scales, fine = descent(plan, self.coarse_to_fine)
-        coarse = plan.first(scales)
+    def _descended(self, model: nn.Module, extractor: WindowExtractor, share: float) -> Scored:
+        if self.base.single_forward:
+            return descend(extractor, model, self.base, share, self._fuse)
+        guide = GradCAM(activation=self.activation)
         try:
-            logs, maps = self._extracted(guide, model, images, targets, coarse)
+            scored = descend(extractor, model, guide, share, self._fuse)
         except ValueError as error:
-            if guide == self.base:
-                raise
             raise ValueError(
                 f"SESS: coarse_to_fine descends by {guide} here, which fails; leave it out. {error}"
             ) from error
-        which = every[:, : len(coarse)]
-        if fine:
-            pointing = self._fuse(chain.from_iterable(maps), logs, which, coarse)
-            promise = window_means(pointing, *crop_strips(plan, self.antialias, images.device))
-            promise = promise[:, len(coarse) :] / promise.abs().amax(1, keepdim=True).clamp(min=1e-30)
-            chosen = len(coarse) + ranked(promise, ROUNDING)[:, :fine].sort(dim=-1).values
-            found = [*self._extractions(guide, model, images, targets, plan, chosen)]
-            finer = torch.cat([self._maps(each) for each in found]).unflatten(0, chosen.shape)
-            which, maps = torch.cat([which, chosen], 1), torch.cat([maps, finer], 1)
-            logs = torch.cat([logs, torch.cat([each.log_scores for each in found]).view_as(chosen)], 1)
-        return _Scored(which, logs, maps if guide == self.base else None)
-
-    def _extracted(
-        self, method: SaliencyMethod, model: nn.Module, images: Tensor, targets: Tensor, plan: Plan
-    ) -> tuple[Float[Tensor, "T P"], Float[Tensor, "T P h w"]]:
-        """Return all windows' log-scores and maps: of each image for its target, or of one for each."""
-        cut, size = windows(images, plan, self.antialias), batch_limit(self.batch_size, images)
-        if len(images) == len(targets):
-            of_window = targets.repeat_interleave(len(plan))
-            found = in_batches(
-                lambda part, which: method.extract(model, stacked(part), of_window[which]), cut, size
-            )
-            parts = [(self._maps(part), part.log_scores) for part in found]
-            maps, logs = (torch.cat(each) for each in zip(*parts, strict=True))
-            return logs.unflatten(0, (-1, len(plan))), maps.unflatten(0, (-1, len(plan)))
-        shared = [
-            *in_batches(lambda part, _: method.extract_classes(model, stacked(part), targets), cut, size)
-        ]
-        maps = torch.cat([torch.stack([self._maps(each) for each in part]) for part in shared], 1)
-        return torch.cat([torch.stack([each.log_scores for each in part]) for part in shared], 1), maps
-
-    @torch.no_grad()
-    def score_windows(
-        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"], plan: Plan
-    ) -> Float[Tensor, "T P"]:
-        """Return the log-scores that windows are ranked by, from forwards of their own; as for ``fused``."""
-        size = batch_limit(self.batch_size, images)
-        cut = windows(images, plan, self.antialias)
-        logits = torch.cat([*in_batches(lambda part, _: classify(model, stacked(part)), cut, size)])
-        logits = logits.unflatten(0, (-1, len(plan))).expand(len(targets), -1, -1)
-        of_window = targets[:, None].expand(-1, len(plan))
-        logs = log_scores(logits.flatten(0, 1), of_window.flatten(), self.activation)
-        return logs.view(-1, len(plan))
-
-    def _extractions(
-        self,
-        method: SaliencyMethod,
-        model: nn.Module,
-        images: Tensor,
-        targets: Tensor,
-        plan: Plan,
-        some: Int[Tensor, "T K"],
-    ) -> Iterator[Extraction]:
-        """Yield what a method says about some windows, image by image, in full batches."""
-        of_window, size = targets.repeat_interleave(some.shape[1]), batch_limit(self.batch_size, images)
-        return in_batches(
-            lambda part, which: method.extract(model, stacked(part), of_window[which]),
-            self._some_windows(images.expand(len(targets), -1, -1, -1), plan, some, size),
-            size,
-        )
-
-    def _some_windows(
-        self, images: Tensor, plan: Plan, some: Int[Tensor, "T K"], size: int
-    ) -> Iterator[Float[Tensor, "C w w"]]:
-        if some.shape[1] == len(plan):
-            return windows(images, plan, self.antialias)
-        rows, columns = crop_strips(plan, self.antialias, images.device)
-        return chain.from_iterable(
-            crop(image, rows, columns, which)
-            for image, own in zip(images, some, strict=True)
-            for which in own.split(size)
-        )
+        return scored._replace(maps=None)  # Those are the guide's, not the base's.
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""Windows on their way through a model: their scores, and their maps. The model is an argument throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sess_lightning.batching import batch_limit, in_batches, stacked
+from sess_lightning.engine.fusion import crop, crop_strips
+from sess_lightning.engine.windows import Plan, windows
+from sess_lightning.introspection.logits import classify, log_scores
+from sess_lightning.types import Activation, Extraction, SaliencyMethod
+
+
+class Scored(NamedTuple):
+    """The windows that were scored.
+
+    Attributes:
+        which: For each target, their numbers in the plan, rising.
+        logs: Their log-scores.
+        maps: Their maps, on the method's own grid; None where scoring gives no maps.
+    """
+
+    which: Int[Tensor, "T S"]
+    logs: Float[Tensor, "T S"]
+    maps: Float[Tensor, "T S h w"] | None
+
+
+@dataclass(frozen=True)
+class WindowExtractor:
+    """Cuts the windows of a plan out of images and packs them into full batches.
+
+    Attributes:
+        images: One for each target, or a single one for all targets.
+        targets: The classes to explain.
+        plan: Where the windows lie.
+        antialias: Antialias when a scale is smaller than the image.
+        stretch: Give maps in [0, 1]; False gives each in its own strength.
+        batch_size: Windows that go through the model at once; None by the memory there is.
+    """
+
+    images: Float[Tensor, "B C H W"]
+    targets: Int[Tensor, " T"]
+    plan: Plan
+    antialias: bool = True
+    stretch: bool = True
+    batch_size: int | None = None
+
+    def first(self, scales: int) -> WindowExtractor:
+        """Return an extractor for the windows of the first ``scales`` only."""
+        return replace(self, plan=self.plan.first(scales))
+
+    @property
+    def numbers(self) -> Int[Tensor, "T P"]:
+        """The numbers of all windows, for each target."""
+        return torch.arange(len(self.plan), device=self.images.device).expand(len(self.targets), -1)
+
+    def score(self, model: nn.Module, activation: Activation) -> Scored:
+        """Score all windows, by forward passes that give no maps."""
+        cut = windows(self.images, self.plan, self.antialias)
+        logits = torch.cat([*in_batches(lambda part, _: classify(model, stacked(part)), cut, self._limit)])
+        logits = logits.unflatten(0, (-1, len(self.plan))).expand(len(self.targets), -1, -1)
+        of_window = self.targets[:, None].expand(-1, len(self.plan))
+        logs = log_scores(logits.flatten(0, 1), of_window.flatten(), activation)
+        return Scored(self.numbers, logs.view(-1, len(self.plan)), None)
+
+    def extract(self, model: nn.Module, method: SaliencyMethod) -> Scored:
+        """Score and explain all windows; those of a single image pass once for all targets."""
+        cut, count = windows(self.images, self.plan, self.antialias), len(self.plan)
+        if len(self.images) == len(self.targets):
+            of_window = self.targets.repeat_interleave(count)
+            extractions = in_batches(
+                lambda part, which: method.extract(model, stacked(part), of_window[which]), cut, self._limit
+            )
+            parts = [(self.maps_of(part), part.log_scores) for part in extractions]
+            maps, logs = (torch.cat(column).unflatten(0, (-1, count)) for column in zip(*parts, strict=True))
+            return Scored(self.numbers, logs, maps)
+        shared = [
+            *in_batches(
+                lambda part, _: method.extract_classes(model, stacked(part), self.targets), cut, self._limit
+            )
+        ]
+        maps = torch.cat([torch.stack([self.maps_of(one) for one in part]) for part in shared], 1)
+        logs = torch.cat([torch.stack([one.log_scores for one in part]) for part in shared], 1)
+        return Scored(self.numbers, logs, maps)
+
+    def extract_some(
+        self, model: nn.Module, method: SaliencyMethod, which: Int[Tensor, "T K"]
+    ) -> Iterator[Extraction]:
+        """Yield what a method says about some windows of each target, target by target, in full batches."""
+        of_window = self.targets.repeat_interleave(which.shape[1])
+        return in_batches(
+            lambda part, place: method.extract(model, stacked(part), of_window[place]),
+            self._cut(which),
+            self._limit,
+        )
+
+    def maps_of(self, extraction: Extraction) -> Float[Tensor, "B h w"]:
+        """Return the maps, stretched or in their own strength."""
+        return extraction.maps if self.stretch else extraction.unscaled
+
+    @property
+    def _limit(self) -> int:
+        return batch_limit(self.batch_size, self.images)
+
+    def _cut(self, which: Int[Tensor, "T K"]) -> Iterator[Float[Tensor, "C w w"]]:
+        images = self.images.expand(len(self.targets), -1, -1, -1)
+        if which.shape[1] == len(self.plan):
+            return windows(images, self.plan, self.antialias)
+        rows, columns = crop_strips(self.plan, self.antialias, images.device)
+        return chain.from_iterable(
+            crop(image, rows, columns, part)
+            for image, of_image in zip(images, which, strict=True)
+            for part in of_image.split(self._limit)
+        )
