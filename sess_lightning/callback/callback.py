@@ -7,27 +7,26 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
-import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from sess_lightning.callback.explaining import Examiner
+from sess_lightning.callback.figures import log, log_scores, of_others
 from sess_lightning.callback.gallery import Gallery
 from sess_lightning.callback.guard import RunGuard, refuse_shards
 from sess_lightning.callback.history import RunHistory
 from sess_lightning.callback.hooks import RunHooks, batches_of
 from sess_lightning.callback.monitors import advice, spare_patience, stand_in, unmeasured
-from sess_lightning.callback.runs import age, moment, record
-from sess_lightning.callback.sampling import Kept, SampleKeeper
+from sess_lightning.callback.runs import Outcome, age, moment, record, run_key
+from sess_lightning.callback.sampling import SampleKeeper
 from sess_lightning.callback.settings import Settings
 from sess_lightning.cost.budget import Budget
 from sess_lightning.introspection.observers import unobserved
-from sess_lightning.metrics.sess_metric import OWN, Summary
+from sess_lightning.metrics.sess_metric import OWN
 from sess_lightning.reporting.publisher import Publisher
 from sess_lightning.reporting.run import RunReport
-from sess_lightning.scores import split
 from sess_lightning.types import Batch, SaliencyMethod
 
 
@@ -130,7 +129,6 @@ class SESSCallback(RunHooks):
         self.history = RunHistory(prefix, self.settings.accuracy_key, rings=bool(alarm))
         self.publisher = Publisher(self.guard.protect, self.guard.warn)
         self._loaded: dict[str, int] | None = None
-        self._due = False
 
     @property
     def state_key(self) -> str:
@@ -162,9 +160,8 @@ class SESSCallback(RunHooks):
             self.publisher.disconnect()
             if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self.publisher.connect(
-                    trainer.loggers, log_dir, prefix=self.settings.prefix,
+                    trainer.loggers, log_dir, prefix=self.settings.prefix, report=self.settings.report,
                     stage=getattr(stage, "value", stage), training=self.history.training,
-                    report=self.settings.report,
                 )  # fmt: skip
 
     @override
@@ -200,22 +197,22 @@ class SESSCallback(RunHooks):
             for text in texts if trainer.is_global_zero else ():
                 self.guard.warn(text)
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._due = not (trainer.sanity_checking or self.guard.is_off) and (
-            trainer.state.fn != "fit"
-            or self.history.is_due(trainer.current_epoch, self.settings.every_n_epochs)
-        )
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         if trainer.sanity_checking:
-            return
+            return False
+        epoch = trainer.current_epoch if trainer.state.fn == "fit" else None
+        due = epoch is None or self.history.is_due(epoch, self.settings.every_n_epochs)
+        due = due and not self.guard.is_off
         self.guard.start_run(trainer)
         self.keeper.start_run()
         self.gallery.start_run()
-        self.history.start_run(trainer.current_epoch if self._due and trainer.state.fn == "fit" else None)
+        self.history.start_run(epoch if due else None)
         with self.guard.protect():
             stand_in(trainer, self.settings.prefix, self.history.known)
             metric = self.examiner.metric(pl_module)
             metric.reset()
             self.gallery.legend = replace(self.gallery.legend, methods=metric.methods)
+        return due
 
     def _wants(self, trainer: Trainer, dataloader_idx: int) -> bool:
         watched = dataloader_idx == self.settings.dataloader_idx and not self.guard.is_broken
@@ -239,8 +236,7 @@ class SESSCallback(RunHooks):
             # All together: full batches. Not once validation is over: then EMA callbacks have swapped the
             # weights back. Where no batch is known to be the last, each explains its own.
             if batch_idx + 1 >= batches or batches == float("inf"):
-                for kept in self.keeper.waiting():
-                    self._explain(trainer, pl_module, kept)
+                self._explain(trainer, pl_module)
 
     def _settle(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, batches: float
@@ -253,12 +249,13 @@ class SESSCallback(RunHooks):
         pictures = ", ".join(self.publisher.names) or "none"
         rank_zero_info(f"SESSCallback: {plan.line}; {self.examiner.watcher.text}; pictures: {pictures}.")
 
-    def _explain(self, trainer: Trainer, pl_module: LightningModule, kept: Kept) -> None:
-        metric = self.examiner.explain(trainer, pl_module, kept)
-        if text := self.examiner.watcher.doubt(metric, kept.validated):
-            self.guard.warn(text)
-        if trainer.is_global_zero:
-            self.gallery.add(metric, kept.samples, kept.numbers, self.keeper.total)
+    def _explain(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for kept in self.keeper.waiting():
+            metric = self.examiner.explain(trainer, pl_module, kept)
+            if text := self.examiner.watcher.doubt(metric, kept.validated):
+                self.guard.warn(text)
+            if trainer.is_global_zero:
+                self.gallery.add(metric, kept.samples, kept.numbers, self.keeper.total)
 
     def _leave(self) -> None:
         self.examiner.watcher.leave()
@@ -269,7 +266,7 @@ class SESSCallback(RunHooks):
         outcome = self._outcome(trainer, pl_module) if self._due else None
         prefix, measured = self.settings.prefix, {"failed"} if self._due else set()
         if outcome is not None:
-            self.history.last = outcome[0].values
+            self.history.last = outcome.values
             measured |= {*self.history.last, "selection"}
         with self.guard.protect("patience of EarlyStopping is not spared"):
             spare_patience(trainer, prefix, measured)
@@ -278,25 +275,20 @@ class SESSCallback(RunHooks):
         if outcome is None:
             self.history.discard()  # What some processes found of it is not remembered by them alone.
         else:
-            summary, drifts = outcome
             with self.guard.protect("figures are missing"):
-                for name, value in _logged(summary.values).items():
-                    _log(pl_module, f"{prefix}/{name}", value)
-            if self.publisher.names and summary.values:
+                log_scores(pl_module, prefix, outcome.values)
+            if self.publisher.names and outcome.values:
                 with self.guard.protect("report is missing"):
-                    self._show(trainer, summary, drifts)
+                    self._show(trainer, outcome)
         self.guard.end_run(outcome is not None)
         with self.guard.protect("count of failed runs is missing"):
-            _log(pl_module, f"{prefix}/failed", float(self.guard.failed))
+            log(pl_module, f"{prefix}/failed", float(self.guard.failed))
 
-    def _outcome(
-        self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[Summary, dict[str, Tensor]] | None:
-        """Return what the run found on all processes, and its drifts; None if it failed on any of them."""
+    def _outcome(self, trainer: Trainer, pl_module: LightningModule) -> Outcome | None:
+        """Return what the run measured on all processes; None if it failed on any of them."""
         outcome = None
         with self.guard.protect():  # What a loader left that ended before its announced length.
-            for kept in self.keeper.waiting():
-                self._explain(trainer, pl_module, kept)
+            self._explain(trainer, pl_module)
         if self.publisher.names:
             with self.guard.protect("panel is missing"):  # Under way while the figures are computed.
                 self.gallery.to_host()
@@ -307,26 +299,20 @@ class SESSCallback(RunHooks):
         if not self.guard.agree(trainer):
             return None
         with self.guard.protect():
-            summary = self.examiner.metric(pl_module).summary()
-            if not summary.values:
-                raise RuntimeError(
-                    f"no sample came by in loader {self.settings.dataloader_idx}, or none with a known class "
-                    "and finite pixels."
-                )
+            summary = self.examiner.summary(pl_module)
             self.gallery.identify(summary.samples)
-            predicted = self.settings.target == "predicted"  # Predictions change, the samples do not.
-            key = [len(summary.samples.targets)] if predicted else summary.samples.targets.tolist()
-            drifts = self.history.add(record(moment(trainer, self._loaded), key, summary.samples))
-            outcome = summary._replace(values=_finite(summary.values, drifts)), drifts
+            when, predicted = moment(trainer, self._loaded), self.settings.target == "predicted"
+            drifts = self.history.add(record(when, run_key(summary.samples, predicted), summary.samples))
+            outcome = Outcome(summary, drifts)
         return outcome if self.guard.agree(trainer) else None
 
-    def _show(self, trainer: Trainer, summary: Summary, drifts: Mapping[str, Tensor]) -> None:
-        device = trainer.lightning_module.device
-        panels, tables = self.gallery.shown(summary.samples, drifts, device, self.guard.protect)
-        names, when = self.gallery.legend.names, moment(trainer, self._loaded)
+    def _show(self, trainer: Trainer, outcome: Outcome) -> None:
+        when, device = moment(trainer, self._loaded), trainer.lightning_module.device
+        panels, tables = self.gallery.shown(outcome.samples, outcome.drifts, device, self.guard.protect)
+        names = self.gallery.legend.names
         self.publisher.publish(RunReport(
-            self.settings.prefix, when["epoch"], when["step"], method=names[OWN], values=summary.values,
-            names=names, curves=summary.curves, panels=panels, tables=tables,
+            self.settings.prefix, when["epoch"], when["step"], method=names[OWN], values=outcome.values,
+            names=names, curves=outcome.curves, panels=panels, tables=tables,
             settings={**self.examiner.details, "seconds": round(self.guard.seconds, 2)},
         ))  # fmt: skip
 
@@ -341,29 +327,4 @@ class SESSCallback(RunHooks):
                 for text in unmeasured(trainer, prefix, self.history.known) if fits else ():
                     self.guard.warn(text, once=True)
         with self.guard.protect("figures of its own are missing"):
-            self.publisher.close(_of_others(metrics, f"{prefix}/"))
-
-
-def _finite(values: Mapping[str, float], drifts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the scores that there are, the drifts among them."""
-    means = {name: float(drift.nanmean()) for name, drift in drifts.items()}
-    return {name: value for name, value in {**values, **means}.items() if np.isfinite(value)}
-
-
-def _log(pl_module: LightningModule, key: str, value: float) -> None:
-    # Every process has the same values. Lightning synchronises none (rank_zero_only), and with sync_dist it
-    # does not advise to either, once for each key.
-    pl_module.log(key, value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True, rank_zero_only=True)
-
-
-def _of_others(metrics: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if not name.startswith(prefix)}
-
-
-def _logged(values: Mapping[str, float]) -> dict[str, float]:
-    """Return what is logged: intervals of the method and its base only, or the dashboards drown."""
-    keys = {name: split(name) for name in values}
-    return {
-        name: value for name, value in values.items()
-        if (key := keys[name]) is None or not key.end or key.method in ("", "base")
-    }  # fmt: skip
+            self.publisher.close(of_others(metrics, f"{prefix}/"))

@@ -19,7 +19,7 @@ from sess_lightning.callback.watching import Watcher
 from sess_lightning.introspection.lending import borrowed, explaining, muted
 from sess_lightning.introspection.logits import classify, predict
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.metrics.sess_metric import OWN
+from sess_lightning.metrics.sess_metric import OWN, Summary
 from sess_lightning.types import Activation, Batch
 
 GRID = 16
@@ -92,6 +92,20 @@ class Examiner:
         """Settle what runs do, from the first batch that passes."""
         self.plan = plan_run(self._settings, trainer, model, batch, batch_idx, batches, self._activation)
         return self.plan
+
+    def summary(self, model: LightningModule) -> Summary:
+        """Return the scores of all samples, those of other processes among them.
+
+        Raises:
+            RuntimeError: If there was no sample to score.
+        """
+        summary = self.metric(model).summary()
+        if not summary.values:
+            raise RuntimeError(
+                f"no sample came by in loader {self._settings.dataloader_idx}, or none with a known class "
+                "and finite pixels."
+            )
+        return summary
 
     def explain(self, trainer: Trainer, model: LightningModule, kept: Kept) -> SESSMetric:
         """Explain and score samples, and return the metric, whose ``latest`` they are now.

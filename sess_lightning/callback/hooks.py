@@ -14,8 +14,13 @@ class RunHooks(Callback):
     Lightning also calls these hooks in the sanity check.
     """
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a run."""
+    def __init__(self) -> None:
+        super().__init__()
+        self._due = False
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Begin a run, and return whether it is due: a validation without a run only passes by."""
+        raise NotImplementedError
 
     def _wants(self, trainer: Trainer, dataloader_idx: int) -> bool:
         """Return whether a loader's batches are looked at."""
@@ -39,12 +44,12 @@ class RunHooks(Callback):
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a run."""
-        self._begin(trainer, pl_module)
+        self._due = self._begin(trainer, pl_module)
 
     @override
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a run."""
-        self._begin(trainer, pl_module)
+        self._due = self._begin(trainer, pl_module)
 
     @override
     def on_validation_batch_start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from sess_lightning.metrics.functional import rank_correlation
-from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
+from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples, Summary
 
 FIGURES = ("relevance_mass", "pointing_game", "overall")
 
@@ -48,6 +49,23 @@ class Run:
         return mass if mass == mass else (self.mean("overall") + 1) / 2
 
 
+class Outcome:
+    """What a run measured on all processes, as it is logged and shown.
+
+    Attributes:
+        values: The scores that are finite, the mean drifts among them.
+        curves: As ``SESSMetric.curves`` gives them.
+        samples: As ``SESSMetric.samples`` gives them.
+        drifts: How alike each sample's map is to that of earlier runs, by name.
+    """
+
+    def __init__(self, summary: Summary, drifts: Mapping[str, Float[Tensor, " N"]]) -> None:
+        means = {name: float(drift.nanmean()) for name, drift in drifts.items()}
+        every = {**summary.values, **means}
+        self.values = {name: value for name, value in every.items() if math.isfinite(value)}
+        self.curves, self.samples, self.drifts = summary.curves, summary.samples, drifts
+
+
 def moment(trainer: Trainer, loaded: dict[str, int] | None = None) -> dict[str, int]:
     """Return epoch and step: those of Lightning's own validation rows, so that pictures stand beside them.
 
@@ -66,6 +84,16 @@ def age(checkpoint: Mapping[str, Any]) -> dict[str, int]:
     """Return epoch and step of a checkpoint's weights."""
     # One less: Lightning's rows at the end of an epoch carry the step of its last batch.
     return {"epoch": int(checkpoint["epoch"]), "step": max(0, int(checkpoint["global_step"]) - 1)}
+
+
+def run_key(samples: Samples, predicted: bool) -> list[int]:
+    """Return what must be equal in runs that are compared: the classes explained, or only the number of them.
+
+    Args:
+        samples: What was explained.
+        predicted: Whether the classes are the model's predictions, which change while the samples do not.
+    """
+    return [len(samples.targets)] if predicted else samples.targets.tolist()
 
 
 def record(when: Mapping[str, int], key: Sequence[int], samples: Samples) -> Run:

@@ -101,7 +101,7 @@ STAGES = {
     "rows are put together": "sess_lightning.metrics.SESSMetric.pack",
     "the run is compared": "sess_lightning.callback.callback.record",
     "the run is remembered": "sess_lightning.callback.history.RunHistory.add",
-    "scores are logged": "sess_lightning.callback.callback._logged",
+    "scores are logged": "sess_lightning.callback.callback.log_scores",
     "the report is made": "sess_lightning.callback.callback.RunReport",
     "the run is judged": "sess_lightning.callback.history.RunHistory.judge",
     "the checkpoint is written": "sess_lightning.callback.history.RunHistory.state_dict",
