@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ LEAST_FALL = 0.05
 LEARNT = 0.5
 """How far accuracy must be on its way from a constant guess to 1 for maps beside the object to be told."""
 LEAST_SAMPLES = 8
-"""With fewer samples, a bootstrap interval says next to nothing."""
+"""With fewer samples that can be compared, a bootstrap interval says next to nothing: the alarm is silent."""
 LEVEL = 0.99
 """Of the paired interval: three figures are looked at, in every run."""
 TOLD = 5
@@ -38,7 +37,9 @@ class Finding:
         now: Its mean in this run.
         low: Lower end of the paired difference's interval, now less before.
         high: Its upper end, below 0.
-        samples: How many samples the difference is a mean of.
+        samples: How many samples the difference is a mean of: classified right and with a map that is not
+            flat, in both runs.
+        flat: How many were left out for a flat map.
         since: The earlier run; None where the figure is below that of a map without preference.
         worst: The places of the samples with the largest difference, worst first.
     """
@@ -49,21 +50,9 @@ class Finding:
     low: float
     high: float
     samples: int
+    flat: int
     since: Run | None
     worst: tuple[int, ...]
-
-
-def find_accuracy(metrics: Mapping[str, object], prefix: str) -> str | None:
-    """Return the key of a validation accuracy among what a training logs, None if there is none.
-
-    The shortest key that speaks of accuracy (``acc``, ``accuracy``, ``top1``) and not of training.
-    """
-    spoken = re.compile(r"accuracy|(^|[^a-z])(acc|top_?1)([^a-z]|$)")
-    found = [
-        key for key in metrics
-        if spoken.search(key.lower()) and "train" not in key.lower() and not key.startswith(f"{prefix}/")
-    ]  # fmt: skip
-    return min(found, key=lambda key: ("val" not in key.lower(), len(key), key), default=None)
 
 
 def constant_guess(targets: Sequence[int]) -> float:
@@ -74,8 +63,9 @@ def constant_guess(targets: Sequence[int]) -> float:
 def findings(runs: Sequence[Run], now: Run, guess: float) -> list[Finding]:
     """Return what there is to be alarmed about, empty if nothing.
 
-    Two things are tested, each on the same samples in pairs, and each is told only if the 99 % bootstrap
-    interval of the paired mean difference lies below 0:
+    Two things are tested, each on the same samples in pairs: those that are classified right and have a map
+    that is not flat, in both runs. Each is told only if there are at least 8 of them, and if the 99 %
+    bootstrap interval of the paired mean difference lies below 0:
 
     * *Fall.* Against the best earlier run of each figure, and against the first: accuracy has risen by at
       least 0.02 since, and relevance mass, Pointing Game or overall has fallen by at least 0.05.
@@ -105,7 +95,10 @@ def _lower(
     figure: str, now: Run, before: Float[Tensor, " N"], least: float, since: Run | None
 ) -> Finding | None:
     difference = (now.figures[figure] - before).double()
-    both = difference.isfinite()
+    runs = [now] if since is None else [now, since]
+    known = difference.isfinite() & torch.stack([run.is_right for run in runs]).all(0)
+    flat = torch.stack([run.is_flat for run in runs]).any(0)
+    both = known & ~flat
     count = int(both.sum())
     if count < LEAST_SAMPLES:
         return None
@@ -114,7 +107,8 @@ def _lower(
     low, high = torch.quantile(resampled, ends).tolist()
     if high >= 0 or difference[both].mean() > -least:
         return None
-    order = difference.nan_to_num(0).argsort(stable=True)[:TOLD]
+    difference = difference.where(both, 0.0)
+    order = difference.argsort(stable=True)[:TOLD]
     return Finding(
         figure=figure,
         before=float(before[both].mean()),
@@ -122,6 +116,7 @@ def _lower(
         low=low,
         high=high,
         samples=count,
+        flat=int((known & flat).sum()),
         since=since,
         worst=tuple(i for i in order.tolist() if difference[i] < 0),
     )
@@ -133,15 +128,17 @@ def describe(found: Sequence[Finding], now: Run, key: str, names: Sequence[str])
     for each in found:
         figure = each.figure.replace("_", " ")
         difference = f"{LEVEL:.0%} interval of the paired difference [{each.low:.3f}, {each.high:.3f}]"
+        samples = f"{each.samples} samples classified right"
+        samples += f", {each.flat} flat maps aside" * (each.flat > 0)
         if each.since is None:
             lines.append(
                 f"{figure} is {each.now:.3f}, less than the {each.before:.3f} of a map without preference "
-                f"({difference}, {each.samples} samples)"
+                f"({difference}, {samples})"
             )
         else:
             lines.append(
                 f"{figure} fell from {each.before:.3f} (step {each.since.step}, {key} "
-                f"{each.since.accuracy:.3f}) to {each.now:.3f} ({difference}, {each.samples} samples)"
+                f"{each.since.accuracy:.3f}) to {each.now:.3f} ({difference}, {samples})"
             )
     worst = ", ".join(names[i] for i in found[0].worst)
     return (

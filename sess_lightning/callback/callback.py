@@ -126,7 +126,7 @@ class SESSCallback(RunHooks):
         self.keeper = SampleKeeper()
         self.examiner = Examiner(self.settings)
         self.gallery = Gallery(num_images, num_rows, self.settings.legend({}))
-        self.history = RunHistory(prefix, self.settings.accuracy_key, rings=bool(alarm))
+        self.history = RunHistory(prefix, self.settings.accuracy_key, bool(alarm), dataloader_idx)
         self.publisher = Publisher(self.guard.protect, self.guard.warn)
         self._loaded: dict[str, int] | None = None
 

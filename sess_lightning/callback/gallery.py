@@ -17,7 +17,7 @@ from sess_lightning.methods import SESS
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.metrics.sess_metric import NO_TRIAL, OWN, Samples
-from sess_lightning.ops import min_max, size_of, upsample, wait_for
+from sess_lightning.ops import has_span, min_max, size_of, upsample, wait_for
 from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
 from sess_lightning.reporting.run import display_names
 from sess_lightning.types import Batch, SaliencyMethod
@@ -113,7 +113,8 @@ class Exhibit:
         for i, name in enumerate(self.maps):
             insertion, deletion, hit = rest[3 * i : 3 * i + 3]
             played = "" if hit == NO_TRIAL else ", hit" if hit else ", miss"
-            lines.append(f"{names[name]}: insertion {insertion:.3f}, deletion {deletion:.3f}{played}")
+            flat = ", flat map" * (not bool(has_span(*self.maps[name].aminmax())))
+            lines.append(f"{names[name]}: insertion {insertion:.3f}, deletion {deletion:.3f}{played}{flat}")
         height, width = self.sample.size or picture.shape[:2]
         scale = torch.tensor([picture.shape[1] / width, picture.shape[0] / height]).repeat(2)
         boxes = (self.sample.boxes[0] * scale).tolist() if self.sample.boxes is not None else []

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sess_lightning.callback.alarm import constant_guess, describe, find_accuracy, findings
+from sess_lightning.callback.accuracy import PERCENT, doubt, find_accuracy, is_error, is_percent
+from sess_lightning.callback.alarm import constant_guess, describe, findings
 from sess_lightning.callback.runs import Run, drift, remembered
 from sess_lightning.callback.selection import Selection, select
 
@@ -23,6 +24,7 @@ class RunHistory:
         prefix: First part of the callback's own keys.
         accuracy: Key of the accuracy; None to look for one.
         rings: Whether there is to be an alarm.
+        loader: The loader that is watched.
 
     Attributes:
         runs: Those that are kept: the first, the best and the newest.
@@ -32,8 +34,9 @@ class RunHistory:
         last: The scores of the last run that went well.
     """
 
-    def __init__(self, prefix: str, accuracy: str | None, rings: bool) -> None:
-        self._prefix, self._key, self._rings = prefix, accuracy, rings
+    def __init__(self, prefix: str, accuracy: str | None, rings: bool, loader: int = 0) -> None:
+        self._prefix, self._named, self._rings, self._loader = prefix, accuracy or "", rings, loader
+        self._is_percent = False
         self.runs: list[Run] = []
         self.alarmed = False
         self.selection = Selection()
@@ -89,8 +92,8 @@ class RunHistory:
         Returns:
             What there is to tell: the alarm, once in a training, or that no accuracy is there; else empty.
         """
-        key = self._key or find_accuracy(metrics, self._prefix) or ""
-        accuracy = float(metrics[key]) if key in metrics else None
+        key = find_accuracy(metrics, self._prefix, self._loader, self._named) or ""
+        accuracy = self._accuracy(metrics, key)  # Before the earlier runs are taken: it may tell their unit.
         run, self._open, earlier = self._open, None, self.runs
         if run is not None:
             run = run if accuracy is None else replace(run, accuracy=accuracy)
@@ -100,9 +103,28 @@ class RunHistory:
             metrics[f"{self._prefix}/selection"] = torch.tensor(self.selection.value)
         if run is None or self.alarmed or not self._rings:
             return ""
-        text = self._alarm(earlier, run, key, title) if accuracy is not None else _missing(key, metrics)
+        text = (
+            self._alarm(earlier, run, key, title) if accuracy is not None
+            else doubt(key, self._named, metrics, self._prefix)
+        )  # fmt: skip
         self.alarmed = bool(text)
         return text
+
+    def _accuracy(self, metrics: Mapping[str, Tensor], key: str) -> float | None:
+        """Return the accuracy as a share; None if there is none.
+
+        One above 1 is in percent, and so are then all others of the training, those before included.
+        """
+        if not key or is_error(key) or doubt(key, self._named, metrics, self._prefix):
+            return None
+        value = float(metrics[key])
+        if is_percent(value) and not self._is_percent:
+            self._is_percent = True
+            self.runs = [replace(run, accuracy=run.accuracy / PERCENT) for run in self.runs]
+            best, selected = self.selection.best / PERCENT, self.selection.accuracy
+            selected = selected / PERCENT if selected >= 0 else selected
+            self.selection = replace(self.selection, best=best, accuracy=selected)
+        return value / PERCENT if self._is_percent else value
 
     def _alarm(self, earlier: list[Run], run: Run, key: str, title: Callable[[int], str]) -> str:
         found = findings(earlier, run, constant_guess(run.key))
@@ -113,13 +135,14 @@ class RunHistory:
         return {
             "last": dict(self.last), "history": dict(self.training),
             "runs": [dict(vars(run)) for run in self.runs], "epoch": self._epoch,
-            "alarmed": self.alarmed, "selection": dict(vars(self.selection)),
+            "alarmed": self.alarmed, "selection": dict(vars(self.selection)), "percent": self._is_percent,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> str:
         """Take up what a checkpoint holds, and return what another version of it lacks or adds."""
         self.training.update({str(k): str(v) for k, v in dict(state.get("history", {})).items()})
         self.alarmed, self._epoch = bool(state.get("alarmed", False)), state.get("epoch")
+        self._is_percent = bool(state.get("percent", False))
         self.last = {str(name): float(value) for name, value in dict(state.get("last", {})).items()}
         odd: set[str] = set()
         self.runs = _read(Run, state.get("runs", []), odd)
@@ -128,11 +151,6 @@ class RunHistory:
         self.selection = next(iter(_read(Selection, [state.get("selection", {})], odd)), Selection())
         names = ", ".join(sorted(odd))
         return names and f"the checkpoint is of another version ({names}); earlier runs may be missing."
-
-
-def _missing(key: str, metrics: Mapping[str, Tensor]) -> str:
-    logged = ", ".join(sorted(metrics))
-    return key and f"accuracy={key!r} is not among the logged keys ({logged}); the alarm is off."
 
 
 def _read(kind: type[_Record], states: Iterable[Mapping[str, Any]], odd: set[str]) -> list[_Record]:

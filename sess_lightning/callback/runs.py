@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -26,7 +26,8 @@ class Run:
         epoch: When it was.
         step: Optimiser steps until then.
         key: What tells the samples from others, the classes explained; runs are compared only if it is equal.
-        figures: Per sample, the figures of ``FIGURES`` and ``region_share``; NaN where there is none.
+        figures: Per sample, the figures of ``FIGURES`` and ``region_share``, NaN where there is none, and
+            whether it is classified ``right`` and its map ``flat``.
         small: Each sample's map on a small grid.
         accuracy: The model's, on the whole validation set; NaN if unknown.
     """
@@ -41,6 +42,16 @@ class Run:
     def mean(self, figure: str) -> float:
         """Return a figure's mean over the samples that have it."""
         return float(self.figures[figure].nanmean())
+
+    @property
+    def is_right(self) -> Bool[Tensor, " N"]:
+        """Which samples the model classified right; none where an older version did not note it."""
+        return self.figures.get("right", torch.zeros(len(self.small))) > 0
+
+    @property
+    def is_flat(self) -> Bool[Tensor, " N"]:
+        """Which samples' maps are flat."""
+        return self.figures.get("flat", torch.zeros(len(self.small))) > 0
 
     @property
     def quality(self) -> float:
@@ -103,6 +114,8 @@ def record(when: Mapping[str, int], key: Sequence[int], samples: Samples) -> Run
         "pointing_game": samples.hits.float().masked_fill(samples.hits == NO_TRIAL, torch.nan),
         "overall": samples.insertion - samples.deletion,
         "region_share": samples.share,
+        "right": (samples.predicted == samples.targets).float(),
+        "flat": samples.flat.float(),
     }
     return Run(when["epoch"], when["step"], tuple(key), figures, samples.small.half())
 

@@ -72,6 +72,7 @@ class Samples(NamedTuple):
         mass: Share of the map inside the region; NaN without one.
         share: The region's share of the image; NaN without one.
         small: Each map averaged over a G x G grid.
+        flat: 1 where the map is flat.
     """
 
     numbers: Int[Tensor, " N"]
@@ -84,6 +85,7 @@ class Samples(NamedTuple):
     mass: Float[Tensor, " N"]
     share: Float[Tensor, " N"]
     small: Float[Tensor, "N G G"]
+    flat: Int[Tensor, " N"]
 
 
 class Summary(NamedTuple):
@@ -228,7 +230,7 @@ def samples(rows: Rows) -> Samples:
     insertion, deletion = curve_auc(rows.probabilities[:, 0]).unbind(1)
     return Samples(
         rows.numbers, rows.targets, rows.predicted, rows.ends[:, 0], insertion, deletion, rows.hits[:, 0],
-        rows.mass[:, 0], rows.share, rows.small,
+        rows.mass[:, 0], rows.share, rows.small, rows.flat[:, 0],
     )  # fmt: skip
 
 

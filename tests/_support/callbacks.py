@@ -9,9 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from torchmetrics import MeanMetric
 
-from lightning_models import (
-    Classifier,
-)
+from lightning_models import Classifier, Knowing
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 from sess_lightning.reporting.sink import Sink
@@ -134,7 +132,7 @@ class Shelf(Sink):
         self.drawn.append((report.key("curves"), report.when, report.labelled_curves()))
 
 
-class Watched(Classifier):
+class Watched(Knowing):
     """Its accuracy is known as late as at the end of its own epoch, and rises from run to run."""
 
     accuracy = 0.4

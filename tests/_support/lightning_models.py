@@ -134,6 +134,14 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
 
 
+class Knowing(Classifier):
+    """Knows the colours, trained or not: classifies every square right."""
+
+    def forward(self, images):
+        away = images.amax((2, 3))[:, None] - COLOURS.to(images)
+        return super().forward(images) - 99 * away.square().sum(2)
+
+
 class Recorder(DummyLogger):
     """Keeps the rows that Lightning logs; as a stand-in logger it gets no pictures."""
 

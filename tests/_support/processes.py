@@ -21,7 +21,7 @@ from torch import multiprocessing
 from torch.utils.data import DataLoader, IterableDataset
 
 from faults import FAULTS, STAGES, Red, failing
-from lightning_models import Classifier, Squares, boxed, fit, validate
+from lightning_models import Classifier, Knowing, Squares, boxed, fit, validate
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 from sess_lightning.types import Explanation, SaliencyMethod, SESSWarning
@@ -127,7 +127,7 @@ def warned(folder, *callbacks):
     return [str(each.message) for each in caught]
 
 
-class Rising(Classifier):
+class Rising(Knowing):
     """Its accuracy rises from run to run."""
 
     def on_validation_epoch_end(self):

@@ -3,7 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sess_lightning.callback.alarm import constant_guess, describe, find_accuracy, findings
+from sess_lightning.callback.accuracy import find_accuracy, is_accuracy, is_error, is_percent
+from sess_lightning.callback.alarm import LEAST_SAMPLES, constant_guess, describe, findings
 from sess_lightning.callback.runs import Run, drift, record, remembered
 from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
 
@@ -22,6 +23,8 @@ def run(step, accuracy, mass, overall=0.5, hits=1.0, seed=0):
         "pointing_game": (torch.arange(N) < hits * N).float(),
         "overall": overall + noise(seed + 1),
         "region_share": torch.full((N,), SHARE),
+        "right": torch.ones(N),
+        "flat": torch.zeros(N),
     }
     small = torch.rand(N, 4, 4, generator=torch.Generator().manual_seed(seed)).half()
     return Run(step // 10, step, tuple(range(N)), figures, small, accuracy)
@@ -81,6 +84,53 @@ def test_few_samples_and_missing_figures_say_nothing():
     assert told([before], replace(now, figures={**now.figures, "relevance_mass": mostly})) == []
 
 
+def marked(run, **columns):
+    """A run of which the first ``n`` samples are flat, or wrong."""
+    values = {"flat": (torch.zeros(N), 1.0), "wrong": (torch.ones(N), 0.0)}
+    figures = dict(run.figures)
+    for name, count in columns.items():
+        column, value = values[name]
+        column[:count] = value
+        figures["right" if name == "wrong" else name] = column
+    return replace(run, figures=figures)
+
+
+def test_flat_maps_and_wrong_samples_do_not_ring_it():
+    before, now = run(0, 0.6, 0.5), run(10, 0.9, 0.55)
+    now.figures["relevance_mass"][:12] = 0  # Flat maps hold nothing: on the others mass rose.
+    assert told([before], now) == [("relevance_mass", 0)]
+    for marks in ({"flat": 12}, {"wrong": 12}, {"flat": 12, "wrong": 12}):
+        assert told([before], marked(now, **marks)) == []
+        assert told([marked(before, **marks)], now) == []  # In both runs.
+    beside = run(10, 0.99, SHARE + 0.05)
+    beside.figures["relevance_mass"][:12] = 0
+    assert told([], beside) == [("relevance_mass", None)]
+    assert told([], marked(beside, flat=12)) == []
+
+
+def test_what_is_compared_is_right_and_not_flat_and_told_are_those_left_aside():
+    before, now = marked(run(0, 0.6, 0.5), flat=3), marked(run(10, 0.9, 0.3), flat=2, wrong=1)
+    (found,) = findings([before], now, 0.1)
+    assert (found.samples, found.flat) == (N - 3, 2)  # One of the flat ones is wrong as well.
+    assert min(found.worst) >= 3
+    text = describe([found], now, "val_acc", [str(i) for i in range(N)])
+    assert f"{N - 3} samples classified right, 2 flat maps aside" in text
+
+
+def test_it_is_silent_below_the_stated_number_of_samples():
+    before, now = run(0, 0.6, 0.5), run(10, 0.9, 0.3)
+    for column in ("flat", "wrong"):
+        assert told([before], marked(now, **{column: N - LEAST_SAMPLES})) == [("relevance_mass", 0)]
+        assert told([before], marked(now, **{column: N - LEAST_SAMPLES + 1})) == []
+
+
+def test_runs_of_a_version_that_did_not_note_what_was_right_ring_nothing():
+    before = run(0, 0.6, 0.5)
+    for name in ("right", "flat"):
+        del before.figures[name]
+    assert told([before], run(10, 0.9, 0.3)) == []
+
+
 def test_the_alarm_names_accuracy_figure_interval_and_the_worst_samples():
     before, now = run(0, 0.6, 0.5), run(10, 0.9, 0.3)
     now.figures["relevance_mass"][7] = 0.0
@@ -116,12 +166,16 @@ def test_drift_compares_with_the_previous_and_the_first_run():
 def test_a_record_holds_what_the_samples_show():
     hits = torch.tensor([1, 0, NO_TRIAL])
     three = torch.tensor([0.5, 0.25, torch.nan])
-    samples = Samples(hits, hits, hits, three, three, three / 2, hits, three, three, torch.ones(3, 2, 2))
+    predicted, flat = torch.tensor([1, 1, NO_TRIAL]), torch.tensor([1, 0, 0])
+    small = torch.ones(3, 2, 2)
+    samples = Samples(hits, hits, predicted, three, three, three / 2, hits, three, three, small, flat)
     kept = record({"epoch": 2, "step": 30}, [4, 5, 6], samples)
     assert (kept.epoch, kept.step, kept.key) == (2, 30, (4, 5, 6))
     assert kept.figures["pointing_game"].isnan().tolist() == [False, False, True]
     assert kept.mean("pointing_game") == 0.5
     assert kept.figures["overall"][:2].tolist() == [0.25, 0.125]
+    assert kept.is_right.tolist() == [True, False, True]
+    assert kept.is_flat.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -132,10 +186,45 @@ def test_a_record_holds_what_the_samples_show():
         (["valid_top1", "loss"], "valid_top1"),
         (["val_MulticlassAccuracy", "val_loss"], "val_MulticlassAccuracy"),
         (["val_loss", "vacc", "train/accuracy"], None),
+        (["val_err", "error_rate", "val_loss"], None),
+        (["top1_error", "acc_loss", "val/misclassified_acc", "inaccuracy"], None),
+        (["val_acc_error", "epoch_acc"], "epoch_acc"),
     ],
 )
 def test_accuracy_is_found_by_name(keys, expected):
     assert find_accuracy(dict.fromkeys(keys, 0.0), "sess") == expected
+
+
+@pytest.mark.parametrize(
+    ("loader", "named", "expected"),
+    [
+        (0, "", "acc/dataloader_idx_0"),
+        (1, "", "val_acc/dataloader_idx_1"),
+        (2, "", "whole_acc"),
+        (0, "val_acc", "val_acc/dataloader_idx_0"),
+        (1, "val_acc", "val_acc/dataloader_idx_1"),
+        (2, "val_acc", None),
+        (1, "acc/dataloader_idx_0", "acc/dataloader_idx_0"),
+        (1, "whole_acc", "whole_acc"),
+    ],
+)
+def test_of_several_loaders_the_watched_ones_accuracy_is_read(loader, named, expected):
+    keys = ["acc/dataloader_idx_0", "val_acc/dataloader_idx_0", "val_acc/dataloader_idx_1", "whole_acc"]
+    if named == "" and loader == 0:
+        keys.remove("val_acc/dataloader_idx_0")
+    assert find_accuracy(dict.fromkeys(keys, 0.0), "sess", loader, named) == expected
+
+
+def test_a_name_is_an_accuracys_or_an_errors():
+    assert all(map(is_accuracy, ["acc", "val/top1", "MulticlassAccuracy"]))
+    assert all(map(is_error, ["val_err", "error_rate", "loss", "top1_errors", "misclassified"]))
+    assert not any(map(is_error, ["terrific_score", "val_acc_without_errors", "f1"]))
+
+
+def test_what_is_above_1_and_not_above_100_is_in_percent():
+    assert [is_percent(value) for value in (0.5, 1.0, 1.00001, 1.5, 96.0, 100.0, 101.0)] == [
+        False, False, False, True, True, True, False,
+    ]  # fmt: skip
 
 
 def test_a_constant_guess_is_the_most_frequent_class():

@@ -65,3 +65,76 @@ def test_a_resumed_training_compares_with_the_runs_before(tmp_path, recwarn):
     module.accuracy = 0.6
     fit(tmp_path, second, module=module, val=squares(read=boxed), num_sanity_val_steps=0)
     assert len(alarms(recwarn)) == 1
+
+
+class Percent(Watched):
+    """Logs its accuracy in percent, of two loaders that differ."""
+
+    def log(self, name, value, **kwargs):
+        super().log(name, 100 * value if name == "val_acc" else value, **kwargs)
+
+
+class TwoLoaders(Watched):
+    """Logs an accuracy of each loader, and that of the first stays."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        rising = (0.5, 0.6 + 0.2 * self.current_epoch)[dataloader_idx]
+        self.log("val_acc", rising, batch_size=len(batch[0]))
+
+    def on_validation_epoch_end(self):
+        pass
+
+
+@pytest.mark.parametrize("module", [Watched, Percent])
+def test_accuracy_may_be_a_share_or_in_percent(tmp_path, recwarn, module):
+    its = fit(tmp_path, straying(), module=module, val=squares(read=boxed), max_epochs=3,
+              num_sanity_val_steps=0)  # fmt: skip
+    (text,) = alarms(recwarn)
+    assert "val_acc is 0.800 at step 7" in text
+    assert "(step 3, val_acc 0.600)" in text
+    metrics = its.callback_metrics  # Selected anew in each run: its accuracy was higher by far.
+    assert metrics["sess/selection"].item() == pytest.approx(3 + metrics["sess/relevance_mass"].item())
+
+
+@pytest.mark.parametrize(("loader", "rings"), [(0, 0), (1, 1)])
+def test_the_accuracy_is_that_of_the_watched_loader(tmp_path, recwarn, loader, rings):
+    val = [squares(read=boxed), squares(read=boxed)]
+    fit(tmp_path, straying(dataloader_idx=loader, accuracy="val_acc"), module=TwoLoaders, val=val,
+        max_epochs=2, num_sanity_val_steps=0)  # fmt: skip
+    assert len(alarms(recwarn)) == rings
+
+
+class Mistaken(Watched):
+    """Logs how many it gets wrong, in percent."""
+
+    def on_validation_epoch_end(self):
+        self.log("val_error", 90.0 - 20 * self.current_epoch)
+
+
+@pytest.mark.parametrize(("named", "told"), [({}, []), ({"accuracy": "val_error"}, ["speaks of errors"])])
+def test_errors_are_no_accuracy(tmp_path, recwarn, named, told):
+    its = fit(tmp_path, straying(**named), module=Mistaken, val=squares(read=boxed), max_epochs=3,
+              num_sanity_val_steps=0)  # fmt: skip
+    assert alarms(recwarn) == []
+    assert "sess/selection" not in its.callback_metrics
+    texts = [str(each.message) for each in recwarn if issubclass(each.category, SESSWarning)]
+    assert len(texts) == len(told)
+    assert all(part in text for part, text in zip(told, texts, strict=True))
+
+
+def test_what_is_neither_a_share_nor_in_percent_is_no_accuracy(tmp_path):
+    class Counting(Watched):
+        def on_validation_epoch_end(self):
+            self.log("val_acc", 1234.0)
+
+    with pytest.warns(SESSWarning, match="val_acc is 1234: no accuracy, neither a share nor in percent"):
+        its = fit(tmp_path, straying(), module=Counting, val=squares(read=boxed))
+    assert "sess/selection" not in its.callback_metrics
+
+
+def test_a_doubt_lists_the_users_own_keys_only(tmp_path):
+    two = quick(accuracy="val_top1"), quick(prefix="second", alarm=False)
+    with pytest.warns(SESSWarning, match="is not among the logged keys") as caught:
+        fit(tmp_path, *two, val=squares(read=boxed))
+    (text,) = [str(each.message) for each in caught if "val_top1" in str(each.message)]
+    assert "logged keys (val_loss);" in text

@@ -57,3 +57,12 @@ def test_maps_without_seams_are_shown_as_they_are(method):
 def test_every_method_that_looks_at_the_model_is_shown_and_controls_are_not():
     legend = Legend({"": SESS(GradCAM()), "base": GradCAM(), "plus plus": ScoreCAM(), "c": CentreGaussian()})
     assert legend.shown == ["", "base", "plus plus"]
+
+
+def test_a_flat_map_is_captioned_as_such():
+    sample = Batch(torch.rand(1, 3, 8, 8), torch.tensor([0]))
+    maps = {"": torch.zeros(8, 8), "base": torch.rand(8, 8)}
+    exhibit = Exhibit(sample, maps, torch.zeros(9))
+    own, base = exhibit.panel(0, Legend({"": SESS(GradCAM()), "base": GradCAM()})).caption.splitlines()[-2:]
+    assert own.endswith(", flat map")
+    assert "flat" not in base

@@ -1,7 +1,10 @@
 import math
 
 import pytest
+import torch
 
+from sess_lightning.callback.history import RunHistory
+from sess_lightning.callback.runs import FIGURES, Run
 from sess_lightning.callback.selection import Selection, select, standard_error
 
 COUNT = 100.0  # At 0.9 a standard error is 0.031.
@@ -52,3 +55,36 @@ def test_without_a_known_count_accuracy_decides_and_quality_breaks_ties():
 def test_the_standard_error_is_that_of_a_share():
     assert standard_error(0.9, 10_000.0) == pytest.approx(0.003, rel=1e-2)
     assert standard_error(1.0, 100.0) == pytest.approx(math.sqrt(102 / 104 * 2 / 104 / 104))
+
+
+class Chosen:
+    """A history's view of runs whose accuracy is logged in percent, at first below 1."""
+
+    def __init__(self, *accuracies):
+        self.history = RunHistory("sess", None, rings=False)
+        self.values = [self.judged(i, accuracy) for i, accuracy in enumerate(accuracies)]
+
+    def judged(self, i, accuracy):
+        small, mass = torch.zeros(2, 4, 4), torch.tensor([0.25, 0.75])
+        figures = {**dict.fromkeys(FIGURES, mass), "region_share": mass}
+        self.history.start_run(i)
+        self.history.add(Run(i, i, (1, 2), figures, small))
+        metrics = {"val_acc": torch.tensor(accuracy)}
+        self.history.judge(metrics, COUNT, True, str)
+        return metrics["sess/selection"].item()
+
+
+def test_an_accuracy_that_turns_out_to_be_in_percent_was_so_before():
+    percent, share = Chosen(0.5, 30.0, 40.0), Chosen(0.005, 0.3, 0.4)
+    assert percent.values == share.values
+    assert [run.accuracy for run in percent.history.runs] == pytest.approx(
+        [run.accuracy for run in share.history.runs]
+    )
+    assert vars(percent.history.selection) == pytest.approx(vars(share.history.selection))
+
+
+def test_a_resumed_training_knows_the_unit():
+    first, second = Chosen(30.0), Chosen()
+    second.history.load_state_dict(first.history.state_dict())
+    second.judged(1, 0.5)
+    assert second.history.runs[-1].accuracy == pytest.approx(0.005)
