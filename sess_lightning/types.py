@@ -130,6 +130,17 @@ class SaliencyMethod(ABC):
         """Return ``extract`` of all images for each of ``targets``."""
         return [self.extract(model, images, target.repeat(len(images))) for target in targets]
 
+    def check_counts(self, *names: str) -> None:
+        """Refuse fields that count something and are below 1; None stands for a default.
+
+        Raises:
+            ValueError: Naming the first of them.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}.")
+
     def __str__(self) -> str:
         """Return the call that makes this method, defaults left out."""
         told = [

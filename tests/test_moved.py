@@ -16,6 +16,25 @@ def test_an_old_module_gives_what_its_new_home_holds(old):
                 assert getattr(module, name) is value
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        (
+            "methods.cam", "methods.evidence",
+            "Evidence RIVALS TEMPERATURE class_evidence layer_evidence log_odds",
+        ),
+        (
+            "methods.perturbation", "methods.extremal",
+            "Bumps ExtremalPerturbation Perturbation Reward fading_blur perturbed",
+        ),
+    ],
+)  # fmt: skip
+def test_a_name_that_moved_out_of_a_module_is_still_found_there(old, new, names):
+    before, after = (importlib.import_module(f"sess_lightning.{module}") for module in (old, new))
+    for name in names.split():
+        assert getattr(before, name) is getattr(after, name)
+
+
 def test_what_never_was_there_is_refused():
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         from sess_lightning.data import nothing  # noqa: F401

@@ -13,8 +13,9 @@ from sess_lightning.methods.cam import (
 )
 from sess_lightning.methods.controls import Blurred, CentreGaussian, RandomMap
 from sess_lightning.methods.excitation import ExcitationBackprop
+from sess_lightning.methods.extremal import ExtremalPerturbation
 from sess_lightning.methods.gradient import Gradient, GuidedBackprop, IntegratedGradients, SmoothGrad
-from sess_lightning.methods.perturbation import RISE, ExtremalPerturbation, GroupCAM, ScoreCAM
+from sess_lightning.methods.perturbation import RISE, GroupCAM, ScoreCAM
 from sess_lightning.methods.regions import XRAI
 from sess_lightning.methods.sess import SESS, ContrastiveSESS
 

@@ -121,11 +121,7 @@ class AugmentedGradCAM(SaliencyMethod):
             raise TypeError(
                 f"AugmentedGradCAM: base must be a saliency method such as GradCAM(), got {self.base!r}."
             )
-        if min(self.num_copies, self.steps, self.batch_size) < 1:
-            raise ValueError(
-                "AugmentedGradCAM: num_copies, steps and batch_size must be at least 1, got "
-                f"{self.num_copies}, {self.steps} and {self.batch_size}."
-            )
+        self.check_counts("num_copies", "steps", "batch_size")
 
     @property
     def activation(self) -> Activation:  # type: ignore[override]

@@ -212,11 +212,7 @@ class IntegratedGradients(PixelMethod):
     activation: Activation = "softmax"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"IntegratedGradients: steps and batch_size must be at least 1, got {self.steps} and "
-                f"{self.batch_size}."
-            )
+        self.check_counts("steps", "batch_size")
 
     @property
     def forwards(self) -> int:  # type: ignore[override]

@@ -114,10 +114,7 @@ class SESS(SaliencyMethod):
                 )
             if self.scales is not None and list(self.scales) != sorted(self.scales):
                 raise ValueError(f"SESS: coarse_to_fine needs scales that rise, got {self.scales}.")
-        for name in ("window", "stride", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"SESS: {name} must be at least 1, got {value}.")
+        self.check_counts("window", "stride", "batch_size")
 
     def _check_strength(self) -> None:
         if self.stretch:

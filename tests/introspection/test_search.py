@@ -20,7 +20,7 @@ from odd_models import (
 )
 from sess_lightning.introspection import Grid, OnGrid, find_target_layer, read_features
 from sess_lightning.methods import SESS, GradCAM, HiResCAM, LayerCAM, PytorchGradCAM
-from sess_lightning.methods.cam import layer_evidence
+from sess_lightning.methods.evidence import layer_evidence
 from sess_lightning.methods.excitation import ExcitationBackprop
 
 

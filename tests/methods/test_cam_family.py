@@ -13,7 +13,7 @@ from sess_lightning.methods import (
     SmoothGradCAMPlusPlus,
     XGradCAM,
 )
-from sess_lightning.methods.cam import layer_evidence
+from sess_lightning.methods.evidence import layer_evidence
 from sess_lightning.ops import min_max, upsample
 
 FAMILY = [GradCAM(), CAM(), GradCAMPlusPlus(), LayerCAM(), HiResCAM(), XGradCAM()]

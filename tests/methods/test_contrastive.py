@@ -12,7 +12,7 @@ from sess_lightning.engine.fusion import coverage_strips, fuse
 from sess_lightning.engine.windows import plan_windows
 from sess_lightning.introspection.lending import explaining
 from sess_lightning.methods import SESS, ContrastiveSESS, GradCAM, GuidedBackprop, HiResCAM, LayerCAM
-from sess_lightning.methods.cam import RIVALS, TEMPERATURE, layer_evidence, log_odds
+from sess_lightning.methods.evidence import RIVALS, TEMPERATURE, layer_evidence, log_odds
 from sess_lightning.ops import min_max, upsample
 
 CONTRAST = GradCAM("features.5", of="log_odds")

@@ -9,7 +9,8 @@ from torch import nn
 from formula import Tiny, fill
 from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
 from sess_lightning.methods import RISE, ExtremalPerturbation, ScoreCAM
-from sess_lightning.methods.perturbation import Bumps, fading_blur, perturbed, rise_masks
+from sess_lightning.methods.extremal import Bumps, fading_blur, perturbed
+from sess_lightning.methods.perturbation import rise_masks
 from sess_lightning.ops import upsample
 
 TARGETS = torch.tensor([EGYPTIAN_CAT, TABBY])

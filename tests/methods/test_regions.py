@@ -136,5 +136,5 @@ def test_without_scikit_image_the_extra_is_named(tiny, images, targets, monkeypa
 def test_wrong_hyper_parameters_are_refused():
     with pytest.raises(ValueError, match="XRAI: give at least one scale"):
         XRAI(scales=())
-    with pytest.raises(ValueError, match="steps and batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="IntegratedGradients: steps must be at least 1, got 0"):
         XRAI(steps=0)
