@@ -399,6 +399,7 @@ def _slots(kind: type) -> tuple[MemberDescriptorType, ...]:
     return tuple(
         value
         for base in kind.__mro__
+        if "__slots__" in vars(base)  # What a class in C has for members may be read only.
         for value in vars(base).values()
         if isinstance(value, MemberDescriptorType)
     )

@@ -4,6 +4,7 @@ import random
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -115,6 +116,7 @@ HOLDINGS = {
     "Python's generator": (lambda: random.Random(1), lambda held: held.gauss(0, 1)),
     "a plain object in a cycle": (Statistics, Statistics.add),
     "slots": (Slotted, Slotted.add),
+    "a namespace": (lambda: SimpleNamespace(seen=[0]), lambda held: held.seen.append(1)),
     "a frozen dataclass": (Frozen, Frozen.add),
     "a closure": (counting, lambda held: held()),
     "a module in a box": (lambda: [normalised()], lambda held: update_norm(held[0])),
