@@ -10,8 +10,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sess_lightning.introspection.calls import calling
 from sess_lightning.introspection.logits import log_scores
-from sess_lightning.introspection.witness import Call, Seen, Witness, calling, is_compiled
+from sess_lightning.introspection.witness import Call, Seen, Witness, is_compiled
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN
 from sess_lightning.ops import size_of
@@ -87,8 +88,7 @@ class Watcher:
             labels: Class of each image; None where images have several, or none.
         """
         if self._witness is not None:
-            # Labels that fit no logits may be unknown ones, such as 255.
-            self._call = self._witness.call(labels) or self._witness.call(None)
+            self._call = self._witness.call(labels)
             self._seen = self._witness.seen(self._call)
             self._witness = None
         self._is_settled = True

@@ -43,19 +43,32 @@ def logits_of(output: Any) -> Float[Tensor, "B N"]:
     return found
 
 
+class UnknownClassError(ValueError):
+    """A target is none of the model's classes.
+
+    Attributes:
+        classes: How many the model has.
+    """
+
+    def __init__(self, text: str, classes: int) -> None:
+        super().__init__(text)
+        self.classes = classes
+
+
 def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Return each target's logit; a head with a single logit speaks for class 1, and negated for class 0.
 
     Raises:
-        ValueError: If a target is none of the model's classes. Where reading it would wait for the device it
-            is not read: there, such a target's logit is NaN.
+        UnknownClassError: If a target is none of the model's classes. Where reading it would wait for the
+            device it is not read: there, such a target's logit is NaN.
     """
     classes = max(2, logits.shape[1])
     if targets.device.type == "cpu" and not all(0 <= target < classes for target in targets.tolist()):
-        raise ValueError(
+        raise UnknownClassError(
             f"targets must be class indices in 0..{classes - 1}, as the model has, got {targets.tolist()}; "
             "leave out samples without a class, and check that labels and model count classes alike. "
-            + ORDINAL
+            + ORDINAL,
+            classes,
         )
     if logits.shape[1] == 1:
         logits = torch.cat([-logits, logits], 1)

@@ -6,10 +6,11 @@ reads. From then on the same call is replayed: what is explained is what was val
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from typing_extensions import override
 
-from sess_lightning.introspection.lending import is_lent
+from sess_lightning.introspection.calls import calling, hooked
 from sess_lightning.types import Activation
 
 MOST_CHANNELS = 16
@@ -56,6 +57,7 @@ class Call:
         text: The call in words.
         doubts: What was assumed, empty where nothing was.
         activation: How the logits become probabilities, by the loss that was computed from them.
+        turn: Which of the module's calls of this form in one step it is, from 0.
     """
 
     module: str
@@ -67,6 +69,11 @@ class Call:
     text: str
     doubts: str = ""
     activation: Activation | None = None
+    turn: int = 0
+
+    def is_made_by(self, record: _Record) -> bool:
+        """Return whether a record is of this call."""
+        return (record.module, record.spec, record.turn) == (self.module, self.spec, self.turn)
 
     @contextmanager
     def bound(self, root: nn.Module, rows: tuple[Tensor, ...] = ()) -> Iterator[None]:
@@ -95,20 +102,23 @@ class Call:
     @contextmanager
     def watching(self, root: nn.Module) -> Iterator[Seen]:
         """See the arguments and the logits of this call while a step runs."""
-        seen = Seen()
+        seen, turns = Seen(), count()
+        is_it: list[bool] = []  # Of each call that has begun and not ended, whether it is this one.
 
         def before(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             leaves, spec = tree_flatten((args, dict(kwargs)))
-            if seen.images is None and spec == self.spec:
+            alike = spec == self.spec and _is_images(leaves[self.place])
+            is_it.append(alike and next(turns) == self.turn)
+            if is_it[-1]:
                 seen.images = leaves[self.place].detach().clone()
                 seen.rows = [leaves[leaf].detach().clone() for leaf in self.rows]
 
         def after(output: Any) -> None:
-            if seen.logits is None and seen.images is not None:
+            if is_it and is_it.pop() and output is not None:
                 seen.logits = logits_at(output, self.path).detach().clone()
 
         with ExitStack() as stack:
-            _hooked(stack, root, self.module, before, after)
+            hooked(stack, root, self.module, before, after)
             yield seen
 
 
@@ -127,109 +137,6 @@ class Seen:
     logits: Float[Tensor, "B N"] | None = None
 
 
-Before = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
-After = Callable[[Any], None]
-
-
-def _hooked(stack: ExitStack, root: nn.Module, name: str, before: Before, after: After) -> None:
-    """Have functions called before and after a module's call, until the stack is closed.
-
-    Not while the module is being explained: another callback's windows are no part of the step.
-    """
-
-    def begin(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if not is_lent(root):
-            before(args, kwargs)
-
-    def end(output: Any) -> None:
-        if not is_lent(root):
-            after(output)
-
-    if not name:
-        stack.enter_context(_forward_hooked(root, begin, end))
-        return
-    module = root.get_submodule(name)
-    first = module.register_forward_pre_hook(lambda _, args, kwargs: begin(args, kwargs), with_kwargs=True)
-    last = module.register_forward_hook(lambda _module, _args, output: end(output))
-    stack.callback(first.remove)
-    stack.callback(last.remove)
-
-
-_LISTENERS: dict[nn.Module, tuple[list[tuple[Before, After]], ExitStack]] = {}
-"""Who listens to a module's forward: two callbacks may watch one step, and leave in any order."""
-
-
-@contextmanager
-def _forward_hooked(root: nn.Module, before: Before, after: After) -> Iterator[None]:
-    # An attribute: `self.forward(x)` runs no hook.
-    listener = (before, after)
-    if root not in _LISTENERS:
-        _LISTENERS[root] = _listened(root)
-    listeners, stack = _LISTENERS[root]
-    listeners.append(listener)
-    try:
-        yield
-    finally:
-        listeners.remove(listener)
-        if not listeners:
-            stack.close()
-            del _LISTENERS[root]
-
-
-def _listened(root: nn.Module) -> tuple[list[tuple[Before, After]], ExitStack]:
-    listeners: list[tuple[Before, After]] = []
-    forward, stack = root.forward, ExitStack()
-
-    def heard(*args: Any, **kwargs: Any) -> Any:
-        for before, _ in listeners:
-            before(args, kwargs)
-        output = forward(*args, **kwargs)
-        for _, after in reversed(listeners):
-            after(output)
-        return output
-
-    stack.enter_context(_attribute(root, "forward", heard))
-    return listeners, stack
-
-
-@contextmanager
-def calling(root: nn.Module, call: Callable[[nn.Module, Tensor], Any]) -> Iterator[None]:
-    """Have ``root(images)`` return ``call(root, images)``; inside the call ``root`` is as it always was."""
-
-    def forward(images: Tensor) -> Any:
-        with _attribute(root, "forward", before) if had else _without(root, "forward"):
-            return call(root, images)
-
-    had, before = "forward" in vars(root), vars(root).get("forward")
-    with _attribute(root, "forward", forward):
-        yield
-
-
-_MISSING = object()
-
-
-@contextmanager
-def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    before = vars(module).get(name, _MISSING)
-    vars(module)[name] = value
-    try:
-        yield
-    finally:
-        if before is _MISSING:
-            vars(module).pop(name, None)
-        else:
-            vars(module)[name] = before
-
-
-@contextmanager
-def _without(module: nn.Module, name: str) -> Iterator[None]:
-    before = vars(module).pop(name)
-    try:
-        yield
-    finally:
-        vars(module)[name] = before
-
-
 def logits_at(output: Any, path: tuple[Step, ...]) -> Float[Tensor, "B N"]:
     """Follow a path into a module's output; a single logit per image becomes a column."""
     for kind, key in path:
@@ -245,7 +152,13 @@ class _Record:
     spec: Any
     place: int
     depth: int
+    turn: int
+    is_inner: bool
     output: Any = None
+
+
+_Candidate = tuple[_Record, tuple[Step, ...], Tensor]
+"""A call, and an output of it that may be the logits."""
 
 
 class _Reading(TorchFunctionMode):
@@ -288,7 +201,7 @@ class Witness:
         with ExitStack() as stack:
             for name, module in root.named_modules():
                 if not isinstance(module, torch.jit.ScriptModule) and module not in fused:
-                    _hooked(stack, root, name, partial(self._begin, name), partial(self._end, name))
+                    hooked(stack, root, name, partial(self._begin, name), partial(self._end, name))
             if not fused:
                 stack.enter_context(self._reading)
             self._stack = stack.pop_all()
@@ -299,42 +212,37 @@ class Witness:
 
     def _begin(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         leaves, spec = tree_flatten((args, dict(kwargs)))
-        place = next((i for i, leaf in enumerate(leaves) if self._is_images(leaf)), None)
+        place = next((i for i, leaf in enumerate(leaves) if _is_images(leaf, self._channels)), None)
         if place is None:
             return
         # Cloned: the step may write to them afterwards.
         leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        record = _Record(name, leaves, spec, place, len(self._open))
+        turn = sum(record.module == name and record.spec == spec for record in self._records)
+        # Features have another number of channels than the images that a surrounding call was given.
+        outer = self._open[0].leaves[self._open[0].place] if self._open else leaves[place]
+        is_inner = leaves[place].shape[1] != outer.shape[1]
+        record = _Record(name, leaves, spec, place, len(self._open), turn, is_inner)
         self._records.append(record)
         self._open.append(record)
 
     def _end(self, name: str, output: Any) -> None:
         names = [record.module for record in self._open]
-        if name in names:  # Those above it have failed, and the step went on.
+        if name in names:
             while (record := self._open.pop()).module != name:
                 pass
             record.output = output
-
-    def _is_images(self, leaf: Any) -> bool:
-        if not isinstance(leaf, Tensor) or leaf.ndim != 4 or not leaf.is_floating_point():
-            return False
-        return leaf.shape[1] == self._channels if self._channels else leaf.shape[1] <= MOST_CHANNELS
 
     def call(self, labels: Tensor | None = None) -> Call | None:
         """Return the call that made the logits; None if no call took images and gave a score per class.
 
         Preferred is what a loss was computed from, then what classes were read off, then what fits the labels
-        best; of several calls that return it, the outermost.
+        best; of several calls that return it, the outermost. Labels that fit nothing say nothing: they may be
+        unknown ones, such as 255, or count from 1.
 
         Args:
             labels: Class of each image; None where a batch does not say.
         """
-        found = [
-            (record, path, logits)
-            for record in self._records
-            for path, logits in _outputs(record.output)
-            if _fits(logits, len(record.leaves[record.place]), labels)
-        ]
+        found = self._candidates(labels)
         if not found:
             return None
         for evidence in (self._reading.losses, self._reading.readings):
@@ -352,15 +260,28 @@ class Witness:
         undecided = len(equal) > 1 and not _is_named(best[1])
         return self._made(best, f"{len(equal)} outputs could be the logits" if undecided else "", found)
 
+    def _candidates(self, labels: Tensor | None) -> list[_Candidate]:
+        for is_inner in (False, True):
+            for fitting in (labels, None):
+                found = [
+                    (record, path, logits)
+                    for record in self._records if record.is_inner == is_inner
+                    for path, logits in _outputs(record.output)
+                    if _fits(logits, len(record.leaves[record.place]), fitting)
+                ]  # fmt: skip
+                if found:
+                    return found
+        return []
+
     def seen(self, call: Call | None) -> Seen:
         """Return the arguments and the logits of a call, as ``Call.watching`` gives them."""
         for record in self._records:
-            if call is not None and record.module == call.module and record.output is not None:
+            if call is not None and record.output is not None and call.is_made_by(record):
                 logits = logits_at(record.output, call.path).detach().clone()
                 return Seen(record.leaves[call.place], [record.leaves[row] for row in call.rows], logits)
         return Seen()
 
-    def _made(self, chosen: tuple[_Record, tuple[Step, ...], Tensor], doubts: str, all_: list[Any]) -> Call:
+    def _made(self, chosen: _Candidate, doubts: str, all_: list[_Candidate]) -> Call:
         record, path, logits = chosen
         count = len(record.leaves[record.place])
         rows = tuple(
@@ -369,14 +290,24 @@ class Witness:
         )  # fmt: skip
         times = sum(other[0].module == record.module and other[1] == path for other in all_)
         if times > 1:
-            repeated = f"called {times} times in a step, of which the first is explained"
+            which = "the first" if record.turn == 0 else f"number {record.turn + 1}"
+            repeated = f"called {times} times in a step, of which {which} is explained"
             doubts = f"{doubts}; {repeated}" if doubts else repeated
         text = _in_words(record, path)
         leaves = [None if i == record.place or i in rows else leaf for i, leaf in enumerate(record.leaves)]
         losses = zip(self._reading.losses, self._reading.activations, strict=True)
         says = {activation for tensor, activation in losses if _same(logits, tensor)}
         said = says.pop() if len(says) == 1 else None
-        return Call(record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts, said)
+        return Call(
+            record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts, said,
+            record.turn,
+        )  # fmt: skip
+
+
+def _is_images(leaf: Any, channels: int | None = None) -> bool:
+    if not isinstance(leaf, Tensor) or leaf.ndim != 4 or not leaf.is_floating_point():
+        return False
+    return leaf.shape[1] == channels if channels else leaf.shape[1] <= MOST_CHANNELS
 
 
 def is_compiled(root: nn.Module) -> bool:

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_models import filled_net
+from sess_lightning.introspection.calls import calling
 from sess_lightning.introspection.lending import explaining
-from sess_lightning.introspection.witness import Witness, calling
+from sess_lightning.introspection.witness import Witness
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 3, 1, 2])
@@ -230,6 +231,54 @@ def test_a_call_that_comes_several_times_is_said():
 
     call = watched(Flips().eval(), fresh())
     assert call.doubts == "called 2 times in a step, of which the first is explained"
+
+
+class LooksFirst(Step):
+    """Looks at another view before it validates: only the second call's logits meet the loss."""
+
+    def step(self, batch):
+        self(batch["image"].flip(-1))
+        return F.cross_entropy(self(batch["image"]), batch["label"])
+
+
+class LooksFirstAtParts(LooksFirst):
+    def step(self, batch):
+        self(batch["image"][:, :, 8:])
+        with pytest.raises(RuntimeError):
+            self(batch["image"][:, :1])
+        return F.cross_entropy(self.net(batch["image"]), batch["label"])
+
+
+class ThroughItsNet(LooksFirst):
+    forward = None
+
+    def step(self, batch):
+        self.net(batch["image"].flip(-1))
+        return F.cross_entropy(self.net(batch["image"]), batch["label"])
+
+
+@pytest.mark.parametrize("shape", [LooksFirst, LooksFirstAtParts, ThroughItsNet], ids=lambda s: s.__name__)
+def test_of_several_calls_the_one_that_is_validated_is_seen_and_explained(shape):
+    module = shape().eval()
+    witness = Witness(module, channels=None if shape is LooksFirstAtParts else 3)
+    with torch.no_grad():
+        module.step(fresh())
+    witness.close()
+    call = witness.call(LABELS)
+    other = fresh() | {"image": IMAGES.roll(1, 0)}
+    with torch.no_grad(), call.watching(module) as later:
+        module.step(other)
+    for seen, fed in ((witness.seen(call), IMAGES), (later, other["image"])):
+        assert torch.equal(seen.images, fed)
+        torch.testing.assert_close(seen.logits, module.net(fed))
+    assert not call.doubts  # The loss decides.
+
+
+def test_labels_that_fit_no_logits_do_not_have_features_taken_for_them():
+    module = Step().eval()
+    module.step = lambda batch: module(batch["image"]).argmax(1).sum()
+    assert watched(module, fresh() | {"label": LABELS + 1}).text == "the module called as forward(images)"
+    assert watched(module, fresh() | {"label": LABELS + 252}).text == "the module called as forward(images)"
 
 
 def test_a_step_without_images_or_scores_gives_no_call():

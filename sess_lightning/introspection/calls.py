@@ -1,0 +1,117 @@
+"""Hearing a module's calls, and answering them: nothing of it is left on the module afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from sess_lightning.introspection.lending import is_lent
+
+Before = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+After = Callable[[Any], None]
+
+
+def hooked(stack: ExitStack, root: nn.Module, name: str, before: Before, after: After) -> None:
+    """Have functions called before and after a module's call, until the stack is closed.
+
+    After a call that failed, with None. Not while the module is being explained: another callback's windows
+    are no part of the step.
+    """
+
+    def begin(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not is_lent(root):
+            before(args, kwargs)
+
+    def end(output: Any) -> None:
+        if not is_lent(root):
+            after(output)
+
+    if not name:
+        stack.enter_context(_forward_hooked(root, begin, end))
+        return
+    module = root.get_submodule(name)
+    first = module.register_forward_pre_hook(lambda _, args, kwargs: begin(args, kwargs), with_kwargs=True)
+    last = module.register_forward_hook(lambda _module, _args, output: end(output), always_call=True)
+    stack.callback(first.remove)
+    stack.callback(last.remove)
+
+
+_LISTENERS: dict[nn.Module, tuple[list[tuple[Before, After]], ExitStack]] = {}
+"""Who listens to a module's forward: two callbacks may watch one step, and leave in any order."""
+
+
+@contextmanager
+def _forward_hooked(root: nn.Module, before: Before, after: After) -> Iterator[None]:
+    # An attribute: `self.forward(x)` runs no hook.
+    listener = (before, after)
+    if root not in _LISTENERS:
+        _LISTENERS[root] = _listened(root)
+    listeners, stack = _LISTENERS[root]
+    listeners.append(listener)
+    try:
+        yield
+    finally:
+        listeners.remove(listener)
+        if not listeners:
+            stack.close()
+            del _LISTENERS[root]
+
+
+def _listened(root: nn.Module) -> tuple[list[tuple[Before, After]], ExitStack]:
+    listeners: list[tuple[Before, After]] = []
+    forward, stack = root.forward, ExitStack()
+
+    def heard(*args: Any, **kwargs: Any) -> Any:
+        for before, _ in listeners:
+            before(args, kwargs)
+        output = None
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            for _, after in reversed(listeners):
+                after(output)
+        return output
+
+    stack.enter_context(_attribute(root, "forward", heard))
+    return listeners, stack
+
+
+@contextmanager
+def calling(root: nn.Module, call: Callable[[nn.Module, Tensor], Any]) -> Iterator[None]:
+    """Have ``root(images)`` return ``call(root, images)``; inside the call ``root`` is as it always was."""
+
+    def forward(images: Tensor) -> Any:
+        with _attribute(root, "forward", before) if had else _without(root, "forward"):
+            return call(root, images)
+
+    had, before = "forward" in vars(root), vars(root).get("forward")
+    with _attribute(root, "forward", forward):
+        yield
+
+
+_MISSING = object()
+
+
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    before = vars(module).get(name, _MISSING)
+    vars(module)[name] = value
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            vars(module).pop(name, None)
+        else:
+            vars(module)[name] = before
+
+
+@contextmanager
+def _without(module: nn.Module, name: str) -> Iterator[None]:
+    before = vars(module).pop(name)
+    try:
+        yield
+    finally:
+        vars(module)[name] = before
