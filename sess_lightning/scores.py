@@ -91,6 +91,7 @@ SCORES = {
         _count("misclassified", "misclassified"),
         _count("nan", "not finite"),
         _count("flat", "flat maps", is_shared=False),
+        _count("signed", "signed maps, without relevance mass", is_shared=False),
         _count("failed", "failed runs"),
     )
 }

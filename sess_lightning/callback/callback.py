@@ -251,7 +251,7 @@ class SESSCallback(RunHooks):
 
     def _explain(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for kept in self.keeper.waiting():
-            metric = self.examiner.explain(trainer, pl_module, kept)
+            metric, kept = self.examiner.explain(trainer, pl_module, kept)
             if text := self.examiner.watcher.doubt(metric, kept.validated):
                 self.guard.warn(text)
             if trainer.is_global_zero:

@@ -17,7 +17,7 @@ from sess_lightning.callback.sampling import Kept
 from sess_lightning.callback.settings import Settings
 from sess_lightning.callback.watching import Watcher
 from sess_lightning.introspection.lending import borrowed, explaining, muted
-from sess_lightning.introspection.logits import classify, predict
+from sess_lightning.introspection.logits import UnknownClassError, classify, predict
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN, Summary
 from sess_lightning.types import Activation, Batch
@@ -90,7 +90,9 @@ class Examiner:
         self, trainer: Trainer, model: LightningModule, batch: Batch, batch_idx: int, batches: float
     ) -> RunPlan:
         """Settle what runs do, from the first batch that passes."""
-        self.plan = plan_run(self._settings, trainer, model, batch, batch_idx, batches, self._activation)
+        self.plan = plan_run(
+            self._settings, trainer, model, batch, batch_idx, batches, self._activation, self.watcher.classes
+        )
         return self.plan
 
     def summary(self, model: LightningModule) -> Summary:
@@ -107,14 +109,24 @@ class Examiner:
             )
         return summary
 
-    def explain(self, trainer: Trainer, model: LightningModule, kept: Kept) -> SESSMetric:
-        """Explain and score samples, and return the metric, whose ``latest`` they are now.
+    def explain(self, trainer: Trainer, model: LightningModule, kept: Kept) -> tuple[SESSMetric, Kept]:
+        """Explain and score samples; return the metric, whose ``latest`` they are now, and those samples.
 
         Args:
             trainer: Knows the precision.
             model: What is explained.
-            kept: The samples, on the host.
+            kept: The samples, on the host. Where nothing told how many classes the model has, some of them
+                may turn out to have none; these are left out and counted.
         """
+        try:
+            return self._explained(trainer, model, kept), kept
+        except UnknownClassError as error:
+            known = kept.known(error.classes)
+        metric = self._explained(trainer, model, known)
+        metric.leave_out(len(set(kept.numbers)) - len(set(known.numbers)))
+        return metric, known
+
+    def _explained(self, trainer: Trainer, model: LightningModule, kept: Kept) -> SESSMetric:
         metric, samples = self.metric(model), kept.samples.to(model.device)
         metric.tolerance = self._settings.tolerance_on(samples)
         if self.plan is not None:

@@ -49,8 +49,13 @@ def find_class_names(*owners: Any, count: int | None = None) -> list[str] | None
     return None
 
 
-def find_normalisation(*owners: Any) -> tuple[list[float], list[float]] | None:
-    """Return (mean, std) per channel from the first owner that has them, or holds a ``Normalize``."""
+def find_normalisation(*owners: Any, channels: int | None = None) -> tuple[list[float], list[float]] | None:
+    """Return (mean, std) per channel from the first owner that has them, or holds a ``Normalize``.
+
+    Args:
+        owners: In the order in which they are believed; of one, what is nearest to it.
+        channels: Of the images, where that is known: there must be as many values, or one for all.
+    """
     for place in _walk(owners):
         flags = place.get("flags") if place.normalises else None
         for source in (place, Place(flags, "", place.depth)) if isinstance(flags, dict) else (place,):
@@ -58,22 +63,33 @@ def find_normalisation(*owners: Any) -> tuple[list[float], list[float]] | None:
                 if mean_name == "mean" and not place.is_believed:
                     continue
                 mean, std = _floats(source.get(mean_name)), _floats(source.get(std_name))
-                if mean and std and len(mean) == len(std) and all(value > 0 for value in std):
+                if not (mean and std and len(mean) == len(std) and all(value > 0 for value in std)):
+                    continue
+                if channels is None or len(mean) in (1, channels):
                     return mean, std
     return None
 
 
-def find_display_channels(*owners: Any) -> list[int] | None:
-    """Return which channels are red, green and blue, from the first data set that names its ``rgb_bands``."""
+def find_display_channels(*owners: Any, channels: int | None = None) -> list[int] | None:
+    """Return which channels are red, green and blue, from the first data set that names its ``rgb_bands``.
+
+    Args:
+        owners: In the order in which they are believed; of one, what is nearest to it.
+        channels: Of the images, where that is known: there must be as many bands.
+    """
     for place in _walk(owners):
         bands = place.get("rgb_bands")
         if not isinstance(bands, (list, tuple)) or len(bands) != 3:
             continue
         if all(isinstance(band, int) for band in bands):
-            return list(bands)
+            if channels is None or all(0 <= band < channels for band in bands):
+                return list(bands)
+            continue
         for name in BANDS:
             known = place.get(name)
-            if isinstance(known, (list, tuple)) and all(band in known for band in bands):
+            if not isinstance(known, (list, tuple)) or channels not in (None, len(known)):
+                continue
+            if all(band in known for band in bands):
                 return [known.index(band) for band in bands]
     return None
 

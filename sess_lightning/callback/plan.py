@@ -63,6 +63,7 @@ def plan_run(
     batch_idx: int,
     batches: float,
     activation: Activation | None = None,
+    logits: int | None = None,
 ) -> RunPlan:
     """Settle what runs do.
 
@@ -74,6 +75,7 @@ def plan_run(
         batch_idx: Which one it is.
         batches: How many will pass; may be infinite.
         activation: How logits become probabilities, where labels or the loss have said so.
+        logits: How many the model gives, where that was seen.
 
     Raises:
         ValueError: If the budget does not pay for a single sample.
@@ -111,5 +113,8 @@ def plan_run(
         "device": f"{model.device}, {trainer.precision}, {world} process{'es' * (world > 1)}",
     }
     owners = (trainer.datamodule, loaders, model)  # type: ignore[attr-defined]
-    legend = settings.legend({OWN: method, **compare}, *owners)
+    legend = settings.legend(
+        {OWN: method, **compare}, *owners,
+        classes=None if logits is None else max(2, logits), channels=batch.images.shape[1],
+    )  # fmt: skip
     return RunPlan(size, order, budget, limits, available * shares, legend, details)

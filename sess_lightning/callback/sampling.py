@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
 from sess_lightning.callback.batches import check_boxes
+from sess_lightning.callback.classes import known_labels
 from sess_lightning.cost.budget import Budget
 from sess_lightning.introspection.logits import check_inputs
 from sess_lightning.types import Batch
@@ -160,6 +161,15 @@ class Kept:
         alone = [own for own in rows.values() if len(own) > 1 or self.samples.context]
         together = [own[0] for own in rows.values() if own not in alone]
         return [self.take(own) for own in (together, *alone) if own]
+
+    def known(self, classes: int) -> Kept:
+        """Return what a model with so many classes can be asked about; other labels stand for none.
+
+        Raises:
+            ValueError: If they do not look like unknown ones.
+        """
+        known = known_labels(self.samples.labels.tolist(), classes)
+        return self if all(known) else self.take([row for row, is_known in enumerate(known) if is_known])
 
     def take(self, which: Sequence[int]) -> Kept:
         """Return rows ``which``."""

@@ -128,17 +128,25 @@ class Settings:
             classes=classes,
         )  # fmt: skip
 
-    def legend(self, methods: Mapping[str, SaliencyMethod], *owners: Any) -> Legend:
+    def legend(
+        self,
+        methods: Mapping[str, SaliencyMethod],
+        *owners: Any,
+        classes: int | None = None,
+        channels: int | None = None,
+    ) -> Legend:
         """Return how samples and methods are named and displayed.
 
         Args:
             methods: What is scored, by name; the explained method is ``""``.
             owners: Where class names, normalisation and channels are looked for if none are given.
+            classes: How many names there must be, where that is known.
+            channels: How many channels the images have, where that is known.
         """
-        class_names = (self.class_names or find_class_names(*owners)) if self.show_names else None
-        normalisation = self.normalisation or find_normalisation(*owners)
-        channels = self.display_channels or find_display_channels(*owners)
-        return Legend(methods, self.target, class_names, normalisation, channels, self.show_names)
+        names = (self.class_names or find_class_names(*owners, count=classes)) if self.show_names else None
+        normalisation = self.normalisation or find_normalisation(*owners, channels=channels)
+        shown = self.display_channels or find_display_channels(*owners, channels=channels)
+        return Legend(methods, self.target, names, normalisation, shown, self.show_names)
 
     def tolerance_on(self, batch: Batch) -> float:
         """Return the Pointing Game's tolerance, px of the batch's regions."""

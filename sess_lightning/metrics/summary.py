@@ -175,6 +175,10 @@ def _of_maps(rows: Rows, i: int) -> dict[str, float]:
         "flat": float(rows.flat[:, i].sum()),
         "tied_share": float(rows.tied[:, i].double().mean()),
     }
+    # Of a map with negative values no share lies anywhere.
+    signed = int((rows.mass[:, i].isnan() & rows.share.isfinite()).sum())
+    if signed:
+        values["signed"] = float(signed)
     if drawn.any():
         image, blurred, zeros = rows.ends.double()[drawn].mean(0)
         to_gain = image - blurred, image - zeros

@@ -185,6 +185,29 @@ def test_an_odd_sample_costs_itself_and_is_counted(kind, tmp_path):
         assert six[f"sess/{name}"] == pytest.approx(four[f"sess/{name}"], abs=ONE_RANK)
 
 
+class Apart(Module):
+    """Validates without its own forward: nothing tells how many classes it has before it is explained."""
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize("module", [Module, Apart])
+@pytest.mark.parametrize("unknown", [255, -100, 4000])
+def test_a_label_that_the_model_has_no_logit_for_costs_its_sample(unknown, module, tmp_path):
+    four = run(tmp_path / "four", labelled(LABELS)[:4], module())
+    six = run(tmp_path / "six", labelled([*LABELS[:4], unknown, unknown]), module(), batch_size=6)
+    assert six.pop("sess/left_out") == 2
+    for name in ("n", "insertion", "deletion", "misclassified", "base/insertion", "minus_base/overall"):
+        assert six[f"sess/{name}"] == pytest.approx(four[f"sess/{name}"], abs=ONE_RANK)
+
+
+@pytest.mark.parametrize("module", [Module, Apart])
+def test_labels_counted_from_one_are_no_unknown_ones(module, tmp_path):
+    with pytest.raises(ValueError, match="count labels from 0"):
+        run(tmp_path, labelled([1, 2, 3, 4, 1, 2]), module(), batch_size=6)
+
+
 def test_rows_without_a_positive_class_are_left_out_and_counted(tmp_path, multi_label):
     rows = torch.cat([HOT, torch.zeros(2, 4)])
     data = list(zip([*PICTURES, *PICTURES[:2]], rows, strict=True))

@@ -12,6 +12,8 @@ from torchvision import transforms as v1
 from torchvision.datasets import FakeData
 from transformers import ViTConfig, ViTForImageClassification
 
+from callbacks import quick
+from lightning_models import Classifier, squares, validate
 from sess_lightning.callback.names import find_class_names, find_display_channels, find_normalisation
 
 NAMES = ["cat", "dog"]
@@ -167,3 +169,61 @@ def test_a_data_sets_red_green_and_blue_bands_are_found():
     assert find_display_channels(DataLoader(data)) == [2, 1, 0]
     assert find_display_channels(Wrapper(rgb_bands=[4, 3, 2])) == [4, 3, 2]
     assert find_display_channels(Wrapper(rgb_bands=["B04", "B03", "B99"], bands=["B03", "B04"])) is None
+
+
+class Renamed(Classifier):
+    """Four logits; what it was made from has other classes, bands and channels."""
+
+    def __init__(self, **held):
+        super().__init__()
+        for name, value in held.items():
+            setattr(self, name, SimpleNamespace(**value))
+
+
+def legend(tmp_path, module):
+    callback = quick()
+    loader = squares()
+    loader.dataset.classes = loader.dataset.mean = loader.dataset.std = None
+    validate(tmp_path, callback, module=module, val=loader)
+    return callback.gallery.legend
+
+
+COLOURS = ["red", "green", "blue", "yellow"]
+FIVE = {"mean": [0.1] * 5, "std": [0.2] * 5}
+
+
+def test_names_of_another_number_of_classes_than_there_are_logits_are_no_names(tmp_path):
+    assert legend(tmp_path, Renamed(a={"classes": NAMES})).class_names is None
+    assert legend(tmp_path, Renamed(a={"classes": NAMES}, b={"labels": COLOURS})).class_names == COLOURS
+
+
+def test_a_single_logit_has_two_names(tmp_path):
+    module = Renamed(a={"classes": COLOURS}, b={"classes": NAMES})
+    module.net[-1] = nn.Linear(16, 1)
+    loader = DataLoader([(torch.rand(3, 32, 32), i % 2) for i in range(4)], 2)
+    callback = quick()
+    module.validation_step = lambda batch, batch_idx: (module(batch[0]), None)[1]
+    validate(tmp_path, callback, module=module, val=loader)
+    assert callback.gallery.legend.class_names == NAMES
+
+
+def test_a_normalisation_of_another_number_of_channels_is_passed_over(tmp_path):
+    assert legend(tmp_path, Renamed(data_config=FIVE)).normalisation is None
+    near = Renamed(data_config=FIVE, config={"mean": MEAN, "std": STD})
+    assert legend(tmp_path, near).normalisation == (MEAN, STD)
+    grey = Renamed(data_config=FIVE, config={"mean": 0.5, "std": 0.25})
+    assert legend(tmp_path, grey).normalisation == ([0.5], [0.25])
+
+
+@pytest.mark.parametrize(
+    ("held", "channels"),
+    [
+        ({"rgb_bands": [5, 3, 2]}, None),
+        ({"rgb_bands": [2, 1, 0]}, [2, 1, 0]),
+        ({"rgb_bands": ("B4", "B3", "B2"), "bands": ("B1", "B2", "B3", "B4")}, None),
+        ({"rgb_bands": ("B4", "B3", "B2"), "all_bands": ("B1", "B2", "B3", "B4"),
+          "bands": ("B2", "B3", "B4")}, [2, 1, 0]),
+    ],
+)  # fmt: skip
+def test_bands_are_those_of_the_images(held, channels, tmp_path):
+    assert legend(tmp_path, Renamed(data=held)).channels == channels

@@ -276,6 +276,27 @@ def test_without_a_single_finite_curve_there_is_no_figure_but_the_counts():
     assert metric.compute() == counts | {"tied_share": 0.0}
 
 
+@dataclass(frozen=True)
+class Signed(SaliencyMethod):
+    """Negative where images begin with a negative pixel, as methods do that tell what speaks against."""
+
+    forwards: ClassVar[int] = 0
+
+    def explain(self, model, images, targets):
+        below = images[:, 0, 0, 0] < 0
+        return Explanation(min_max(images[:, 0]) - 0.5 * below[:, None, None], torch.ones(len(images)))
+
+
+def test_signed_maps_have_no_relevance_mass_and_are_counted(model, images, boxes):
+    images[:2, 0, 0, 0], images[2:, 0, 0, 0] = -1, 1
+    values = run(SESSMetric(Signed(), compare={"red": Channel()}), model, images, boxes)
+    rest = relevance_mass(min_max(images[2:, 0]), boxes[2:]).mean()
+    assert values["signed"] == 2
+    assert "red/signed" not in values
+    assert values["relevance_mass"] == pytest.approx(rest.item(), abs=1e-6)
+    assert "signed" not in run(SESSMetric(Signed(), compare={}), model, images)
+
+
 def test_misclassified_and_flat_are_counted(model):
     images = bright_images(1.0, -1.0, 0.5, -0.5)
     images[:, :, 0, 0] = torch.tensor([[-1.0], [1], [-1], [-1]])
