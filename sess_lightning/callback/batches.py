@@ -85,7 +85,14 @@ def read_batch(
             told by ``check_boxes``).
     """
     parts = _parts(batch if adapter is None else adapter(batch))
-    images, labels = parts.images, parts.labels
+    _check_shapes(parts.images, parts.labels)
+    try:
+        return _rows(parts, _classes(parts.labels, activation))
+    except ValueError as error:
+        raise ValueError(f"{error} {HELP}") from error
+
+
+def _check_shapes(images: Any, labels: Any) -> None:
     if not isinstance(images, Tensor) or not isinstance(labels, (Tensor, _Ragged)):
         raise TypeError(
             f"The batch gave images as {type(images).__name__} and labels as {type(labels).__name__}; "
@@ -101,10 +108,6 @@ def read_batch(
         raise ValueError(
             f"labels have shape {shape} for {len(images)} images; expected one class index each. {HELP}"
         )
-    try:
-        return _rows(parts, _classes(labels, activation))
-    except ValueError as error:
-        raise ValueError(f"{error} {HELP}") from error
 
 
 class _Ragged(list[list[int]]):

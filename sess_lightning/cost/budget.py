@@ -66,20 +66,31 @@ def afford(
     Raises:
         ValueError: If it does not pay for a single sample.
     """
-    models = [each for each in compare.values() if each.forwards > 0]
-    beside = [other for other in models if not method.gives(other, model, size)]
-    each = classes * (fixed + 1 + FURTHER * (1 + len(models)))
-    each += sum(
-        one.count_forwards(model, size) * (1 if one.shares_classes else classes) for one in (method, *beside)
-    )
-    floors = classes * FURTHER * (len(compare) - len(models))
+    price, floors = _prices(method, compare, model, size, fixed, classes)
     here = max_forwards // shares - SHARED
-    wanted = int(min(-(-num_samples // shares), available))
-    samples = min(wanted, (here - FLOOR_SAMPLES * floors) // each)
+    samples = int(min(-(-num_samples // shares), available, (here - FLOOR_SAMPLES * floors) // price))
     if samples < 1:
         raise ValueError(
-            f"max_forwards={max_forwards} does not pay for a single sample, which costs {each} "
+            f"max_forwards={max_forwards} does not pay for a single sample, which costs {price} "
             f"forwards of {size[0]}x{size[1]} px; raise it, or use fewer scales."
         )
-    on_floors = min(samples, (here - samples * each) // floors) if floors else 0
-    return Budget(samples, on_floors, shares * (SHARED + samples * each + on_floors * floors))
+    on_floors = min(samples, (here - samples * price) // floors) if floors else 0
+    return Budget(samples, on_floors, shares * (SHARED + samples * price + on_floors * floors))
+
+
+def _prices(
+    method: SaliencyMethod,
+    compare: Mapping[str, SaliencyMethod],
+    model: nn.Module,
+    size: tuple[int, int],
+    fixed: int,
+    classes: int,
+) -> tuple[int, int]:
+    """Return the forwards of a sample without the floors' curves, and those of these curves."""
+    models = [other for other in compare.values() if other.forwards > 0]
+    beside = [other for other in models if not method.gives(other, model, size)]
+    curves = classes * (fixed + 1 + FURTHER * (1 + len(models)))
+    maps = sum(
+        one.count_forwards(model, size) * (1 if one.shares_classes else classes) for one in (method, *beside)
+    )
+    return curves + maps, classes * FURTHER * (len(compare) - len(models))

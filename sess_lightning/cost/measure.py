@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -181,34 +182,42 @@ def measure_cost(
     Raises:
         ValueError: If an argument makes no sense.
     """
-    if rounds < 1:
-        raise ValueError(f"measure_cost: rounds must be at least 1, got {rounds}.")
-    if num_samples < 1:
-        raise ValueError(
-            f"measure_cost: num_samples must be a whole number of at least 1, got {num_samples}."
-        )
+    _check_counts(rounds=rounds, num_samples=num_samples)
     method = method if method is not None else SESS(GradCAM())
-    targets = (
-        targets if targets is not None else torch.zeros(len(images), dtype=torch.int64).to(images.device)
-    )
+    if targets is None:
+        targets = torch.zeros(len(images), dtype=torch.int64).to(images.device)
     check_inputs("measure_cost", images, targets)
-    size = size_of(images)
-
-    def budget(method: SaliencyMethod, num_samples: int = num_samples) -> Budget:
-        """Return what the callback would do."""
-        given = {"num_samples": num_samples, "available": float("inf"), "max_forwards": max_forwards}
-        return afford(method, controls(method), model, size, **given)  # type: ignore[arg-type]
-
+    budget = partial(_budget, model, size_of(images), num_samples=num_samples, max_forwards=max_forwards)
     budget(method)  # Is refused before anything is run.
     parts = _measured(model, images, _runs(model, images, method, targets), rounds)
-    setting = {
+    knobs = _knobs(model, size_of(images), method, budget, parts)
+    return Costs(_setting(model, images, method, rounds), tuple(parts.values()), tuple(knobs))
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"measure_cost: {name} must be a whole number of at least 1, got {count}.")
+
+
+def _budget(
+    model: nn.Module, size: tuple[int, int], method: SaliencyMethod, *, num_samples: int, max_forwards: int
+) -> Budget:
+    """Return what the callback would do in a validation run."""
+    return afford(
+        method, controls(method), model, size, num_samples=num_samples, available=float("inf"),
+        max_forwards=max_forwards,
+    )  # fmt: skip
+
+
+def _setting(model: nn.Module, images: Tensor, method: SaliencyMethod, rounds: int) -> dict[str, str]:
+    return {
         "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
         "images": f"{tuple(images.shape)}, {str(images.dtype).removeprefix('torch.')}",
         "method": str(method),
         "rounds": str(rounds),
         **machine(images.device),
     }
-    return Costs(setting, tuple(parts.values()), tuple(_knobs(model, size, method, budget, parts)))
 
 
 UPDATE, CURVES = "SESSMetric.update", "insertion + deletion"

@@ -17,7 +17,7 @@ from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import classify, log_scores
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
-from sess_lightning.reporting.panels import Panel, displayed, overlay
+from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
 from sess_lightning.types import SaliencyMethod
 
 
@@ -61,12 +61,10 @@ def explain_image(
         BrokenSampleError: If the file cannot be read as an image.
         ValueError: If the model has no such class.
     """
-    path = Path(path)
+    path, model = Path(path), network.model.to(device)
     method = SESS(GradCAM()) if method is None else method
-    pixels = read_pixels(path)
     framing = Experiment(method, size=size, antialias=True, mean=network.mean, std=network.std)
-    images = framing.images(pixels).to(device)
-    model = network.model.to(device)
+    images = framing.images(read_pixels(path)).to(device)
     with explaining(model), torch.no_grad():
         logits = classify(model, images.clone())
     chosen = _class_index(target, network.class_names, logits)
@@ -74,12 +72,16 @@ def explain_image(
     probability = float(log_scores(logits, targets, method.activation).exp())
     methods = [method.base, method] if isinstance(method, SESS) else [method]
     maps = {type(m).__name__: _for_display(m, m.explain(model, images, targets).maps)[0] for m in methods}
-    picture = displayed(images, (network.mean, network.std))[0]
     label = dict(enumerate(network.class_names)).get(chosen, f"class {chosen}")
     caption = "\n".join([f"target: {label}", f"probability: {probability:.3f}", *map(str, methods)])
-    overlays = {name: overlay(picture, saliency) for name, saliency in maps.items()}
-    panel = Panel(picture, overlays, caption, label=label, title=path.name)
+    picture = displayed(images, (network.mean, network.std))[0]
+    panel = _panel(picture, maps, caption, label, path.name)
     return ImageExplanation(panel, chosen, probability, maps)
+
+
+def _panel(picture: Picture, maps: dict[str, Tensor], caption: str, label: str, title: str) -> Panel:
+    overlays = {name: overlay(picture, saliency) for name, saliency in maps.items()}
+    return Panel(picture, overlays, caption, label=label, title=title)
 
 
 def _for_display(method: SaliencyMethod, maps: Float[Tensor, "1 h w"]) -> Float[Tensor, "1 h w"]:

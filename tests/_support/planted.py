@@ -60,12 +60,12 @@ DEFECTS = (
         "tests/metrics/test_functional.py::test_pointing_tolerance_is_exclusive",
     ),
     Defect(
-        "deletion begins with the least salient pixels", "metrics/functional.py",
+        "deletion begins with the least salient pixels", "metrics/curves.py",
         "flat[:, order].sort(dim=1, descending=True", "flat[:, order].sort(dim=1, descending=False",
         "tests/metrics/test_functional.py::test_deletion_takes_the_highest_pixels_first",
     ),
     Defect(
-        "the area under a curve counts its ends in full", "metrics/functional.py",
+        "the area under a curve counts its ends in full", "metrics/curves.py",
         "(curves[..., 0] + curves[..., -1]) / 2)", "0)",
         "tests/metrics/test_functional.py::test_curve_auc_is_the_trapezoid_rule_by_hand",
     ),

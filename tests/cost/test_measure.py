@@ -127,7 +127,7 @@ def test_the_table_and_the_file_hold_every_row(costs, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"rounds": 0}, "rounds must be a whole number of at least 1, got 0"),
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
         ({"max_forwards": 99}, "max_forwards=99 does not pay for a single sample"),
         ({"images": torch.zeros(3, 32, 32)}, r"use images\[None\] for a single image"),
