@@ -17,7 +17,6 @@ from sess_lightning.cost.budget import SHARED, Budget
 from sess_lightning.metrics.sess_metric import OWN
 from sess_lightning.ops import size_of
 from sess_lightning.regions import describe_regions
-from sess_lightning.reporting.run import display_names
 from sess_lightning.types import Activation, Batch
 
 
@@ -81,40 +80,65 @@ def plan_run(
         ValueError: If the budget does not pay for a single sample.
     """
     loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    loader = tree_leaves(loaders)[settings.dataloader_idx]
+    order = _order(tree_leaves(loaders)[settings.dataloader_idx], trainer, batch, batch_idx, batches)
     world, size = trainer.world_size, size_of(batch.images)
-    order = find_order(loader, batches, trainer.global_rank, world)
-    images = len(batch) if batch.count is None else batch.count
-    if order is not None and order.passing(batch_idx) != images:
-        order = None  # The adapter, or what collates, leaves samples out.
     shares = world if order is None else 1
-    available = images * batches if order is None else float(order.length)
+    available = _count(batch) * batches if order is None else float(order.length)
     several = settings.target == "label" and batch.activation == "sigmoid"
     budget = settings.budget(model, size, available, shares, MOST_CLASSES if several else 1)
     method, compare = settings.methods(model, activation)
-    names = display_names({"": method, **compare})
     limits = {name: budget.floors for name, other in compare.items() if other.forwards == 0}
-    regions = batch.boxes if batch.masks is None else batch.masks
-    game = "no Pointing Game"
-    if regions is not None:
-        game = f"Pointing Game within {settings.tolerance_on(batch):.3g} px"
-    details = {
-        "method": str(method),
-        "forwards per map": method.count_forwards(model, size),
+    owners = (trainer.datamodule, loaders, model)  # type: ignore[attr-defined]
+    legend = settings.legend(
+        {OWN: method, **compare}, *owners, classes=logits and max(2, logits), channels=batch.images.shape[1]
+    )
+    details = _details(settings, trainer, model, batch, legend, budget, shares)
+    return RunPlan(size, order, budget, limits, available * shares, legend, details)
+
+
+def _details(
+    settings: Settings,
+    trainer: Trainer,
+    model: LightningModule,
+    batch: Batch,
+    legend: Legend,
+    budget: Budget,
+    shares: int,
+) -> dict[str, Any]:
+    """Say in words and numbers how scores are made."""
+    size, world, names = size_of(batch.images), trainer.world_size, legend.names
+    scored = {
+        key: (budget.samples if method.forwards > 0 else budget.floors) * shares
+        for key, method in legend.methods.items()
+    }
+    return {
+        "method": str(legend.methods[OWN]),
+        "forwards per map": legend.methods[OWN].count_forwards(model, size),
         "samples": budget.samples * shares,
-        "beside (samples)": ", ".join(
-            f"{names[key]} ({limits.get(key, budget.samples) * shares})" for key in compare
-        ),
+        "beside (samples)": ", ".join(f"{names[key]} ({scored[key]})" for key in scored if key != OWN),
         "explained class": settings.target,
         "image size": f"{size[0]} × {size[1]} px",
-        "objects": f"{describe_regions(regions)}, {game}",
-        "forwards per run, at most": budget.forwards + (0 if order is None else SHARED * (world - 1)),
+        "objects": _objects(settings, batch),
+        "forwards per run, at most": budget.forwards + SHARED * (world - shares),
         "model": type(model).__name__,
         "device": f"{model.device}, {trainer.precision}, {world} process{'es' * (world > 1)}",
     }
-    owners = (trainer.datamodule, loaders, model)  # type: ignore[attr-defined]
-    legend = settings.legend(
-        {OWN: method, **compare}, *owners,
-        classes=None if logits is None else max(2, logits), channels=batch.images.shape[1],
-    )  # fmt: skip
-    return RunPlan(size, order, budget, limits, available * shares, legend, details)
+
+
+def _count(batch: Batch) -> int:
+    return len(batch) if batch.count is None else batch.count
+
+
+def _order(loader: Any, trainer: Trainer, batch: Batch, batch_idx: int, batches: float) -> Order | None:
+    order = find_order(loader, batches, trainer.global_rank, trainer.world_size)
+    if order is not None and order.passing(batch_idx) != _count(batch):
+        return None  # The adapter, or what collates, leaves samples out.
+    return order
+
+
+def _objects(settings: Settings, batch: Batch) -> str:
+    """Say which regions there are, and whether the Pointing Game is played on them."""
+    regions = batch.boxes if batch.masks is None else batch.masks
+    if regions is None:
+        return f"{describe_regions(regions)}, no Pointing Game"
+    return f"{describe_regions(regions)}, Pointing Game within {settings.tolerance_on(batch):.3g} px"

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as all_modules
 
-from sess_lightning.introspection.state import State, is_foreign, note_attributes
+from sess_lightning.introspection.ledger import is_foreign, note_attributes
+from sess_lightning.introspection.state import State
 
 _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RECORDERS = (
