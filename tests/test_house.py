@@ -1,0 +1,40 @@
+"""The house's measures: no module over 400 lines, no class over 300, no function over 40."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sess_lightning
+from sess_lightning import SESSCallback
+
+ROOT = Path(sess_lightning.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+LONG = {"fuse": 58}  # Being rewritten.
+
+
+def too_long(module):
+    """Return what in a module is longer than it may be, each with its lines; docstrings count."""
+    text = module.read_text(encoding="utf-8")
+    found = {module.name: lines} if (lines := len(text.splitlines())) > 400 else {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > (300 if isinstance(node, ast.ClassDef) else LONG.get(node.name, 40)):
+                found[node.name] = lines
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(ROOT)))
+def test_nothing_is_longer_than_the_house_allows(module):
+    assert too_long(module) == {}
+
+
+def test_what_is_too_long_is_seen(tmp_path):
+    module = tmp_path / "long.py"
+    module.write_text("def f():\n" + "    pass\n" * 40 + "class A:\n" + "    a = 1\n" * 400)
+    assert too_long(module) == {"long.py": 442, "f": 41, "A": 401}
+
+
+def test_the_callback_has_its_settings_and_at_most_18_attributes_more():
+    assert len(vars(SESSCallback()).keys() - {"settings"}) <= 18
