@@ -7,6 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+INSERTION, DELETION, OVERALL = "insertion", "deletion", "overall"
+POINTING_GAME, DIFFICULT, RELEVANCE_MASS = "pointing_game", "pointing_game_difficult", "relevance_mass"
+REGION_SHARE, TIED_SHARE = "region_share", "tied_share"
+DRIFT_PREVIOUS, DRIFT_INITIAL = "drift_previous", "drift_initial"
+SELECTION = "selection"
+CURVES = (INSERTION, DELETION)
+"""The scores that are areas under curves, in the order in which curves are kept."""
+OF_REGIONS = (POINTING_GAME, DIFFICULT, RELEVANCE_MASS, REGION_SHARE)
+"""The scores that need boxes or masks."""
+DRIFTS = (DRIFT_PREVIOUS, DRIFT_INITIAL)
+"""How alike a map is to that of an earlier run."""
 ENDS = ("ci_low", "ci_high")
 """The ends of a score's 95 % interval."""
 MINUS = "minus_"
@@ -64,19 +75,19 @@ _UNIT = (0.0, 1.0)
 SCORES = {
     score.key: score
     for score in (
-        Score("insertion", "Insertion", "higher", 0.0, _UNIT),
-        Score("deletion", "Deletion", "lower", 1.0, _UNIT),
-        Score("overall", "Overall", "higher", -1.0, (-1.0, 1.0), "insertion − deletion"),
-        Score("pointing_game", "Pointing Game", "higher", 0.0, _UNIT),
-        Score("pointing_game_difficult", "Pointing Game, difficult", "higher", None, _UNIT),
-        Score("relevance_mass", "Relevance mass", "higher", 0.0, _UNIT, "share inside the object"),
-        Score("region_share", "Object's share of the image", "", None, _UNIT, is_shared=True),
+        Score(INSERTION, "Insertion", "higher", 0.0, _UNIT),
+        Score(DELETION, "Deletion", "lower", 1.0, _UNIT),
+        Score(OVERALL, "Overall", "higher", -1.0, (-1.0, 1.0), "insertion − deletion"),
+        Score(POINTING_GAME, "Pointing Game", "higher", 0.0, _UNIT),
+        Score(DIFFICULT, "Pointing Game, difficult", "higher", None, _UNIT),
+        Score(RELEVANCE_MASS, "Relevance mass", "higher", 0.0, _UNIT, "share inside the object"),
+        Score(REGION_SHARE, "Object's share of the image", "", None, _UNIT, is_shared=True),
         Score("insertion_normalised", "Insertion, normalised", "higher"),
         Score("deletion_normalised", "Deletion, normalised", "lower"),
-        Score("tied_share", "Tied pixels", "", None, _UNIT, "share of a map whose order is arbitrary"),
-        Score("drift_previous", "Like the previous run", "", None, (-1.0, 1.0), "rank correlation of maps"),
-        Score("drift_initial", "Like the first run", "", None, (-1.0, 1.0), "rank correlation of maps"),
-        Score("selection", "Selection", "higher"),
+        Score(TIED_SHARE, "Tied pixels", "", None, _UNIT, "share of a map whose order is arbitrary"),
+        Score(DRIFT_PREVIOUS, "Like the previous run", "", None, (-1.0, 1.0), "rank correlation of maps"),
+        Score(DRIFT_INITIAL, "Like the first run", "", None, (-1.0, 1.0), "rank correlation of maps"),
+        Score(SELECTION, "Selection", "higher"),
         Score("seconds_per_image", "Seconds per image", "lower"),
         _count("n", "explained"),
         _count("curves_n", "with curves", is_shared=False),

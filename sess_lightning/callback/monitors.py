@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from sess_lightning.scores import SCORES, split
+from sess_lightning.scores import DRIFTS, OF_REGIONS, SCORES, SELECTION, split
 
-NEEDS = {"selection": "a validation accuracy: log one, or name its key in accuracy="} | dict.fromkeys(
-    ("pointing_game", "pointing_game_difficult", "relevance_mass", "region_share"),
-    "boxes or masks in the batches",
+NEEDS = {SELECTION: "a validation accuracy: log one, or name its key in accuracy="} | dict.fromkeys(
+    OF_REGIONS, "boxes or masks in the batches"
 )
 """What a score needs to be measured."""
 UNBOUNDED = 1e6
@@ -58,7 +57,7 @@ def unmeasured(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> lis
     """Return what to say of monitored keys that a run did not measure though all went well."""
     told = []
     for name, callbacks in monitors(trainer, prefix).items():
-        if known and name not in known and not name.startswith("drift"):  # The first run has no drift.
+        if known and name not in known and name not in DRIFTS:  # The first run has no drift.
             kinds = " and ".join(sorted({type(callback).__name__ for callback in callbacks}))
             needs = NEEDS.get(name.rpartition("/")[2], "another monitor")
             told.append(f"{kinds} waits for {prefix}/{name}, which no run measures; it needs {needs}.")

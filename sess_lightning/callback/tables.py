@@ -10,6 +10,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
+from sess_lightning.scores import (
+    DELETION,
+    DRIFT_PREVIOUS,
+    DRIFTS,
+    ENDS,
+    INSERTION,
+    OVERALL,
+    POINTING_GAME,
+    REGION_SHARE,
+    RELEVANCE_MASS,
+)
 
 MOST_CLASSES = 100
 
@@ -27,11 +38,11 @@ def class_rows(samples: Samples, name: Callable[[float], str]) -> list[dict[str,
         hits, trials = int(samples.hits[of_class].sum()), int(of_class.sum())
         low, high = wilson(hits, trials)
         rows.append({
-            "class": name(float(target)), "trials": trials, "hits": hits, "pointing_game": hits / trials,
-            "ci_low": low, "ci_high": high, "relevance_mass": _mean(samples.mass[of_class]),
-            "region_share": _mean(samples.share[of_class]),
+            "class": name(float(target)), "trials": trials, "hits": hits, POINTING_GAME: hits / trials,
+            **dict(zip(ENDS, (low, high), strict=True)), RELEVANCE_MASS: _mean(samples.mass[of_class]),
+            REGION_SHARE: _mean(samples.share[of_class]),
         })  # fmt: skip
-    return sorted(rows, key=lambda row: (row["pointing_game"], row["relevance_mass"]))[:MOST_CLASSES]
+    return sorted(rows, key=lambda row: (row[POINTING_GAME], row[RELEVANCE_MASS]))[:MOST_CLASSES]
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
@@ -49,7 +60,7 @@ def standing_out(
     Each with the reason why it is told; samples without the figure are left out.
     """
     overall = samples.insertion - samples.deletion
-    chosen = [("worst explained", overall), ("most drifted", drifts.get("drift_previous", overall[:0]))]
+    chosen = [("worst explained", overall), ("most drifted", drifts.get(DRIFT_PREVIOUS, overall[:0]))]
     return [
         (why, i)
         for why, each in chosen
@@ -67,15 +78,12 @@ def sample_row(
         "target": name(float(samples.targets[i])),
         "prediction": name(float(samples.predicted[i])),
         "score": float(samples.scores[i]),
-        "overall": _finite(samples.insertion[i] - samples.deletion[i]),
-        "insertion": _finite(samples.insertion[i]),
-        "deletion": _finite(samples.deletion[i]),
-        "pointing_game": None if hit == NO_TRIAL else "hit" if hit else "miss",
-        "relevance_mass": _finite(samples.mass[i]),
-        **{
-            key: _finite(drifts[key][i]) if key in drifts else None
-            for key in ("drift_previous", "drift_initial")
-        },
+        OVERALL: _finite(samples.insertion[i] - samples.deletion[i]),
+        INSERTION: _finite(samples.insertion[i]),
+        DELETION: _finite(samples.deletion[i]),
+        POINTING_GAME: None if hit == NO_TRIAL else "hit" if hit else "miss",
+        RELEVANCE_MASS: _finite(samples.mass[i]),
+        **{key: _finite(drifts[key][i]) if key in drifts else None for key in DRIFTS},
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sess_lightning.metrics.functional import Ties, curve_auc, deletion_curve, insertion_curve
 from sess_lightning.metrics.per_sample import PerSample, keep_apart
+from sess_lightning.scores import DELETION, INSERTION
 from sess_lightning.types import Activation
 
 
@@ -72,7 +73,7 @@ class Insertion(_Faithfulness):
 
     higher_is_better = True
     _curve = staticmethod(insertion_curve)
-    _state = "insertion"
+    _state = INSERTION
 
 
 class Deletion(_Faithfulness):
@@ -88,4 +89,4 @@ class Deletion(_Faithfulness):
 
     higher_is_better = False
     _curve = staticmethod(deletion_curve)
-    _state = "deletion"
+    _state = DELETION

@@ -14,6 +14,7 @@ from PIL import Image
 from sess_lightning.reporting.paths import inside, write_whole
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.sink import Sink, columns_of, pictures, plain_tables
+from sess_lightning.scores import CURVES
 
 TAIL = 1 << 16
 """More than a line of a table takes, bytes."""
@@ -54,8 +55,8 @@ class FileSink(Sink):
 def _points(report: RunReport) -> Iterator[dict[str, Any]]:
     for method, curves in report.curves.items():
         about = {"method": report.label(method), "n": report.count(method)}
-        for i, (insertion, deletion) in enumerate(curves.T.tolist()):
-            yield {**about, "step_of_curve": i, "insertion": insertion, "deletion": deletion}
+        for i, values in enumerate(curves.T.tolist()):
+            yield {**about, "step_of_curve": i, **dict(zip(CURVES, values, strict=True))}
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from sess_lightning.reporting.panels import Panel, curve_figure
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.sink import LoggerSink, cell, plain_row, score_rows
-from sess_lightning.scores import SCORES, split
+from sess_lightning.scores import CURVES, SCORES, split
 
 
 class WandbSink(LoggerSink):
@@ -80,7 +80,7 @@ def _chart(report: RunReport) -> Any:
     lines = {
         f"{kind}, {name}": curve[row].tolist()
         for name, curve in report.labelled_curves().items()
-        for row, kind in enumerate(("insertion", "deletion"))
+        for row, kind in enumerate(CURVES)
     }
     share = np.linspace(0, 1, len(next(iter(lines.values())))).tolist()
     return wandb.plot.line_series(

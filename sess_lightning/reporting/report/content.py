@@ -8,20 +8,31 @@ from typing import Any, NamedTuple
 
 from sess_lightning.reporting.report.charts import Chart, Line, Point, line_chart
 from sess_lightning.reporting.report.records import RunRecord
-from sess_lightning.scores import SCORES, Key, Score, build, split
+from sess_lightning.scores import (
+    CURVES,
+    DRIFT_INITIAL,
+    DRIFT_PREVIOUS,
+    OVERALL,
+    POINTING_GAME,
+    REGION_SHARE,
+    RELEVANCE_MASS,
+    SCORES,
+    Key,
+    Score,
+    build,
+    split,
+)
 
 CONTROLS = ("random", "centre")
 STYLES = {"base": "base", "random": "random", "centre": "centre"}
 FURTHER = 5
 """Styles for methods of other names."""
-ORDER = [SCORES["overall"], *(score for score in SCORES.values() if score.key != "overall")]
+ORDER = [SCORES[OVERALL], *(score for score in SCORES.values() if score.key != OVERALL)]
 """The score that sums up comes first."""
-TILES = ("overall", "pointing_game", "relevance_mass", "insertion", "deletion")
-COMPARED = ("overall", "pointing_game", "relevance_mass")
+COMPARED = (OVERALL, POINTING_GAME, RELEVANCE_MASS)
 """Scores whose differences have a chart; those of all others are in the table."""
-BESIDE = {
-    "region_share": ("relevance_mass", "object size"), "drift_initial": ("drift_previous", "first run"),
-}  # fmt: skip
+TILES = (*COMPARED, *CURVES)
+BESIDE = {REGION_SHARE: (RELEVANCE_MASS, "object size"), DRIFT_INITIAL: (DRIFT_PREVIOUS, "first run")}
 """Score -> the score in whose chart it is drawn, and the name of its line there."""
 SMALL = 0.01
 """Differences up to here fill no chart: an axis of their own size would make noise look like a finding."""
@@ -109,7 +120,7 @@ class Content:
             for method in self.methods
             if (key := build(score.key, method)) in last.scalars
         ]
-        name = f"{score.label} = {score.note}" if score.key == "overall" else score.label
+        name = f"{score.label} = {score.note}" if score.key == OVERALL else score.label
         return Tile(name, f"{last.scalars[score.key]:.3f}", _interval(last, score.key), note, rows)
 
     def charts(self) -> Iterator[Chart]:
@@ -137,7 +148,7 @@ class Content:
             yield Sketch(key, self._line("", key, "metric", "metrics"), note="logged by the model")
 
     def _values(self, score: Score) -> Sketch:
-        name = "previous run" if score.key == "drift_previous" else self.last.method
+        name = "previous run" if score.key == DRIFT_PREVIOUS else self.last.method
         lines = self._line(name, score.key, "own")
         for method in self.methods:
             lines += self._line(self._label(method), build(score.key, method), self.styles[method])
@@ -200,7 +211,7 @@ class Content:
         """Return a table of all there is: a row per score, a column per method and per difference."""
         methods, columns = self.methods, ["score", record.method]
         for method in methods:
-            name = _name(record, method, SCORES["overall"])
+            name = _name(record, method, SCORES[OVERALL])
             columns += [name, f"{record.method} − {label(record, method)}"]
         rows = []
         for score in ORDER:
@@ -297,7 +308,7 @@ def _name(record: RunRecord, method: str, score: Score) -> str:
     """Return a compared method's name, and on how many images a score stands if those are fewer."""
     count, all_of_them = _count(record, method), _count(record, "")
     few = count is not None and all_of_them is not None and count < all_of_them
-    of_curves = score.key.partition("_")[0] in ("insertion", "deletion", "overall")
+    of_curves = score.key.partition("_")[0] in (*CURVES, OVERALL)
     return f"{label(record, method)} (n={count:.0f})" if few and of_curves else label(record, method)
 
 
