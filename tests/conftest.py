@@ -1,6 +1,7 @@
 """Fixtures for all rooms; `formula.py` holds weights and pictures that no random generator draws."""
 
 import copy
+import logging
 import os
 
 import pytest
@@ -68,3 +69,17 @@ def unchecked():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def told(caplog, monkeypatch):
+    """What Lightning's Trainer is told in lines of text."""
+    for name in (
+        "lightning",
+        "lightning.pytorch",
+        "lightning_utilities",
+        "lightning.pytorch.utilities.rank_zero",
+    ):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    caplog.set_level(logging.INFO)
+    return lambda: [record.getMessage() for record in caplog.records if "SESSCallback" in record.getMessage()]

@@ -130,16 +130,26 @@ def find_activation(model: nn.Module) -> Activation | None:
         told = getattr(vars(module).get("config"), "problem_type", None)
         if told in ("multi_label_classification", "single_label_classification"):
             return "sigmoid" if told.startswith("multi") else "softmax"
-    kinds = {type(module) for module in model.modules()}
-    functions = [function for module in model.modules() for function in _held_functions(module)]
-    held = {kind.__name__ for kind in kinds} | {function.__name__ for function in functions}
-    methods = [method for kind in kinds for method in _methods(kind)]
-    called = {name for function in (*functions, *methods) for name in _called(function)}
-    for names in (held, called):
+    for names in _names(model):
         said = {says for name in names if (says := _activation_of(name)) is not None}
         if said:
             return said.pop() if len(said) == 1 else None
     return None
+
+
+def takes_probabilities(model: nn.Module) -> bool:
+    """Return whether a loss that a module holds, or calls by name, is computed from probabilities."""
+    plain = {name.lower().replace("_", "") for names in _names(model) for name in names}
+    return bool(plain & {"bceloss", "binarycrossentropy"})
+
+
+def _names(model: nn.Module) -> tuple[set[str], set[str]]:
+    """Return the names of what a module holds, and of what its own code calls."""
+    kinds = {type(module) for module in model.modules()}
+    functions = [function for module in model.modules() for function in _held_functions(module)]
+    held = {kind.__name__ for kind in kinds} | {function.__name__ for function in functions}
+    methods = [method for kind in kinds for method in _methods(kind)]
+    return held, {name for function in (*functions, *methods) for name in _called(function)}
 
 
 def _activation_of(name: str) -> Activation | None:

@@ -74,8 +74,8 @@ class Examiner:
         """
         known = self.metric(model).methods[OWN].activation
         samples = read_batch(batch, self._settings.batch_adapter, activation=known)
-        self.watcher.settle(samples.labels if samples.items is None else None)
-        said = samples.activation or self.watcher.activation
+        self.watcher.settle(model, samples.labels if samples.items is None else None)
+        said = self.watcher.activation(samples.activation)
         if self.plan is None and said is not None:
             self._metric, self._activation = None, said
         elif said == "sigmoid" != known:

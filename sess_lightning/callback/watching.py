@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sess_lightning.callback.classes import takes_probabilities
 from sess_lightning.introspection.calls import calling
-from sess_lightning.introspection.logits import log_scores
+from sess_lightning.introspection.logits import log_scores, logits_of
+from sess_lightning.introspection.probabilities import Ending, Endings, ending_of, to_logits
 from sess_lightning.introspection.witness import Call, Seen, Witness, is_compiled
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN
@@ -39,6 +42,8 @@ class Watcher:
         self._seen: Seen | None = None
         self._open = ExitStack()
         self._is_proven = False
+        self._ending: Ending | None = None
+        self._outputs = 0  # Of an image; 0 until some were seen, and with them what they end in.
 
     @property
     def text(self) -> str:
@@ -48,12 +53,14 @@ class Watcher:
         if self._call is None:
             return "explains module(images); forward= says it if that is not what is validated"
         doubts = f" ({self._call.doubts}; forward= decides)" if self._call.doubts else ""
-        return f"explains {self._call.text}{doubts}"
+        ending = f"; {self._ending}" if self._ending else ""
+        return f"explains {self._call.text}{doubts}{ending}"
 
     def start(self) -> None:
         """Begin to fit, validate or test."""
         self.leave()
         self._call, self._is_settled, self._is_proven = None, False, False
+        self._ending, self._outputs = None, 0
 
     def look(self, model: nn.Module) -> None:
         """Watch the step that comes."""
@@ -76,22 +83,36 @@ class Watcher:
         """How many logits the model gave in the last step; None if none were seen."""
         return None if self._seen is None or self._seen.logits is None else self._seen.logits.shape[1]
 
-    @property
-    def activation(self) -> Activation | None:
-        """How logits become probabilities, by the loss that was seen; None if none says."""
-        return None if self._call is None else self._call.activation
+    def activation(self, labels: Activation | None) -> Activation | None:
+        """Return how logits become probabilities: by the model itself, by labels, or by the loss; else None.
 
-    def settle(self, labels: Tensor | None) -> None:
+        Args:
+            labels: What labels say.
+        """
+        if self._ending is not None:
+            return "sigmoid" if self._ending.kind == "sigmoid" else "softmax"
+        return labels or (None if self._call is None else self._call.activation)
+
+    def settle(self, model: nn.Module, labels: Tensor | None) -> None:
         """Settle after the first step what is called.
 
         Args:
+            model: What was watched.
             labels: Class of each image; None where images have several, or none.
         """
         if self._witness is not None:
             self._call = self._witness.call(labels)
             self._seen = self._witness.seen(self._call)
             self._witness = None
+            if self._call is not None and self._seen.logits is not None:
+                self._read(model, self._seen.logits, self._call.ending)
+                self._call = replace(self._call, ending=self._ending)
         self._is_settled = True
+
+    def _read(self, model: nn.Module, outputs: Float[Tensor, "B N"], noted: Ending | None) -> None:
+        """Settle, once, what outputs end in."""
+        self._ending = noted or ending_of(outputs, takes_probabilities(model))
+        self._outputs = outputs.shape[1]
 
     def fed(self, batch: Batch) -> Batch:
         """Return a batch with the images that the step fed to the model, and the call's other rows."""
@@ -110,15 +131,22 @@ class Watcher:
         """Return validation's logits of some images of the batch."""
         if self._seen is None or self._seen.logits is None or max(places) >= len(self._seen.logits):
             return None
-        return self._seen.logits[places]
+        return to_logits(self._seen.logits[places], self._ending)
 
     def bound(self, model: nn.Module, samples: Batch) -> AbstractContextManager[None]:
-        """Have ``model(images)`` make the call that was watched."""
-        if self._forward is not None:
-            return calling(model, self._forward)
+        """Have ``model(images)`` make the call that was watched, and return logits."""
         if self._call is None:
-            return nullcontext()
+            return calling(model, self._logits)
         return self._call.bound(model, tuple(samples.context[0]) if samples.context else ())
+
+    def _logits(self, model: nn.Module, images: Tensor) -> Float[Tensor, "B N"]:
+        """Return the logits of a call that was not watched; the first tells what its outputs end in."""
+        with Endings() if self._ending or not self._outputs else nullcontext() as endings:
+            forward = model.forward if self._forward is None else partial(self._forward, model)
+            outputs = logits_of(forward(images))
+            if not self._outputs:
+                self._read(model, outputs, None if endings is None else endings.of(outputs))
+            return to_logits(outputs, self._ending, endings)
 
     def doubt(self, metric: SESSMetric, validated: Float[Tensor, "B N"] | None) -> str:
         """Return what to warn of if the explained model is not the validated one, once; else nothing.
@@ -127,10 +155,16 @@ class Watcher:
             metric: Has just scored the images.
             validated: Validation's own logits of them; None where they are not known.
         """
+        activation = metric.methods[OWN].activation
+        if self._call is None and self._ending is not None and not self._is_proven:
+            self._is_proven = True
+            told = f"{self.text}; {self._ending}."
+            if self._ending.kind == "sigmoid" != activation and self._outputs > 1:
+                told += ' Scored by a softmax: say SESSCallback(SESS(GradCAM(activation="sigmoid"))).'
+            return told
         if validated is None or self._is_proven or len(validated) != len(metric.targets[-1]):
             return ""
         self._is_proven = True
-        activation = metric.methods[OWN].activation
         expected = log_scores(validated, metric.targets[-1], activation).exp()
         away = float((metric.ends[-1][:, 0] - expected).abs().max())
         if not away > LARGEST:

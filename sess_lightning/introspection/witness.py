@@ -16,11 +16,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from typing_extensions import override
 
 from sess_lightning.introspection.calls import calling, hooked
+from sess_lightning.introspection.probabilities import (
+    Ending,
+    Endings,
+    is_same,
+    noting,
+    to_logits,
+)
 from sess_lightning.types import Activation
 
 MOST_CHANNELS = 16
@@ -58,6 +64,7 @@ class Call:
         doubts: What was assumed, empty where nothing was.
         activation: How the logits become probabilities, by the loss that was computed from them.
         turn: Which of the module's calls of this form in one step it is, from 0.
+        ending: What the model makes of its logits before it returns them: a softmax, a sigmoid.
     """
 
     module: str
@@ -70,6 +77,7 @@ class Call:
     doubts: str = ""
     activation: Activation | None = None
     turn: int = 0
+    ending: Ending | None = None
 
     def is_made_by(self, record: _Record) -> bool:
         """Return whether a record is of this call."""
@@ -93,8 +101,9 @@ class Call:
             args, kwargs = tree_unflatten(leaves, self.spec)
             called = module.get_submodule(self.module)
             # The watched module's own forward is called as its step does, without its hooks.
-            output = called.forward(*args, **kwargs) if not self.module else called(*args, **kwargs)
-            return logits_at(output, self.path)
+            with noting(self.ending) as endings:
+                output = called.forward(*args, **kwargs) if not self.module else called(*args, **kwargs)
+                return to_logits(logits_at(output, self.path), self.ending, endings)
 
         with calling(root, call):
             yield
@@ -154,6 +163,7 @@ class _Record:
     depth: int
     turn: int
     is_inner: bool
+    passed: tuple[int, int]
     output: Any = None
 
 
@@ -161,23 +171,30 @@ _Candidate = tuple[_Record, tuple[Step, ...], Tensor]
 """A call, and an output of it that may be the logits."""
 
 
-class _Reading(TorchFunctionMode):
-    """Notes which tensors losses are computed from, and which classes are read off."""
+class _Reading(Endings):
+    """Notes which tensors losses are computed from, and which classes are read off.
 
-    def __init__(self) -> None:
-        self.losses: list[Tensor] = []
+    Args:
+        open_: The calls that have begun: what these read off themselves, as gates do, says nothing.
+    """
+
+    def __init__(self, open_: list[_Record]) -> None:
+        super().__init__()
+        self._open = open_
+        self.losses: list[tuple[str, Tensor]] = []
         self.readings: list[Tensor] = []
-        self.activations: list[Activation | None] = []  # By loss.
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in LOSSES or name in READINGS:
+            reads = name in READINGS or name == "log_softmax"
             given = args[0] if args else (kwargs or {}).get("input")
-            if isinstance(given, Tensor):
-                (self.losses if name in LOSSES else self.readings).append(given)
-                self.activations += [LOSSES[name]] if name in LOSSES else []
-        return func(*args, **(kwargs or {}))
+            # Attention's softmaxes have more axes.
+            if isinstance(given, Tensor) and given.ndim < 3 and not (reads and self._open):
+                self.readings += [given] if name in READINGS else []
+                self.losses += [(name, given)] if name in LOSSES else []
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class Witness:
@@ -192,7 +209,7 @@ class Witness:
         self._channels = channels
         self._records: list[_Record] = []
         self._open: list[_Record] = []
-        self._reading = _Reading()
+        self._reading = _Reading(self._open)
         self._stack = ExitStack()
         if is_compiled(root):  # Hooks and modes would have it compiled anew, or not be seen.
             return
@@ -221,7 +238,8 @@ class Witness:
         # Features have another number of channels than the images that a surrounding call was given.
         outer = self._open[0].leaves[self._open[0].place] if self._open else leaves[place]
         is_inner = leaves[place].shape[1] != outer.shape[1]
-        record = _Record(name, leaves, spec, place, len(self._open), turn, is_inner)
+        passed = len(self._reading.passed)
+        record = _Record(name, leaves, spec, place, len(self._open), turn, is_inner, (passed, passed))
         self._records.append(record)
         self._open.append(record)
 
@@ -230,7 +248,7 @@ class Witness:
         if name in names:
             while (record := self._open.pop()).module != name:
                 pass
-            record.output = output
+            record.output, record.passed = output, (record.passed[0], len(self._reading.passed))
 
     def call(self, labels: Tensor | None = None) -> Call | None:
         """Return the call that made the logits; None if no call took images and gave a score per class.
@@ -245,8 +263,8 @@ class Witness:
         found = self._candidates(labels)
         if not found:
             return None
-        for evidence in (self._reading.losses, self._reading.readings):
-            read = [one for one in found if any(_same(one[2], tensor) for tensor in evidence)]
+        for evidence in ([tensor for _, tensor in self._reading.losses], self._reading.readings):
+            read = [one for one in found if any(is_same(one[2], tensor) for tensor in evidence)]
             found = read or found
             if read:
                 break
@@ -295,12 +313,13 @@ class Witness:
             doubts = f"{doubts}; {repeated}" if doubts else repeated
         text = _in_words(record, path)
         leaves = [None if i == record.place or i in rows else leaf for i, leaf in enumerate(record.leaves)]
-        losses = zip(self._reading.losses, self._reading.activations, strict=True)
-        says = {activation for tensor, activation in losses if _same(logits, tensor)}
+        losses = {name for name, tensor in self._reading.losses if is_same(logits, tensor)}
+        says = {LOSSES[name] for name in losses}
         said = says.pop() if len(says) == 1 else None
+        ending = self._reading.of(logits, slice(*record.passed))
         return Call(
             record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts, said,
-            record.turn,
+            record.turn, ending,
         )  # fmt: skip
 
 
@@ -341,10 +360,6 @@ def _fits(logits: Tensor, count: int, labels: Tensor | None) -> bool:
     if labels is None or labels.is_floating_point() or labels.ndim != 1:
         return logits.ndim == 2
     return int(labels.max()) < classes
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.data_ptr() == other.data_ptr() and one.numel() == other.numel())
 
 
 def _agreement(logits: Tensor, labels: Tensor | None) -> float:

@@ -274,6 +274,21 @@ def test_of_several_calls_the_one_that_is_validated_is_seen_and_explained(shape)
     assert not call.doubts  # The loss decides.
 
 
+def test_what_a_model_reads_off_itself_is_not_taken_for_its_answer():
+    class Gates(Step):
+        def __init__(self):
+            super().__init__()
+            self.gate = filled_net(4)
+
+        def forward(self, images):
+            return self.net(self.gate(images).sigmoid().mean() * images)
+
+        def step(self, batch):
+            self(batch["image"])
+
+    assert watched(Gates().eval(), fresh()).text == "the module called as forward(images)"
+
+
 def test_labels_that_fit_no_logits_do_not_have_features_taken_for_them():
     module = Step().eval()
     module.step = lambda batch: module(batch["image"]).argmax(1).sum()
