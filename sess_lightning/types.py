@@ -97,6 +97,25 @@ class SaliencyMethod(ABC):
         maps, scores = self.explain(model, images, targets)
         return Extraction(maps, scores.log())
 
+    def extract_part(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Any:
+        """Return what ``join_parts`` makes an ``Extraction`` of: what can wait until all batches are there.
+
+        On an accelerator, small steps cost as much for all images as for a batch of them.
+        """
+        return self.extract(model, images, targets)
+
+    def join_parts(
+        self,
+        parts: Sequence[Any],
+        targets: Int[Tensor, " N"],  # noqa: ARG002
+        size: tuple[int, int],  # noqa: ARG002
+    ) -> Extraction:
+        """Return the extraction of several batches of images of one size, from their ``extract_part``."""
+        maps, logs, ends = zip(*parts, strict=True)
+        return Extraction(torch.cat(maps), torch.cat(logs), None if ends[0] is None else torch.cat(ends))
+
     def explain_classes(
         self, model: nn.Module, image: Float[Tensor, "1 C H W"], targets: Int[Tensor, " T"]
     ) -> Explanation:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sess_lightning.batching import batch_limit, in_batches, stacked
 from sess_lightning.engine.fusion import crop, crop_strips
-from sess_lightning.engine.windows import Plan, windows
+from sess_lightning.engine.windows import Plan, WindowStream, windows
 from sess_lightning.introspection.logits import classify, log_scores
 from sess_lightning.types import Activation, Extraction, SaliencyMethod
 
@@ -63,27 +63,31 @@ class WindowExtractor:
 
     def score(self, model: nn.Module, activation: Activation) -> Scored:
         """Score all windows, by forward passes that give no maps."""
-        cut = windows(self.images, self.plan, self.antialias)
-        logits = torch.cat([*in_batches(lambda part, _: classify(model, stacked(part)), cut, self._limit)])
-        logits = logits.unflatten(0, (-1, len(self.plan))).expand(len(self.targets), -1, -1)
+        stream, limit = self._stream()
+        found = in_batches(lambda _, which: classify(model, stream.take(which)), range(len(stream)), limit)
+        logits = stream.gathered(torch.cat([*found])).expand(len(self.targets), -1, -1)
         of_window = self.targets[:, None].expand(-1, len(self.plan))
         logs = log_scores(logits.flatten(0, 1), of_window.flatten(), activation)
         return Scored(self.numbers, logs.view(-1, len(self.plan)), None)
 
     def extract(self, model: nn.Module, method: SaliencyMethod) -> Scored:
         """Score and explain all windows; those of a single image pass once for all targets."""
-        cut, count = windows(self.images, self.plan, self.antialias), len(self.plan)
+        stream, limit = self._stream()
         if len(self.images) == len(self.targets):
-            of_window = self.targets.repeat_interleave(count)
-            extractions = in_batches(
-                lambda part, which: method.extract(model, stacked(part), of_window[which]), cut, self._limit
+            of_window, side = stream.spread(self.targets), self.plan.window
+            parts = in_batches(
+                lambda _, which: method.extract_part(model, stream.take(which), of_window[which]),
+                range(len(stream)),
+                limit,
             )
-            parts = [(self.maps_of(part), part.log_scores) for part in extractions]
-            maps, logs = (torch.cat(column).unflatten(0, (-1, count)) for column in zip(*parts, strict=True))
+            joined = method.join_parts([*parts], of_window, (side, side))
+            maps, logs = (stream.gathered(values) for values in (self.maps_of(joined), joined.log_scores))
             return Scored(self.numbers, logs, maps)
         shared = [
             *in_batches(
-                lambda part, _: method.extract_classes(model, stacked(part), self.targets), cut, self._limit
+                lambda _, which: method.extract_classes(model, stream.take(which), self.targets),
+                range(len(stream)),
+                limit,
             )
         ]
         maps = torch.cat([torch.stack([self.maps_of(one) for one in part]) for part in shared], 1)
@@ -95,21 +99,22 @@ class WindowExtractor:
     ) -> Iterator[Extraction]:
         """Yield what a method says about some windows of each target, target by target, in full batches."""
         of_window = self.targets.repeat_interleave(which.shape[1])
+        limit = batch_limit(self.batch_size, self.images)
         return in_batches(
             lambda part, place: method.extract(model, stacked(part), of_window[place]),
-            self._cut(which),
-            self._limit,
+            self._cut(which, limit),
+            limit,
         )
 
     def maps_of(self, extraction: Extraction) -> Float[Tensor, "B h w"]:
         """Return the maps, stretched or in their own strength."""
         return extraction.maps if self.stretch else extraction.unscaled
 
-    @property
-    def _limit(self) -> int:
-        return batch_limit(self.batch_size, self.images)
+    def _stream(self) -> tuple[WindowStream, int]:
+        limit = batch_limit(self.batch_size, self.images)
+        return WindowStream(self.images, self.plan, self.antialias, limit), limit
 
-    def _cut(self, which: Int[Tensor, "T K"]) -> Iterator[Float[Tensor, "C w w"]]:
+    def _cut(self, which: Int[Tensor, "T K"], limit: int) -> Iterator[Float[Tensor, "C w w"]]:
         images = self.images.expand(len(self.targets), -1, -1, -1)
         if which.shape[1] == len(self.plan):
             return windows(images, self.plan, self.antialias)
@@ -117,5 +122,5 @@ class WindowExtractor:
         return chain.from_iterable(
             crop(image, rows, columns, part)
             for image, of_image in zip(images, which, strict=True)
-            for part in of_image.split(self._limit)
+            for part in of_image.split(limit)
         )

@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sess_lightning.engine.windows import Plan, chunked
+from sess_lightning.engine.windows import Plan
 from sess_lightning.ops import ROUNDING, blur, full_precision, resize_matrix
 
 Fusion: TypeAlias = Literal["mean", "max", "average"]
+CPU_BYTES, DEVICE_BYTES = 16 * 4 * 224 * 224, 2**28
+"""How much of canvases to draw at a time: larger leaves a CPU's caches; an accelerator waits for its host."""
 
 
 class Strips(NamedTuple):
@@ -129,15 +131,14 @@ def channel_weights(log_scores: Float[Tensor, "*B P"]) -> Float[Tensor, "*B P"]:
 
 
 def fuse(
-    maps: Iterable[Float[Tensor, "h w"]],
-    weights: Float[Tensor, " K"],
+    parts: Iterable[Float[Tensor, "B _ h w"]],
+    weights: Float[Tensor, "B K"],
     strips: tuple[Strips, Strips],
-    which: Int[Tensor, " K"],
+    which: Int[Tensor, "B K"],
     *,
     theta: float = 0.0,
     fusion: Fusion = "mean",
-    chunk: int = 16,
-) -> Float[Tensor, "H W"]:
+) -> Float[Tensor, "B H W"]:
     """Lay weighted maps where their windows were; take the mean (or the maximum) of what exceeds ``theta``.
 
     Equation 2 of the paper, before its min-max. A running sum and a count are all that is kept, whatever the
@@ -152,40 +153,47 @@ def fuse(
     pixels: windows with a low weight would lose their votes.
 
     Args:
-        maps: One map per window, on the grid that ``strips`` were made for: a tensor (K, h, w), or a stream.
+        parts: Each image's maps, on the grid that ``strips`` were made for, some windows at a time; for as
+            many there is a canvas of the images' size at a time (``canvases`` says how many are worth it).
         weights: Channel-wise weights, the best window's being 1.
         strips: From ``canvas_strips``.
         which: The window each map belongs to.
         theta: Threshold, as a fraction of the top weight; 0 stands for 1e-6 of each window's own weight.
         fusion: ``"mean"`` (the paper), ``"max"``, or ``"average"``: the sum over all windows divided by their
             number, also where they do not lie and whatever ``theta`` (Figure 9's comparison).
-        chunk: How many canvases exist at a time.
     """
     rows, columns = strips
     size = rows.matrices.shape[-1], columns.matrices.shape[-1]
-    total = weights.new_zeros(size, dtype=torch.float32)
-    count = torch.zeros_like(total)
-    parts = zip(chunked(maps, chunk), weights.split(chunk), which.split(chunk), strict=True)
-    for part, weight, window in parts:
+    total = weights.new_zeros((len(weights), *size), dtype=torch.float32)
+    count, done = torch.zeros_like(total), 0
+    for part in parts:
+        some = slice(done, done := done + part.shape[1])
+        weight, window = weights[:, some, None, None], which[:, some]
         with full_precision(total.device):
-            weighted = part.to(torch.float32) * weight[:, None, None]
+            weighted = part.to(torch.float32) * weight
             drawn = (
                 rows.matrices[rows.strip_of[window]].mT
                 @ weighted
                 @ columns.matrices[columns.strip_of[window]]
             )
         if fusion == "average":
-            total += drawn.sum(0)
-            count += len(part)
+            total += drawn.sum(1)
             continue
-        counts = drawn > (ROUNDING * weight).clamp(min=theta)[:, None, None]
+        counts = drawn > (ROUNDING * weight).clamp(min=theta)
         votes = drawn.mul_(counts)
         if fusion == "max":
-            total = torch.maximum(total, votes.amax(0))
+            total = torch.maximum(total, votes.amax(1))
         else:
-            total += votes.sum(0)
-            count += counts.sum(0)
-    return total if fusion == "max" else total / count.clamp(min=1)
+            total += votes.sum(1)
+            count += counts.sum(1)
+    if fusion == "max":
+        return total
+    return total / (done if fusion == "average" else count.clamp(min=1))
+
+
+def canvases(size: tuple[int, int], device: torch.device) -> int:
+    """Return how many canvases of ``size`` to draw at a time: what a CPU's caches hold, or plenty."""
+    return max(1, (CPU_BYTES if device.type == "cpu" else DEVICE_BYTES) // (4 * size[0] * size[1]))
 
 
 def smooth(maps: Float[Tensor, "B H W"], kernel_size: int = 11, sigma: float = 5.0) -> Float[Tensor, "B H W"]:

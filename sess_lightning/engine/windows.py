@@ -5,17 +5,20 @@ Source: Tursun et al., "SESS: Saliency Enhancing with Scaling and Sliding", ECCV
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, islice
-from typing import NamedTuple
+from itertools import accumulate, chain, islice
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sess_lightning.batching import stacked
 from sess_lightning.ops import resize
+
+Box: TypeAlias = tuple[int, int, int, int]
 
 
 class Plan(NamedTuple):
@@ -31,7 +34,7 @@ class Plan(NamedTuple):
     size: tuple[int, int]
     window: int
     scales: tuple[tuple[int, int], ...]
-    boxes: tuple[tuple[tuple[int, int, int, int], ...], ...]
+    boxes: tuple[tuple[Box, ...], ...]
 
     def __len__(self) -> int:
         return sum(map(len, self.boxes))
@@ -73,7 +76,7 @@ def window_boxes(height: int, width: int, window: int, stride: int) -> Int[Tenso
     return torch.tensor(_boxes(height, width, window, stride))
 
 
-def _boxes(height: int, width: int, window: int, stride: int) -> tuple[tuple[int, int, int, int], ...]:
+def _boxes(height: int, width: int, window: int, stride: int) -> tuple[Box, ...]:
     if window < 1 or not 1 <= stride <= window:
         raise ValueError(
             f"SESS: stride {stride} with window {window}; use a window >= 1 and 1 <= stride <= window, "
@@ -105,11 +108,117 @@ def windows(
     images: Float[Tensor, "B C H W"], plan: Plan, antialias: bool = True
 ) -> Iterator[Float[Tensor, "C w w"]]:
     """Yield the windows image by image, scale by scale, row by row; only one scaled image lives at a time."""
-    for image in images:
+    for image in images.split(1):
         for scale, boxes in zip(plan.scales, plan.boxes, strict=True):
-            scaled = resize(image[None], scale, antialias)[0]
-            for x0, y0, x1, y1 in boxes:
-                yield scaled[:, y0:y1, x0:x1]
+            yield from _views(resize(image, scale, antialias), boxes)
+
+
+def _views(image: Float[Tensor, "1 C _ _"], boxes: Sequence[Box]) -> list[Float[Tensor, "C w w"]]:
+    return [image[0, :, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes]
+
+
+class WindowStream:
+    """All windows of images, cut when they are asked for and dropped once later ones are.
+
+    On a CPU each image is scaled by itself and windows are views until they are batched. An accelerator waits
+    for its host rather than for memory: there, a scale's windows of several images are cut by one kernel, so
+    that they stream scale by scale within such a group of images.
+
+    Args:
+        images: To cut.
+        plan: Where the windows lie.
+        antialias: Antialias when a scale is smaller than the image.
+        limit: Windows in a batch; of a scale no more than twice as many are cut at a time, or one image's.
+        together: Whether to cut a scale's windows by one kernel; None does on an accelerator.
+    """
+
+    def __init__(
+        self,
+        images: Float[Tensor, "B C H W"],
+        plan: Plan,
+        antialias: bool = True,
+        limit: int = 1,
+        together: bool | None = None,
+    ) -> None:
+        self._images, self._plan, self._antialias = images, plan, antialias
+        self._together = images.device.type != "cpu" if together is None else together
+        self._group = max(1, 2 * limit // max(map(len, plan.boxes))) if self._together else 1
+        self._source, self._end = self._blocks(), 0
+        self._held: deque[tuple[int, Sequence[Tensor] | Tensor]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._images) * len(self._plan)
+
+    def take(self, which: slice) -> Float[Tensor, "K C w w"]:
+        """Return a batch of windows, channels last, that the caller may write to.
+
+        What lies before the beginning of ``which`` cannot be had any more afterwards.
+        """
+        while self._end < min(which.stop, len(self)):
+            block = next(self._source)
+            self._held.append((self._end, block))
+            self._end += len(block)
+        while self._held[0][0] + len(self._held[0][1]) <= which.start:
+            self._held.popleft()
+        parts = [
+            block[max(0, which.start - begin) : which.stop - begin]
+            for begin, block in self._held
+            if begin < which.stop
+        ]
+        if self._together:
+            return torch.cat(cast(list[Tensor], parts))
+        return stacked([*chain.from_iterable(parts)])
+
+    def spread(self, values: Shaped[Tensor, " B"]) -> Shaped[Tensor, " N"]:
+        """Return each window's value, in the stream's order, from one value per image."""
+        return values[self._order[0]]
+
+    def gathered(self, values: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "B P ..."]:
+        """Return per image, in the plan's order, what windows in the stream's order have given."""
+        in_order: Tensor = values[self._order[1]]
+        return in_order.unflatten(0, (-1, len(self._plan)))
+
+    @property
+    def _order(self) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+        counts = tuple(map(len, self._plan.boxes))
+        return _stream_order(len(self._images), counts, self._group, self._images.device)
+
+    def _blocks(self) -> Iterator[Sequence[Tensor] | Tensor]:
+        for images in self._images.split(self._group):
+            for scale, boxes in zip(self._plan.scales, self._plan.boxes, strict=True):
+                scaled = resize(images, scale, self._antialias)
+                if not self._together:
+                    yield _views(scaled, boxes)
+                    continue
+                rows, columns = (_pixels(boxes, axis, scaled.device) for axis in (1, 0))
+                cut = scaled.permute(0, 2, 3, 1)[:, rows[:, None, :, None], columns[:, None]]
+                yield cut.flatten(0, 2).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _pixels(boxes: tuple[Box, ...], axis: int, device: torch.device) -> Int[Tensor, "S w"]:
+    """Return the rows (axis 1) or columns (axis 0) of each distinct window position on that axis."""
+    spans = sorted({(box[axis], box[axis + 2]) for box in boxes})
+    return torch.tensor([[*range(start, stop)] for start, stop in spans], device=device)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _stream_order(
+    images: int, counts: tuple[int, ...], group: int, device: torch.device
+) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """Return the image of each window in a stream, and each image's windows' places in it."""
+    image_of: list[int] = []
+    place_of: dict[tuple[int, int, int], int] = {}
+    for first in range(0, images, group):
+        for scale, count in enumerate(counts):
+            for image in range(first, min(first + group, images)):
+                for window in range(count):
+                    place_of[image, scale, window] = len(image_of)
+                    image_of.append(image)
+    places = [place_of[key] for key in sorted(place_of)]
+    return torch.tensor(image_of, device=device), torch.tensor(places, device=device)
 
 
 def chunked(items: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:

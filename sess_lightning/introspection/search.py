@@ -294,9 +294,10 @@ def _probe(traced: Trace) -> Float[Tensor, ""]:
     logits = traced.logits
     mix = torch.linspace(1, 2, logits.shape[1], device=logits.device, dtype=logits.dtype)
     before_head = [
-        features
-        for _, features, _ in traced.passages
-        if features.ndim == 2 and features.shape[1] != logits.shape[1]
+        tensor
+        for _, features, given in traced.passages
+        for tensor in (given, features)
+        if tensor is not None and tensor.ndim == 2 and tensor.shape[1] != logits.shape[1]
     ]
     if not logits.any() and before_head:
         # A head of zeros, as an untrained torchvision ViT has, stops every gradient: look in front of it.

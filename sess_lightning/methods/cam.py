@@ -81,29 +81,59 @@ class _FromFeatures(SaliencyMethod):
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Extraction:
         """Return maps on the layer's grid, and log-scores, from one forward."""
+        return self.join_parts([self._combined(model, images, targets)], targets, size_of(images))
+
+    def extract_part(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Any:
+        """Return maps as they are combined, and logits, from one forward."""
+        if not self._extracts_by_itself:
+            return super().extract_part(model, images, targets)
+        return self._combined(model, images, targets)
+
+    def join_parts(
+        self, parts: Sequence[Any], targets: Int[Tensor, " N"], size: tuple[int, int]
+    ) -> Extraction:
+        """Return the extraction of several batches of images of one size, from their ``extract_part``."""
+        if isinstance(parts[0], Extraction):
+            return super().join_parts(parts, targets, size)
+        maps, logits = (torch.cat(column) for column in zip(*parts, strict=True))
+        return self._extraction(maps, logits, targets, size)
+
+    def _combined(
+        self, model: nn.Module, images: Tensor, targets: Tensor
+    ) -> tuple[Float[Tensor, "B h w"], Float[Tensor, "B N"]]:
         with explaining(model):
-            evidence = layer_evidence(model, self.target_layer, images, targets, self._evidence)
-            return self._extraction(*evidence, targets, size_of(images))
+            features, gradients, logits = layer_evidence(
+                model, self.target_layer, images, targets, self._evidence
+            )
+            with torch.no_grad(), full_precision(images.device):
+                return self.combine(features, gradients), logits
 
     def extract_classes(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"]
     ) -> list[Extraction]:
         """Return ``extract`` of all images for each of ``targets``, from one forward."""
-        if type(self).extract is not _FromFeatures.extract:  # A subclass has its own way.
+        if not self._extracts_by_itself:
             return super().extract_classes(model, images, targets)
         with explaining(model):
             each = [target.repeat(len(images)) for target in targets]
             evidence = class_evidence(model, self.target_layer, images, each, self._evidence)
-            return [
-                self._extraction(*found, target, size_of(images))
-                for found, target in zip(evidence, each, strict=True)
-            ]
+            found = []
+            for (features, gradients, logits), target in zip(evidence, each, strict=True):
+                with torch.no_grad(), full_precision(images.device):
+                    maps = self.combine(features, gradients)
+                found.append(self._extraction(maps, logits, target, size_of(images)))
+            return found
 
-    def _extraction(
-        self, features: Tensor, gradients: Tensor, logits: Tensor, targets: Tensor, size: tuple[int, int]
-    ) -> Extraction:
-        with torch.no_grad(), full_precision(features.device):
-            maps, ends = min_max_upsampled(self.combine(features, gradients), size)
+    @property
+    def _extracts_by_itself(self) -> bool:
+        """Whether no subclass has its own way to extract."""
+        return type(self).extract is _FromFeatures.extract
+
+    def _extraction(self, maps: Tensor, logits: Tensor, targets: Tensor, size: tuple[int, int]) -> Extraction:
+        with torch.no_grad(), full_precision(maps.device):
+            maps, ends = min_max_upsampled(maps, size)
             return Extraction(maps, log_scores(logits, targets, self.activation), ends)
 
 

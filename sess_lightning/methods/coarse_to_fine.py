@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +20,7 @@ def descend(
     model: nn.Module,
     guide: SaliencyMethod,
     share: float,
-    fuse: Callable[[Iterator[Tensor], Tensor, Tensor, Plan], Float[Tensor, "T H W"]],
+    fuse: Callable[[Tensor, Tensor, Tensor, Plan], Float[Tensor, "T H W"]],
 ) -> Scored:
     """Score the coarser scales, and those of the other windows over which the fused map is highest.
 
@@ -43,7 +42,7 @@ def descend(
     assert scored.maps is not None
     if not fine:
         return scored
-    fused = fuse(chain.from_iterable(scored.maps), scored.logs, scored.which, coarse.plan)
+    fused = fuse(scored.maps, scored.logs, scored.which, coarse.plan)
     chosen = _promising(fused, extractor, len(coarse.plan), fine)
     extractions = [*extractor.extract_some(model, guide, chosen)]
     maps = torch.cat([extractor.maps_of(part) for part in extractions]).unflatten(0, chosen.shape)

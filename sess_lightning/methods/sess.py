@@ -10,8 +10,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sess_lightning.engine.extraction import Scored, WindowExtractor
-from sess_lightning.engine.fusion import Fusion, canvas_strips, channel_weights, coverage_strips, fuse, smooth
-from sess_lightning.engine.windows import Plan, descent, kept_count, plan_windows, ranked, sides_of
+from sess_lightning.engine.fusion import (
+    Fusion,
+    canvas_strips,
+    canvases,
+    channel_weights,
+    coverage_strips,
+    fuse,
+    smooth,
+)
+from sess_lightning.engine.windows import Plan, chunked, descent, kept_count, plan_windows, ranked, sides_of
 from sess_lightning.introspection.layers import input_window
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs
@@ -246,35 +254,41 @@ class SESS(SaliencyMethod):
         kept, weighing = scored.which.gather(1, places), scored.logs.gather(1, places)
         logs = scored.logs.new_full((len(targets), len(plan)), -torch.inf)
         logs = logs.scatter(1, scored.which, scored.logs)
+        maps: Tensor | Iterator[Tensor]
         if scored.maps is not None:
-            stream: Iterator[Tensor] = chain.from_iterable(
-                maps[which] for maps, which in zip(scored.maps, places, strict=True)
-            )
+            maps = scored.maps.gather(1, places[..., None, None].expand(-1, -1, *scored.maps.shape[2:]))
         else:
             extractions = extractor.extract_some(model, self.base, kept)
-            stream = chain.from_iterable(extractor.maps_of(part) for part in extractions)
-        fused = self._fuse(stream, weighing, kept, plan)
+            maps = chain.from_iterable(extractor.maps_of(part) for part in extractions)
+        fused = self._fuse(maps, weighing, kept, plan)
         return fused, logs, None if scored.maps is None else scored.maps[:, 0]
 
     def _fuse(
-        self, maps: Iterator[Tensor], log_scores: Float[Tensor, "T K"], kept: Int[Tensor, "T K"], plan: Plan
+        self,
+        maps: Float[Tensor, "T K h w"] | Iterator[Float[Tensor, "h w"]],
+        log_scores: Float[Tensor, "T K"],
+        kept: Int[Tensor, "T K"],
+        plan: Plan,
     ) -> Float[Tensor, "T H W"]:
         weights = channel_weights(log_scores * self.weight_power)
         if not self.channel_weights:
             weights = torch.ones_like(weights)
-        first = next(maps)
-        maps = chain([first], maps)
         # Divided by coverage, maps are summed; "average" divides by their number, which min-max undoes.
         fusion, strips_of = self.fusion, canvas_strips
         if fusion == "coverage":
             fusion, strips_of = "average", coverage_strips
-        strips = strips_of(plan, size_of(first), log_scores.device)
-        return torch.stack(
-            [
-                fuse(islice(maps, len(which)), weight, strips, which, theta=self.theta, fusion=fusion)
-                for weight, which in zip(weights, kept, strict=True)
-            ]
-        )
+        most = canvases(plan.size, weights.device)
+        if isinstance(maps, Tensor):
+            strips = strips_of(plan, size_of(maps), weights.device)
+            parts = maps.split(max(1, most // len(maps)), 1)
+            return fuse(parts, weights, strips, kept, theta=self.theta, fusion=fusion)
+        first = next(maps)  # They come one after another, image by image, and are never all there.
+        strips, maps = strips_of(plan, size_of(first), weights.device), chain([first], maps)
+        fused = []
+        for weight, which in zip(weights.split(1), kept.split(1), strict=True):
+            stream = (part[None] for part in chunked(islice(maps, which.shape[1]), most))
+            fused.append(fuse(stream, weight, strips, which, theta=self.theta, fusion=fusion))
+        return torch.cat(fused)
 
     @torch.no_grad()
     def kept_windows(

@@ -19,6 +19,7 @@ from sess_lightning.engine.fusion import (
     window_means,
 )
 from sess_lightning.engine.windows import (
+    WindowStream,
     chunked,
     descent,
     kept_count,
@@ -142,6 +143,32 @@ def test_windows_come_image_by_image_scale_by_scale():
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("limit", [1, 7, 1000])
+@pytest.mark.parametrize("together", [False, True], ids=["as on a CPU", "as on an accelerator"])
+def test_a_window_stream_has_all_windows_in_batches_of_any_size(together, limit):
+    images = torch.stack([picture(20, 24, seed) for seed in range(3)])
+    plan = plan_windows((20, 24), 16, 8, (16, 20, 30))
+    stream = WindowStream(images, plan, limit=limit, together=together)
+    batches = [stream.take(slice(begin, begin + 5)) for begin in range(0, len(stream), 5)]
+    assert [len(batch) for batch in batches] == [5] * (len(stream) // 5) + [len(stream) % 5]
+    assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch in batches)
+    assert torch.equal(
+        stream.gathered(torch.cat(batches)).flatten(0, 1), torch.stack([*windows(images, plan)])
+    )
+    owners = stream.gathered(stream.spread(torch.arange(3)))
+    assert torch.equal(owners, torch.arange(3)[:, None].expand(3, len(plan)))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_windows_taken_again_after_a_batch_that_failed_are_untouched(together):
+    images, plan = picture(20, 24, 1)[None], plan_windows((20, 24), 16, 8, (16, 20))
+    stream = WindowStream(images, plan, limit=4, together=together)
+    stream.take(slice(0, 4)).zero_()
+    assert torch.equal(stream.take(slice(0, 2)), torch.stack([*windows(images, plan)])[:2])
+    stream.take(slice(2, 4))
+    assert torch.equal(stream.take(slice(4, 6)), torch.stack([*windows(images, plan)])[4:6])
+
+
 @pytest.mark.parametrize("antialias", [False, True])
 def test_crop_cuts_the_same_windows_straight_out_of_the_image(antialias):
     image = picture(60, 45, 5)
@@ -216,12 +243,18 @@ def case():
     return plan, which, maps, torch.rand(len(which), generator=generator)
 
 
+def fuse_one(maps, weights, strips, which, **options):
+    """Fuse the maps of a single image, all at once."""
+    (fused,) = fuse([maps[None]], weights[None], strips, which[None], **options)
+    return fused
+
+
 @pytest.mark.parametrize("theta", [0.0, 0.3])
 @pytest.mark.parametrize("fusion", ["mean", "max", "average"])
 def test_fuse_is_equation_2(case, theta, fusion):
     plan, which, maps, weights = case
     strips = canvas_strips(plan, (4, 4), CPU)
-    got = fuse(maps, weights, strips, which, theta=theta, fusion=fusion)
+    got = fuse_one(maps, weights, strips, which, theta=theta, fusion=fusion)
     expected = equation_2(maps, weights, plan, which, theta, fusion)
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-6)
 
@@ -231,23 +264,31 @@ def test_rounding_does_not_decide_which_windows_count(case):
     strips = canvas_strips(plan, (4, 4), CPU)
     rectified = (maps - 0.5).relu() * 2
     noise = (torch.rand(maps.shape, generator=torch.Generator().manual_seed(1)) - 0.5) * 4e-7
-    got = fuse(rectified + noise, weights, strips, which)
-    torch.testing.assert_close(got, fuse(rectified, weights, strips, which), atol=1e-6, rtol=0)
+    got = fuse_one(rectified + noise, weights, strips, which)
+    torch.testing.assert_close(got, fuse_one(rectified, weights, strips, which), atol=1e-6, rtol=0)
 
 
 def test_a_window_that_weighs_little_counts_as_much_as_any_other():
     plan, one = plan_windows((8, 8), 8, 8, (8,)), torch.rand(1, 8, 8) + 0.1
     weights, same = torch.tensor([1.0, 1e-9]), torch.zeros(2).long()
-    fused = fuse(one.expand(2, 8, 8), weights, canvas_strips(plan, (8, 8), CPU), same)
+    fused = fuse_one(one.expand(2, 8, 8), weights, canvas_strips(plan, (8, 8), CPU), same)
     torch.testing.assert_close(fused, one[0] / 2, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("fusion", ["mean", "max", "average"])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_fuse_over_a_stream_is_fuse_over_a_tensor_whatever_the_chunk(case, chunk):
+def test_images_fuse_together_as_they_do_alone_whatever_the_chunk(case, chunk, fusion):
     plan, which, maps, weights = case
     strips = canvas_strips(plan, (4, 4), CPU)
-    got = fuse((one for one in maps), weights, strips, which, chunk=chunk)
-    torch.testing.assert_close(got, fuse(maps, weights, strips, which), atol=1e-6, rtol=0)
+    alone = [
+        fuse_one(maps, weights, strips, which, fusion=fusion),
+        fuse_one(maps.flip(0), weights**2, strips, which.flip(0), fusion=fusion),
+    ]
+    together = fuse(
+        torch.stack([maps, maps.flip(0)]).split(chunk, 1), torch.stack([weights, weights**2]), strips,
+        torch.stack([which, which.flip(0)]), fusion=fusion,
+    )  # fmt: skip
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-6, rtol=0)
 
 
 def test_fuse_holds_no_more_maps_than_a_chunk_at_a_time():
@@ -263,7 +304,8 @@ def test_fuse_holds_no_more_maps_than_a_chunk_at_a_time():
             yield one
 
     gc.collect()
-    fuse(stream(), torch.ones(25), canvas_strips(plan, (4, 4), CPU), torch.arange(25), chunk=3)
+    parts = (part[None] for part in chunked(stream(), 3))
+    fuse(parts, torch.ones(1, 25), canvas_strips(plan, (4, 4), CPU), torch.arange(25)[None])
     assert len(plan) == 25
     assert most <= 4  # A chunk, and the map that is just being made.
 
@@ -274,18 +316,20 @@ def test_a_flat_map_neither_adds_nor_counts(case):
     maps = maps.clone()
     maps[2] = 0
     without = [i for i in range(len(which)) if i != 2]
-    got = fuse(maps, weights, strips, which)
-    expected = fuse(maps[without], weights[without], strips, which[without])
+    got = fuse_one(maps, weights, strips, which)
+    expected = fuse_one(maps[without], weights[without], strips, which[without])
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
     weightless = weights.clone()
     weightless[2] = 0
-    torch.testing.assert_close(fuse(maps, weightless, strips, which), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(fuse_one(maps, weightless, strips, which), expected, atol=1e-6, rtol=0)
 
 
 def test_equal_windows_fuse_to_one_of_them():
     plan = plan_windows((8, 8), 8, 8, (8,))
     one = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
-    fused = fuse(one.expand(5, 8, 8), torch.ones(5), canvas_strips(plan, (8, 8), CPU), torch.zeros(5).long())
+    fused = fuse_one(
+        one.expand(5, 8, 8), torch.ones(5), canvas_strips(plan, (8, 8), CPU), torch.zeros(5).long()
+    )
     torch.testing.assert_close(fused, one, atol=1e-6, rtol=0)
 
 

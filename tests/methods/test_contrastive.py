@@ -103,7 +103,8 @@ def test_coverage_is_the_mean_over_covering_windows_then_over_scales():
             total, covered, place = total + drawn[0], covered + drawn[1], place + 1
         means.append(total / covered)
     strips = coverage_strips(plan, (8, 8), torch.device("cpu"))
-    summed = fuse(maps, weights, strips, torch.arange(len(plan)), fusion="average") * len(plan)
+    (mean,) = fuse([maps[None]], weights[None], strips, torch.arange(len(plan))[None], fusion="average")
+    summed = mean * len(plan)
     torch.testing.assert_close(summed, torch.stack(means).mean(0))
 
 

@@ -264,7 +264,7 @@ def test_coarse_to_fine_descends_where_the_coarser_maps_lie(ratio, size, tiny, t
 
     def fused(which):
         strips = canvas_strips(plan, (7, 7), image.device)
-        return fuse(maps[which], channel_weights(logs[which]), strips, which)
+        return fuse([maps[None, which]], channel_weights(logs[None, which]), strips, which[None])[0]
 
     pointing, means = fused(torch.arange(coarse)), []
     for (height, width), boxes in zip(plan.scales, plan.boxes, strict=True):
