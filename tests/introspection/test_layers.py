@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torchvision.models import VisionTransformer
 
 from sess_lightning.introspection.layers import find_target_layer, resolve_layer
 from sess_lightning.methods import GradCAM
@@ -160,6 +162,15 @@ def test_the_search_takes_a_class_map_where_there_is_nothing_else(images):
     assert find_target_layer(model, images) is model[0]
     model = nn.Sequential(nn.Conv2d(3, 5, 8, 8), nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert find_target_layer(model, images) is model[1]
+
+
+def test_the_search_finds_the_same_layer_of_a_vit_whose_head_is_zeros_as_of_a_trained_one():
+    model = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5).eval()  # torchvision makes the head zeros.
+    image, trained = torch.rand(1, 3, 32, 32), copy.deepcopy(model)
+    nn.init.normal_(trained.heads.head.weight)
+    assert resolve_layer(model, None, image) is model.encoder.layers[-1].ln_1
+    assert resolve_layer(trained, None, image) is trained.encoder.layers[-1].ln_1
+    assert not GradCAM()(model, image, torch.tensor([0])).any()
 
 
 def test_the_search_looks_in_front_of_a_head_of_zeros(images):
