@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sess_lightning.engine.windows import Plan
@@ -142,15 +142,8 @@ def fuse(
     """Lay weighted maps where their windows were; take the mean (or the maximum) of what exceeds ``theta``.
 
     Equation 2 of the paper, before its min-max. A running sum and a count are all that is kept, whatever the
-    number of windows. A map that is all zeros, or weighs nothing, neither adds nor counts.
-
-    The paper counts what exceeds 0. Min-max puts a pixel of every map at exactly 0 and a rectified map has
-    whole areas of zeros, so rounding alone would decide which of them count, and a pixel that moves to the
-    other side changes its mean by up to a k-th for k windows. Values must therefore exceed 1e-6 of their own
-    window's weight as well. On MobileNetV2 (6 photographs, 8 scales, 301,056 pixels) a CPU without AVX2 moved
-    17 pixels by up to 0.02 when all above 0 counted, and moves none by more than 2e-6 now; 68 pixels differ
-    by more than 1e-3 from counting above 0. Measured against the top weight instead, that would be 5,230
-    pixels: windows with a low weight would lose their votes.
+    number of windows. A map that is all zeros, or weighs nothing, neither adds nor counts; ``_votes`` says
+    what does.
 
     Args:
         parts: Each image's maps, on the grid that ``strips`` were made for, some windows at a time; for as
@@ -162,33 +155,53 @@ def fuse(
         fusion: ``"mean"`` (the paper), ``"max"``, or ``"average"``: the sum over all windows divided by their
             number, also where they do not lie and whatever ``theta`` (Figure 9's comparison).
     """
-    rows, columns = strips
-    size = rows.matrices.shape[-1], columns.matrices.shape[-1]
-    total = weights.new_zeros((len(weights), *size), dtype=torch.float32)
-    count, done = torch.zeros_like(total), 0
+    totals: list[Tensor] = []
+    counts: list[Tensor] = []
+    done = 0
     for part in parts:
         some = slice(done, done := done + part.shape[1])
-        weight, window = weights[:, some, None, None], which[:, some]
-        with full_precision(total.device):
-            weighted = part.to(torch.float32) * weight
-            drawn = (
-                rows.matrices[rows.strip_of[window]].mT
-                @ weighted
-                @ columns.matrices[columns.strip_of[window]]
-            )
-        if fusion == "average":
-            total += drawn.sum(1)
-            continue
-        counts = drawn > (ROUNDING * weight).clamp(min=theta)
-        votes = drawn.mul_(counts)
-        if fusion == "max":
-            total = torch.maximum(total, votes.amax(1))
-        else:
-            total += votes.sum(1)
-            count += counts.sum(1)
+        drawn = _drawn(part * weights[:, some, None, None], strips, which[:, some])
+        if fusion != "average":
+            votes = _votes(drawn, weights[:, some], theta)
+            drawn = drawn.mul_(votes)
+            counts = _merged([*counts, votes.sum(1)])
+        totals = _merged([*totals, drawn.amax(1) if fusion == "max" else drawn.sum(1)], fusion == "max")
     if fusion == "max":
-        return total
-    return total / (done if fusion == "average" else count.clamp(min=1))
+        return totals[0]
+    return totals[0] / (counts[0].clamp(min=1) if counts else done)
+
+
+def _merged(values: list[Tensor], highest: bool = False) -> list[Tensor]:
+    """Return one or two tensors as one, in place: the sum, or the highest values."""
+    first, *others = values
+    for other in others:
+        first = torch.maximum(first, other, out=first) if highest else first.add_(other)
+    return [first]
+
+
+def _drawn(
+    maps: Float[Tensor, "B k h w"], strips: tuple[Strips, Strips], which: Int[Tensor, "B k"]
+) -> Float[Tensor, "B k H W"]:
+    """Lay each map where its window was, on a canvas of the image's size."""
+    rows, columns = (one.matrices[one.strip_of[which]] for one in strips)
+    with full_precision(maps.device):
+        return rows.mT @ maps @ columns
+
+
+def _votes(
+    drawn: Float[Tensor, "B k H W"], weights: Float[Tensor, "B k"], theta: float
+) -> Bool[Tensor, "B k H W"]:
+    """Return which values of each window count.
+
+    The paper counts what exceeds 0. Min-max puts a pixel of every map at exactly 0 and a rectified map has
+    whole areas of zeros, so rounding alone would decide which of them count, and a pixel that moves to the
+    other side changes its mean by up to a k-th for k windows. Values must therefore exceed 1e-6 of their own
+    window's weight as well. On MobileNetV2 (6 photographs, 8 scales, 301,056 pixels) a CPU without AVX2 moved
+    17 pixels by up to 0.02 when all above 0 counted, and moves none by more than 2e-6 now; 68 pixels differ
+    by more than 1e-3 from counting above 0. Measured against the top weight instead, that would be 5,230
+    pixels: windows with a low weight would lose their votes.
+    """
+    return drawn > (ROUNDING * weights).clamp(min=theta)[..., None, None]
 
 
 def canvases(size: tuple[int, int], device: torch.device) -> int:

@@ -175,8 +175,8 @@ class WindowStream:
 
     def gathered(self, values: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "B P ..."]:
         """Return per image, in the plan's order, what windows in the stream's order have given."""
-        in_order: Tensor = values[self._order[1]]
-        return in_order.unflatten(0, (-1, len(self._plan)))
+        in_order: Tensor = values[self._order[1]].unflatten(0, (-1, len(self._plan)))
+        return in_order
 
     @property
     def _order(self) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:

@@ -1,7 +1,7 @@
 """Class activation maps: one forward, and a backward through what follows the target layer only."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
