@@ -87,7 +87,7 @@ def plan_run(
     several = settings.target == "label" and batch.activation == "sigmoid"
     budget = settings.budget(model, size, available, shares, MOST_CLASSES if several else 1)
     method, compare = settings.methods(model, activation)
-    limits = {name: budget.floors for name, other in compare.items() if other.forwards == 0}
+    limits = {name: budget.controls for name, other in compare.items() if other.forwards == 0}
     owners = (trainer.datamodule, loaders, model)  # type: ignore[attr-defined]
     legend = settings.legend(
         {OWN: method, **compare}, *owners, classes=logits and max(2, logits), channels=batch.images.shape[1]
@@ -108,7 +108,7 @@ def _details(
     """Say in words and numbers how scores are made."""
     size, world, names = size_of(batch.images), trainer.world_size, legend.names
     scored = {
-        key: (budget.samples if method.forwards > 0 else budget.floors) * shares
+        key: (budget.samples if method.forwards > 0 else budget.controls) * shares
         for key, method in legend.methods.items()
     }
     return {

@@ -1,4 +1,4 @@
-"""What explaining costs: exact forwards (``budget``) and measured time (``measure``)."""
+"""What explaining costs: exact forward passes (``budget``) and measured time (``measure``)."""
 
 from sess_lightning.cost.measure import RATIOS, SAMPLES, SCALES, SHARES, Costs, Knob, Part, measure_cost
 from sess_lightning.cost.measuring import (

@@ -1,4 +1,4 @@
-"""Which samples a run explains, the same on however many processes, and how many it can pay for."""
+"""How many samples a validation run can pay for, in forward passes."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import nn
 from sess_lightning.types import SaliencyMethod
 
 SHARED = 3
-"""Forwards of a run that no sample pays for: the picture of zeros, and finding layers on image and window."""
+"""Forward passes that belong to no sample: the image of zeros, and finding layers on image and window."""
 
 
-FLOOR_SAMPLES = 4
-"""How many samples at least the floors are scored on, when that costs other samples."""
+CONTROL_SAMPLES = 4
+"""On so many samples the controls are scored even if fewer samples are then explained."""
 
 
 FURTHER = 2 * (28 - 1)
-"""Forwards of the two curves of one more map, their ends being known."""
+"""Forward passes of the two curves of one more map, whose ends are known."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a validation run will do, on one process or, where the order is known, on all together.
+    """What a validation run will do: on all ranks together where the loader's order is known, else on each.
 
     Attributes:
-        samples: That are explained.
-        floors: Of these, on which the floors' curves are drawn.
-        forwards: Of single images, over all processes.
+        samples: How many samples are explained.
+        controls: On how many of these the controls' curves are drawn.
+        forwards: Forward passes of single images, over all ranks.
     """
 
     samples: int
-    floors: int
+    controls: int
     forwards: int
 
 
@@ -53,29 +53,29 @@ def afford(
 
     Args:
         method: What explains.
-        compare: What is scored beside it; the floors are those that need no forward.
+        compare: The methods scored beside it; those that need no forward pass are the controls.
         model: What is explained.
         size: (height, width) of the images.
-        num_samples: Wanted on all processes.
-        available: Samples that there are, in one share.
-        max_forwards: On all processes.
-        fixed: Forwards of each sample before it is explained.
-        shares: Processes that each explain their own number of samples.
-        classes: Classes that are explained of each sample, at most.
+        num_samples: Samples wanted over all ranks.
+        available: Samples that exist in one share.
+        max_forwards: Upper bound over all ranks.
+        fixed: Forward passes of a sample before it is explained.
+        shares: Ranks that each choose samples of their own; 1 where they share one choice.
+        classes: The most classes that are explained on a sample.
 
     Raises:
         ValueError: If it does not pay for a single sample.
     """
-    price, floors = _prices(method, compare, model, size, fixed, classes)
+    price, controls = _prices(method, compare, model, size, fixed, classes)
     here = max_forwards // shares - SHARED
-    samples = int(min(-(-num_samples // shares), available, (here - FLOOR_SAMPLES * floors) // price))
+    samples = int(min(-(-num_samples // shares), available, (here - CONTROL_SAMPLES * controls) // price))
     if samples < 1:
         raise ValueError(
             f"max_forwards={max_forwards} does not pay for a single sample, which costs {price} "
             f"forwards of {size[0]}x{size[1]} px; raise it, or use fewer scales."
         )
-    on_floors = min(samples, (here - samples * price) // floors) if floors else 0
-    return Budget(samples, on_floors, shares * (SHARED + samples * price + on_floors * floors))
+    on_controls = min(samples, (here - samples * price) // controls) if controls else 0
+    return Budget(samples, on_controls, shares * (SHARED + samples * price + on_controls * controls))
 
 
 def _prices(
@@ -86,7 +86,7 @@ def _prices(
     fixed: int,
     classes: int,
 ) -> tuple[int, int]:
-    """Return the forwards of a sample without the floors' curves, and those of these curves."""
+    """Return the forward passes of a sample: all but the controls' curves, and the controls' curves."""
     models = [other for other in compare.values() if other.forwards > 0]
     beside = [other for other in models if not method.gives(other, model, size)]
     curves = classes * (fixed + 1 + FURTHER * (1 + len(models)))

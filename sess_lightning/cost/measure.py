@@ -1,4 +1,4 @@
-"""What explaining costs: measured on the user's model, against the bare forward of the very same images."""
+"""What explaining costs: measured on the user's model, against bare forward passes of the same images."""
 
 from __future__ import annotations
 
@@ -32,15 +32,10 @@ from sess_lightning.reporting.text import text_table
 from sess_lightning.types import SaliencyMethod
 
 SCALES = tuple(range(1, 13))
-
-
 RATIOS = (0.0, 0.5, 0.9, 0.99)
-
-
 SHARES = (0.3, 0.5)
-
-
 SAMPLES = (8, 16, 32, 64, 128)
+"""The values of num_scales, prefilter_ratio, coarse_to_fine and num_samples that are estimated."""
 
 
 @dataclass(frozen=True)
@@ -52,36 +47,37 @@ class Part:
         forwards: Images that passed through the model, counted by a hook.
         seconds: Median over the rounds.
         floor: Median seconds of the bare forward of the same images.
-        ratio: Median over the rounds of seconds by floor, both of the same round; NaN without a forward.
+        ratio: Median over the rounds of ``seconds / bare``, both of the same round; NaN without a forward
+            pass.
         lowest: The lowest of these ratios.
         highest: The highest.
-        peak: Most bytes of tensors alive at a time beyond model and images (CUDA: allocated bytes), for the
-            whole batch.
-        floor_peak: The same of the bare forward; NaN where the floor was not run by itself.
+        peak: Peak bytes of live tensors beyond model and images (CUDA: allocated bytes), for the whole batch.
+        bare_peak: The same for the bare forward pass; NaN where it was not run by itself.
     """
 
     name: str
     forwards: float
     seconds: float
-    floor: float
+    bare: float
     ratio: float
     lowest: float
     highest: float
     peak: float
-    floor_peak: float
+    bare_peak: float
 
 
 @dataclass(frozen=True)
 class Knob:
-    """What a setting would cost: forwards are exact, seconds estimated from the parts.
+    """What a setting would cost: forward passes are exact, seconds are estimated from the parts.
 
     Attributes:
-        name: The setting, such as ``num_scales=3``; empty as it is set.
-        forwards: Of one map.
-        seconds: Of one map.
-        samples: Explained and scored in a validation run; 0 if ``max_forwards`` does not pay for one.
-        run_forwards: Of a validation run of the callback.
-        run_seconds: Of a validation run of the callback: samples, base, floors; not logging and drawing.
+        name: The setting, such as ``num_scales=3``; empty for the method as it is.
+        forwards: Forward passes for one map.
+        seconds: Seconds for one map.
+        samples: Samples explained and scored in a validation run; 0 if ``max_forwards`` does not pay for one.
+        run_forwards: Forward passes of a validation run of the callback.
+        run_seconds: Seconds of a validation run of the callback: samples, base and controls, without logging
+            and drawing.
     """
 
     name: str
@@ -98,8 +94,8 @@ class Costs:
 
     Attributes:
         setting: Model, images, method, machine and versions, as text.
-        parts: Measured.
-        knobs: As it is set first, then what each knob would change.
+        parts: What was measured.
+        knobs: The method as it is, then one entry per changed setting.
     """
 
     setting: Mapping[str, str]
@@ -108,14 +104,14 @@ class Costs:
 
     @property
     def run(self) -> Knob:
-        """A validation run as it is set."""
+        """The validation run with the method as it is."""
         return self.knobs[0]
 
     def table(self) -> str:
         """Return everything as text for a terminal."""
         parts = [
-            [p.name, f"{p.forwards:g}", f"{p.seconds:.3g}", f"{p.floor:.3g}",
-             f"{p.ratio:.2f} [{p.lowest:.2f}, {p.highest:.2f}]", _mib(p.peak), _mib(p.floor_peak)]
+            [p.name, f"{p.forwards:g}", f"{p.seconds:.3g}", f"{p.bare:.3g}",
+             f"{p.ratio:.2f} [{p.lowest:.2f}, {p.highest:.2f}]", _mib(p.peak), _mib(p.bare_peak)]
             for p in self.parts
         ]  # fmt: skip
         knobs = [
@@ -128,18 +124,18 @@ class Costs:
             ["", "forwards a map", "s a map", "samples", "forwards a run", "s a run"],
         )
         tables = *text_table([heads[0], *parts]), "", *text_table([heads[1], *knobs])
-        told = [f"{name}: {value}" for name, value in self.setting.items()]
+        setting = [f"{name}: {value}" for name, value in self.setting.items()]
         notes = [
             "",
-            "Ratios are to the bare forward of the same images, channels last, in batches as large.",
-            "A run is the callback's: samples, base and floors. Forwards are exact, the seconds of a run and",
-            "of a knob estimated from the parts. A pre-filter saves no forward where scores and maps come",
-            "out of the same one (the CAM family); coarse_to_fine does, and may keep other windows.",
+            "Ratios are to bare forward passes of the same images, channels last, in equally large batches.",
+            "A run is the callback's: samples, base and controls. Forward passes are exact; the seconds of a",
+            "run and of a knob are estimated from the parts. A pre-filter saves no forward pass where scores",
+            "and maps come from the same one (the CAM family); coarse_to_fine does, and may keep other windows.",
         ]
-        return "\n".join([*told, "", *tables, *notes])
+        return "\n".join([*setting, "", *tables, *notes])
 
     def to_csv(self, path: str | Path) -> None:
-        """Write parts and knobs as rows of one file; the first column tells which."""
+        """Write parts and knobs as rows of one file; the first column says which a row is."""
         names = dict.fromkeys(field.name for kind in (Part, Knob) for field in fields(kind))
         with Path(path).open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["kind", *names, *self.setting])
@@ -162,22 +158,22 @@ def measure_cost(
     max_forwards: int = 5000,
     rounds: int = 5,
 ) -> Costs:
-    """Measure what a method, its scores and the callback cost on a model, and what the knobs would change.
+    """Measure what a method, its scores and the callback cost on a model, and what other settings would cost.
 
-    Each part runs by turns with its floor: the bare forward (a copy of the model in evaluation mode, channels
-    last, nothing recorded for gradients) of the very images that the part showed the model, in batches as
-    large. The floor of ``SESSMetric.update`` is summed up from those of its parts. A validation run is not
-    run but estimated: its samples times ``SESSMetric.update``, and the curves of the callback's floors.
+    Each part alternates with the bare forward pass (a copy of the model in evaluation mode, channels last,
+    nothing recorded for gradients) of the very images that the part showed to the model, in batches of the
+    same size. The bare seconds of ``SESSMetric.update`` are the sum of those of its parts. A validation run
+    is estimated rather than run: its samples times ``SESSMetric.update``, plus the controls' curves.
 
     Args:
         model: Any classifier, on the images' device; given back as it was. Convolutions are fastest after
             ``model.to(memory_format=torch.channels_last)``.
-        images: As the model takes them; forwards and seconds are told per image.
+        images: As the model takes them; forward passes and seconds are reported per image.
         method: What explains; None is ``SESS(GradCAM())``.
         targets: The class to explain on each image; None is class 0.
-        num_samples: Of the callback.
-        max_forwards: Of the callback.
-        rounds: How often all is run, after a first time that is not timed.
+        num_samples: The callback's argument.
+        max_forwards: The callback's argument.
+        rounds: How often everything is run, after a first round that is not timed.
 
     Raises:
         ValueError: If an argument makes no sense.
@@ -188,10 +184,10 @@ def measure_cost(
         targets = torch.zeros(len(images), dtype=torch.int64).to(images.device)
     check_inputs("measure_cost", images, targets)
     budget = partial(_budget, model, size_of(images), num_samples=num_samples, max_forwards=max_forwards)
-    budget(method)  # Is refused before anything is run.
+    budget(method)  # Refuses what cannot be afforded before anything is run.
     parts = _measured(model, images, _runs(model, images, method, targets), rounds)
-    knobs = _knobs(model, size_of(images), method, budget, parts)
-    return Costs(_setting(model, images, method, rounds), tuple(parts.values()), tuple(knobs))
+    knobs = tuple(_knobs(model, size_of(images), method, budget, parts))
+    return Costs(_setting(model, images, method, rounds), tuple(parts.values()), knobs)
 
 
 def _check_counts(**counts: int) -> None:
@@ -245,38 +241,38 @@ def _measured(
     device, count = images.device, len(images)
     peaks = {name: float(peak_bytes(run, device)) for name, run in runs.items()}  # Finds target layers, too.
     seen = {name: forwards_of(model, run) for name, run in runs.items()}
-    bare = bare_copy(model)
-    floors = {name: bare_forward(bare, each.batches) for name, each in seen.items() if name != UPDATE}
-    floor_peaks = {name: float(peak_bytes(run, device)) for name, run in floors.items()}
-    named = {(name, "floor"): run for name, run in floors.items()}
+    copied = bare_copy(model)
+    bare_runs = {name: bare_forward(copied, part.batches) for name, part in seen.items() if name != UPDATE}
+    bare_peaks = {name: float(peak_bytes(run, device)) for name, run in bare_runs.items()}
+    named = {(name, "bare"): run for name, run in bare_runs.items()}
     timed = alternate({(name, "part"): run for name, run in runs.items()} | named, rounds, device)
-    floor = {name: [s * seen[name].scale for s in timed[name, "floor"]] for name in floors}
-    floor[UPDATE] = _summed(seen, floor)
+    bare = {name: [s * seen[name].scale for s in timed[name, "bare"]] for name in bare_runs}
+    bare[UPDATE] = _summed(seen, bare)
     parts = {}
     for name in runs:
         seconds = timed[name, "part"]
-        ratios = [s / f if f else float("nan") for s, f in zip(seconds, floor[name], strict=True)]
+        ratios = [s / f if f else float("nan") for s, f in zip(seconds, bare[name], strict=True)]
         parts[name] = Part(
             name=name,
             forwards=seen[name].count / count,
             seconds=median(seconds) / count,
-            floor=median(floor[name]) / count,
+            bare=median(bare[name]) / count,
             ratio=median(ratios),
             lowest=min(ratios),
             highest=max(ratios),
             peak=peaks[name],
-            floor_peak=floor_peaks.get(name, float("nan")),
+            bare_peak=bare_peaks.get(name, float("nan")),
         )
     return parts
 
 
-def _summed(seen: Mapping[str, Forwards], floors: Mapping[str, list[float]]) -> list[float]:
-    """Return the floor of an update: its maps', and for every other forward that of a perturbed image."""
-    maps = [name for name in floors if name != CURVES]
+def _summed(seen: Mapping[str, Forwards], bare: Mapping[str, list[float]]) -> list[float]:
+    """Return the bare seconds of an update: its maps', and for all other passes the curves'."""
+    maps = [name for name in bare if name != CURVES]
     others = seen[UPDATE].count - sum(seen[name].count for name in maps)
     return [
-        sum(floors[name][i] for name in maps) + others * each / seen[CURVES].count
-        for i, each in enumerate(floors[CURVES])
+        sum(bare[name][i] for name in maps) + others * seconds / seen[CURVES].count
+        for i, seconds in enumerate(bare[CURVES])
     ]
 
 
@@ -287,25 +283,24 @@ def _knobs(
     budget: Callable[..., Budget],
     parts: Mapping[str, Part],
 ) -> Iterator[Knob]:
-    told, curves = parts[str(method)], parts[CURVES]
-    blind = sum(each.forwards == 0 for each in controls(method).values())
+    measured, curves = parts[str(method)], parts[CURVES]
+    blind = sum(control.forwards == 0 for control in controls(method).values())
     further = blind * (curves.forwards - 2) * curves.seconds / curves.forwards
     window, kept = _prices(model, size, method, parts)
 
     def knob(name: str, other: SaliencyMethod, **options: int) -> Knob:
-        seconds = told.seconds
+        seconds = measured.seconds
         if isinstance(other, SESS):
-            count, some = other.counts(other.plan(model, size))
-            seconds = count * window + some * kept
-        each = parts[UPDATE].seconds - told.seconds + seconds
+            scored, explained = other.counts(other.plan(model, size))
+            seconds = scored * window + explained * kept
+        of_sample = parts[UPDATE].seconds - measured.seconds + seconds
         forwards = other.count_forwards(model, size)
         try:
             run = budget(other, **options)
         except ValueError:  # Not even one sample is paid for.
             return Knob(name, forwards, seconds, 0, 0, 0.0)
-        return Knob(
-            name, forwards, seconds, run.samples, run.forwards, run.samples * each + run.floors * further
-        )
+        run_seconds = run.samples * of_sample + run.controls * further
+        return Knob(name, forwards, seconds, run.samples, run.forwards, run_seconds)
 
     yield knob("", method)
     if isinstance(method, SESS):
@@ -325,10 +320,9 @@ def _prices(
     """Return the seconds of scoring a window, and of explaining one that is kept."""
     if not isinstance(method, SESS):
         return 0.0, 0.0
-    told = parts[str(method)]
-    plan = method.plan(model, size)
-    count, kept = method.counts(plan)
+    measured = parts[str(method)]
+    count, kept = method.counts(method.plan(model, size))
     if not kept:
-        return told.seconds / count, 0.0
-    scored = told.floor / told.forwards
-    return scored, max(0.0, told.seconds - count * scored) / kept
+        return measured.seconds / count, 0.0
+    scored = measured.bare / measured.forwards
+    return scored, max(0.0, measured.seconds - count * scored) / kept

@@ -1,4 +1,4 @@
-"""What explaining costs: measured on the user's model, against the bare forward of the very same images."""
+"""Counting forward passes, timing and peak memory: what ``measure`` is made of."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing_extensions import override
 from sess_lightning.ops import wait_for
 
 MOST_RECORDED = 512
-"""Images of a part that are kept for its floor; the floor of a part with more is taken in proportion."""
+"""Images of a part that are kept for its bare forward pass; a part with more is extrapolated from these."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Forwards:
 
     @property
     def scale(self) -> float:
-        """How many times more images there were than are held."""
+        """How many times more images passed than are kept."""
         return self.count / max(1, sum(map(len, self.batches)))
 
 
 def forwards_of(model: nn.Module, run: Callable[[], object]) -> Forwards:
-    """Run something, and return what it showed to the model.
+    """Run something, and return the images that passed through the model.
 
-    At most ``MOST_RECORDED`` images are held, and one batch more.
+    At most ``MOST_RECORDED`` images are kept, plus the rest of a batch.
     """
     count, batches = 0, []
 
@@ -64,12 +64,12 @@ def forwards_of(model: nn.Module, run: Callable[[], object]) -> Forwards:
 
 
 def bare_copy(model: nn.Module) -> nn.Module:
-    """Return a copy that gives the floor: evaluation mode, channels last."""
+    """Return a copy for the bare forward pass: evaluation mode, channels last."""
     return copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
 
 
 def bare_forward(model: nn.Module, batches: Sequence[Tensor]) -> Callable[[], None]:
-    """Return what runs the model on batches and does nothing else."""
+    """Return a function that runs the model on batches and does nothing else."""
 
     def run() -> None:
         with torch.inference_mode():
@@ -85,10 +85,10 @@ def alternate(
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, list[float]]:
-    """Run everything once a round, to and fro, and return the seconds each took by round.
+    """Run everything once a round, forwards and backwards in turn, and return the seconds of each by round.
 
-    What a busy machine does to one it does to its neighbour: compare within a round, take the median over
-    rounds. With a single thread, ``time.process_time`` as ``clock`` leaves out what other processes take.
+    A busy machine slows neighbours down alike, so compare within a round and take the median over rounds.
+    With a single thread, ``time.process_time`` as ``clock`` leaves out the time of other processes.
     """
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
     for i in range(rounds):
@@ -102,10 +102,10 @@ def alternate(
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Return the most bytes that tensors made by ``run`` take at a time.
+    """Return the peak bytes of live tensors that ``run`` made.
 
-    On CUDA as the allocator counts them, else the storages of all tensors that operators return; what a
-    kernel allocates for itself is not seen there.
+    On CUDA as the allocator counts them; elsewhere the storages of all tensors that operators return, without
+    the memory that a kernel allocates for itself.
     """
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -118,7 +118,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") ->
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages from the operator that returns them to their end."""
+    """Counts the bytes of storages from the operator that returns them until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class _LiveBytes(TorchDispatchMode):
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for given in _storages((args, kwargs)):
-            self._count(given, 0)  # Was there before.
+            self._count(given, 0)  # It was there before.
         out = func(*args, **(kwargs or {}))
         for made in _storages(out):
             self._count(made, made.nbytes())

@@ -67,8 +67,8 @@ def test_a_run_is_the_callbacks(costs):
     budget = SESSCallback(METHOD, num_samples=16, max_forwards=2500).budget(filled_net(), SIZE)
     assert (costs.run.samples, costs.run.run_forwards) == (budget.samples, budget.forwards)
     parts = by_name(costs.parts)
-    floors = budget.floors * 2 * 54 * parts[CURVES].seconds / 56
-    assert costs.run.run_seconds == pytest.approx(budget.samples * parts[UPDATE].seconds + floors)
+    controls = budget.controls * 2 * 54 * parts[CURVES].seconds / 56
+    assert costs.run.run_seconds == pytest.approx(budget.samples * parts[UPDATE].seconds + controls)
 
 
 def test_a_filter_saves_what_comes_after_the_score(images):
@@ -77,7 +77,7 @@ def test_a_filter_saves_what_comes_after_the_score(images):
     own, knobs = costs.parts[0], by_name(costs.knobs)
     assert own.forwards == 18  # Nine score, nine explain.
     assert own.lowest <= own.ratio <= own.highest
-    assert own.peak > own.floor_peak > 0
+    assert own.peak > own.bare_peak > 0
     filtered = [knobs[f"prefilter_ratio={r}"] for r in RATIOS]
     assert [knob.forwards for knob in filtered] == [18, 14, 10, 10]
     assert [knobs[f"coarse_to_fine={share}"].forwards for share in SHARES] == [3 + 3, 4 + 4]
