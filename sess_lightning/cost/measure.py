@@ -130,7 +130,7 @@ class Costs:
             "Ratios are to bare forward passes of the same images, channels last, in equally large batches.",
             "A run is the callback's: samples, base and controls. Forward passes are exact; the seconds of a",
             "run and of a knob are estimated from the parts. A pre-filter saves no forward pass where scores",
-            "and maps come from the same one (the CAM family); coarse_to_fine does, and may keep other windows.",
+            "and maps come from one (the CAM family); coarse_to_fine does, and may keep other windows.",
         ]
         return "\n".join([*setting, "", *tables, *notes])
 

@@ -25,7 +25,10 @@ from sess_lightning.types import Batch, SESSWarning
             lambda i, image, label, boxes: {"img": image, "name": "x"},
             "TypeError: The batch is a dict with keys",
         ),
-        (lambda i, image, label, boxes: (image, label + 4), r"labels reach 7, .* classes 0\.\.3: count labels"),
+        (
+            lambda i, image, label, boxes: (image, label + 4),
+            r"labels reach 7, .* classes 0\.\.3: count labels",
+        ),
         (
             lambda i, image, label, boxes: boxed(i, image, label, boxes + 20.0),
             "does not lie in the 32x32 image",
