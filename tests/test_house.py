@@ -37,3 +37,12 @@ def test_what_is_too_long_is_seen(tmp_path):
 
 def test_the_callback_has_its_settings_and_at_most_18_attributes_more():
     assert len(vars(SESSCallback()).keys() - {"settings"}) <= 18
+
+
+def test_the_plan_of_the_house_names_every_room():
+    plan = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [module.name for module in MODULES if module.name not in plan and "__" not in module.name] == []
+
+
+def test_the_plan_of_the_house_fits_on_two_pages():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
