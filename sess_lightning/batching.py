@@ -1,4 +1,4 @@
-"""Batching: how many images pass through a model at once, and what happens where that is too many."""
+"""Batching: how many images pass through a model at once, and what happens when that is too many."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ON_CPU = 8
-"""Batch where memory cannot be asked for. Larger are slower on a CPU: what they write leaves its caches."""
+"""Batch size where free memory is unknown. Larger batches are slower on a CPU: they overflow its caches."""
 MOST = 128
 BYTES_PER_BYTE = 64
-"""What a forward without gradients holds at its peak, in times its images: VGG-16 about 45, ResNet-50 25."""
+"""Peak memory of a forward pass without gradients, as a multiple of its images: VGG-16 45, ResNet-50 25."""
 
 
 def batch_limit(given: int | None, images: Float[Tensor, "B C H W"]) -> int:
-    """Return how many images like these may pass at once: ``given``, or by half the memory that is free."""
+    """Return how many images like these may pass at once: ``given``, or what half the free memory takes."""
     if given is not None:
         return given
     free = _free_bytes(images.device)
@@ -36,7 +36,7 @@ def batch_limit(given: int | None, images: Float[Tensor, "B C H W"]) -> int:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Return what an accelerator's memory has room for, its cache included; None where that is not known."""
+    """Return an accelerator's free memory, its cache included; None if unknown."""
     # Without an accelerator, torch 2.6 raises on everything but `is_available`.
     if device.type in ("cpu", "meta") or not torch.accelerator.is_available():
         return None
@@ -55,17 +55,17 @@ def _free_bytes(device: torch.device) -> int | None:
 def in_batches(
     run: Callable[[list[Item], slice], Result], items: Iterable[Item], size: int
 ) -> Iterator[Result]:
-    """Yield what ``run`` makes of full batches of ``items``; the last one may be smaller.
+    """Yield the results of ``run`` on full batches of ``items``; the last one may be smaller.
 
-    Where memory runs out, the batch is halved, with one warning, and the work goes on from there.
+    When memory runs out, the batch is halved, with one warning, and work continues from there.
 
     Args:
-        run: Takes a batch of items, and which of all items they are.
-        items: Drawn one batch ahead, no further.
-        size: Items in a batch, at first.
+        run: Takes a batch of items, and the slice of all items that they are.
+        items: Consumed one batch at a time.
+        size: Items in a batch, to begin with.
 
     Raises:
-        RuntimeError: What ``run`` raised, if it is out of memory with a single item.
+        RuntimeError: If ``run`` is out of memory with a single item.
     """
     items, place, warned = iter(items), 0, False
     while held := list(islice(items, size)):
@@ -99,13 +99,13 @@ def stacked(items: Sequence[Tensor]) -> Tensor:
 
 
 def blank_batch(count: int, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "{count} C H W"]:
-    """Return room for ``count`` images like these."""
+    """Return an uninitialised batch of ``count`` images like these."""
     size = (count, *images.shape[1:])
     return torch.empty(size, dtype=images.dtype, device=images.device, memory_format=torch.channels_last)
 
 
 def by_image(which: slice, each: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yield, for a stretch of items of which every image has ``each``: image, its items, their places."""
+    """Yield, for a slice of items of which every image has ``each``: image, its items, their places."""
     for image in range(which.start // each, -(-which.stop // each)):
         start, stop = max(which.start, image * each), min(which.stop, (image + 1) * each)
         own = slice(start - image * each, stop - image * each)

@@ -196,7 +196,7 @@ def _as_bool(masks: Real[Tensor, "B h w"], labels: Labels | None) -> Bool[Tensor
     scaled = values * VOID
     if masks.is_floating_point() and values.amin() >= 0 and values.amax() <= 1:
         whole = scaled.round()
-        # What turns pictures into tensors divides by 255: 1/255 is a 1, and 254/255 no yes.
+        # ToTensor divides by 255: 1/255 stands for 1, and 254/255 is not a yes.
         if (scaled - whole).abs().amax() < 1e-3 and not _is_binary(values):
             values = whole
     if _is_binary(values):

@@ -1,4 +1,4 @@
-"""The words that every room uses."""
+"""The types that all modules share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 Activation: TypeAlias = Literal["softmax", "sigmoid"]
-"""How logits become probabilities; a head with a single logit is always read with a sigmoid."""
+"""How logits become probabilities; a head with a single logit always uses a sigmoid."""
 
 
 class SESSWarning(UserWarning):
@@ -20,7 +20,7 @@ class SESSWarning(UserWarning):
 
 
 class Explanation(NamedTuple):
-    """What a method says about a batch.
+    """A method's result for a batch.
 
     Attributes:
         maps: Saliency, min-max normalised to [0, 1] per map; a flat map is all zeros, never NaN.
@@ -32,13 +32,13 @@ class Explanation(NamedTuple):
 
 
 class Extraction(NamedTuple):
-    """Maps as they come out of the scoring forward, before they are drawn at full resolution.
+    """Maps as they come out of the scoring forward pass, before they are upsampled.
 
     Attributes:
         maps: Saliency on the layer's own grid, scaled so that its bilinear upsampling lies in [0, 1].
         log_scores: Natural logarithm of the model's probability of each target, float32.
-        ends: The lowest and highest value of each map before it was scaled; None where a method has no
-            strength that could be compared between images.
+        ends: The lowest and highest value of each map before it was scaled; None if a method's strength
+            cannot be compared between images.
     """
 
     maps: Float[Tensor, "B h w"]
@@ -47,7 +47,7 @@ class Extraction(NamedTuple):
 
     @property
     def unscaled(self) -> Float[Tensor, "B h w"]:
-        """The maps in their own strength; a flat one keeps its value."""
+        """The maps in their own strength; a flat map keeps its value."""
         if self.ends is None:
             raise ValueError("these maps are scaled to [0, 1] and their own strength is not known.")
         low, high = self.ends[:, 0, None, None], self.ends[:, 1, None, None]
@@ -58,10 +58,10 @@ class SaliencyMethod(ABC):
     """Explains a batch of images; holds hyper-parameters only, the model is always an argument.
 
     Attributes:
-        single_forward: The maps come out of the very forward that gives the scores: ``explain`` is
-            ``extract``, upsampled.
-        forwards: Forwards of one image that one map of it costs.
-        has_strength: Whether ``extract`` tells the strength of a map, which can be compared between images.
+        single_forward: Whether the maps come out of the forward pass that gives the scores: ``explain`` is
+            then ``extract``, upsampled.
+        forwards: Forward passes of one image that one map of it costs.
+        has_strength: Whether ``extract`` returns the strength of a map, which can be compared between images.
         activation: How the model's logits become probabilities.
     """
 
@@ -72,7 +72,7 @@ class SaliencyMethod(ABC):
 
     @property
     def shares_classes(self) -> bool:
-        """Whether maps of several classes of one image cost the forwards of a single one."""
+        """Whether maps of several classes of one image cost the forward passes of a single one."""
         return False
 
     @abstractmethod
@@ -90,9 +90,10 @@ class SaliencyMethod(ABC):
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Extraction:
-        """Return maps that may stay on a coarser grid, and log-scores: what SESS asks of each batch.
+        """Return maps that may stay on a coarser grid, and log-scores: what SESS needs of each batch.
 
-        Unlike ``explain`` this need not copy ``images``: they are the callee's, and no inference tensors.
+        Unlike ``explain``, this need not copy ``images``: it may write to them, and they are no inference
+        tensors.
         """
         maps, scores = self.explain(model, images, targets)
         return Extraction(maps, scores.log())
@@ -119,7 +120,7 @@ class SaliencyMethod(ABC):
     def explain_classes(
         self, model: nn.Module, image: Float[Tensor, "1 C H W"], targets: Int[Tensor, " T"]
     ) -> Explanation:
-        """Explain several classes of one image; a method that can share forwards between them does."""
+        """Explain several classes of one image; a method that can share forward passes between them does."""
         return self.explain(model, image.expand(len(targets), -1, -1, -1).contiguous(), targets)
 
     def maps_beside(
@@ -129,18 +130,18 @@ class SaliencyMethod(ABC):
         targets: Int[Tensor, " T"],
         others: Sequence[SaliencyMethod] = (),
     ) -> list[Float[Tensor, "T H W"]]:
-        """Return the maps of this method and of ``others``, in this order; forwards they share run once.
+        """Return the maps of this method and of ``others``, in this order; shared forward passes run once.
 
         There is one target per image, or several for a single image.
         """
         if len(images) == 1 < len(targets):
             own = self.explain_classes(model, images, targets).maps
         else:
-            own = self(model, images, targets)  # Floors need no forward for a map, but one for a score.
+            own = self(model, images, targets)  # Controls need a forward pass for the score only.
         return [own, *(other.maps_beside(model, images, targets)[0] for other in others)]
 
     def gives(self, other: SaliencyMethod, model: nn.Module, size: tuple[int, int]) -> bool:  # noqa: ARG002
-        """Return whether ``maps_beside`` runs nothing more for ``other``, on images of ``size``."""
+        """Return whether ``maps_beside`` gets ``other`` for free on images of ``size``."""
         return False
 
     def extract_classes(
@@ -150,7 +151,7 @@ class SaliencyMethod(ABC):
         return [self.extract(model, images, target.repeat(len(images))) for target in targets]
 
     def check_counts(self, *names: str) -> None:
-        """Refuse fields that count something and are below 1; None stands for a default.
+        """Refuse counts below 1; None stands for a default.
 
         Raises:
             ValueError: Naming the first of them.
@@ -161,7 +162,7 @@ class SaliencyMethod(ABC):
                 raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {value}.")
 
     def __str__(self) -> str:
-        """Return the call that makes this method, defaults left out."""
+        """Return the call that makes this method, without defaults."""
         told = [
             str(value) if field.default is MISSING else f"{field.name}={value}"
             for field in fields(self)  # type: ignore[arg-type]
@@ -170,26 +171,26 @@ class SaliencyMethod(ABC):
         return f"{type(self).__name__}({', '.join(told)})"
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:  # noqa: ARG002
-        """Return how many forwards of the model one map of an image of ``size`` (height, width) costs."""
+        """Return how many forward passes one map of an image of ``size`` (height, width) costs."""
         return self.forwards
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Labelled images with whatever says where the labelled thing is.
+    """Labelled images, and where the labelled objects are.
 
     Attributes:
         images: As the model takes them.
         labels: Class index of each image.
         boxes: Per image, the boxes of the label's objects: (x0, y0, x1, y1), half-open pixels of ``images``.
         masks: Per image, the pixels of the label's objects, as large as ``images`` or as they were before.
-        ids: A name for each image.
-        difficult: Whether the object is small and other objects are about, where the data set knows.
-        size: (height, width) of the pictures before they were resized to ``images``, where it is known.
-        context: Per image, what else the model's call takes for it.
-        items: Which image of the loader's batch each row is of, where that is not simply its own: of several
-            classes each is a row, and an image without one has none.
-        count: Images in the loader's batch, where that is known.
+        ids: Name of each image.
+        difficult: Whether the object is small and among others, where the data set says so.
+        size: (height, width) before resizing to ``images``, where it is known.
+        context: Per image, the other inputs of the model's call.
+        items: For each row, its image in the loader's batch; None where row i is image i. An image with
+            several classes has a row for each, one without a class has none.
+        count: Number of images in the loader's batch, where it is known.
         activation: How logits become probabilities, where the labels say so.
     """
 
@@ -220,7 +221,7 @@ class Batch:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What two batches must have in common to be joined."""
+        """What two batches must have in common to be joined into one."""
         masks = None if self.masks is None else self.masks.shape[1:]
         given = tuple(name for name, value in vars(self).items() if value is not None)
         return self.images.shape[1:], self.images.dtype, masks, given, self.size
@@ -239,7 +240,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``."""
-        # Towards the host a copy that nobody waits for may be read before it is there.
+        # A non-blocking copy to the host may be read before it has arrived.
         onwards = torch.device(device).type != "cpu"
 
         def move(value: object) -> object:

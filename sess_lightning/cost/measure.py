@@ -46,7 +46,7 @@ class Part:
         name: What was run.
         forwards: Images that passed through the model, counted by a hook.
         seconds: Median over the rounds.
-        floor: Median seconds of the bare forward of the same images.
+        bare: Median seconds of a bare forward pass of the same images.
         ratio: Median over the rounds of ``seconds / bare``, both of the same round; NaN without a forward
             pass.
         lowest: The lowest of these ratios.
@@ -223,7 +223,7 @@ def _runs(
     model: nn.Module, images: Tensor, method: SaliencyMethod, targets: Tensor
 ) -> dict[str, Callable[[], object]]:
     base = getattr(method, "base", None)
-    # Made once: the picture of zeros is scored in the first update only, as in a validation run.
+    # Made once: the image of zeros is scored in the first update only, as in a validation run.
     update = SESSMetric(method).update
     curves = SESSMetric(CentreGaussian(activation=method.activation)).update
     runs: dict[str, Callable[[], object]] = {str(method): lambda: method(model, images, targets)}

@@ -85,7 +85,7 @@ def alternate(
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, list[float]]:
-    """Run everything once a round, forwards and backwards in turn, and return the seconds of each by round.
+    """Run everything once a round, in alternating order, and return the seconds of each by round.
 
     A busy machine slows neighbours down alike, so compare within a round and take the median over rounds.
     With a single thread, ``time.process_time`` as ``clock`` leaves out the time of other processes.

@@ -1,4 +1,4 @@
-"""Finished evaluations side by side: one table and one picture over what differs between them."""
+"""Finished evaluations side by side: one table and one figure over what differs between them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Run(NamedTuple):
 
     Attributes:
         folder: Where its results are.
-        options: What it was made with: the method's hyper-parameters and the other settings.
-        others: Names of the methods beside.
-        rows: Of ``results.csv``.
+        options: The method's hyper-parameters and the other settings.
+        others: Names of the methods scored beside it.
+        rows: The rows of ``results.csv``.
     """
 
     folder: Path
@@ -38,9 +38,9 @@ class Point(NamedTuple):
     """A figure of one run.
 
     Attributes:
-        x: What stands below it: a number, or a name.
+        x: Its place on the horizontal axis: a number, or a name.
         series: The line it belongs to.
-        is_explained: Whether it is the explained method's, not that of one beside it.
+        is_explained: Whether it is the explained method's, not a compared one's.
         figure: Its name.
         value: Its value; ``low`` and ``high`` end its 95 % interval, ``paper`` is the paper's.
     """
@@ -78,7 +78,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def _hyper_parameters(method: str) -> dict[str, Any]:
-    """Read a method's repr; nothing of it is run."""
+    """Read a method's repr without running any of it."""
     call = ast.parse(method, mode="eval").body
     if not isinstance(call, ast.Call):
         return {"method": method}
@@ -102,10 +102,10 @@ def varied(runs: Sequence[Run]) -> dict[str, int]:
 
 
 def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]:
-    """Return what is on the horizontal axis, and every figure of every run.
+    """Return the label of the horizontal axis, and every figure of every run.
 
     Args:
-        runs: One alone is drawn over its methods.
+        runs: A single one is drawn over its methods.
         x: The option to draw over; None is the number that differs most, else all that differs.
 
     Raises:
@@ -116,7 +116,7 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
         raise ValueError(f"compare: x must be one of {sorted(runs[0].options)}, got {x!r}.")
     numbers = [name for name in differing if all(_is_number(run.options.get(name)) for run in runs)]
     axis = next(iter(numbers), None) if x is None else x
-    if axis not in numbers:  # Names: everything that differs stands below the axis.
+    if axis not in numbers:  # Names: everything that differs is written below the axis.
         differing, axis = ({axis: 0} | differing) if axis else differing, None
     rest = [name for name in differing if name != axis]
     labels = zip(*(_short([run.options.get(name) for run in runs]) for name in rest), strict=True)
@@ -143,7 +143,7 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
 
 
 def _short(values: Sequence[Any]) -> list[str]:
-    """Return values as text, without their arguments where their names alone tell them apart."""
+    """Return values as text, without their arguments if their names suffice to distinguish them."""
     whole = [str(value) for value in values]
     names = [text.partition("(")[0] for text in whole]
     return names if len(set(names)) == len(set(whole)) else whole
@@ -182,7 +182,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, x: str | None = None) 
 
 
 def draw(label: str, figures: Sequence[Point]) -> Picture:
-    """Draw figures over what differs: a field per figure, a line per method, the paper's values beside."""
+    """Draw figures over what differs: a plot per figure, a line per method, with the paper's values."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -201,7 +201,7 @@ def draw(label: str, figures: Sequence[Point]) -> Picture:
                 (p for p in figures if (p.figure, p.series) == (name, line)),
                 key=lambda p: p.x if numeric else places.index(p.x),
             )
-            # Side by side, or intervals at the same place would hide one another.
+            # Side by side: intervals at the same place would hide one another.
             shift = 0.0 if numeric else 0.12 * (number - (len(series) - 1) / 2)
             where = [float(p.x) if numeric else places.index(p.x) + shift for p in of_line]
             _draw_series(field, of_line, where, f"C{number}")

@@ -1,7 +1,7 @@
-"""The paper's experiments on a data set: the callback's metric on every picture and class of a benchmark.
+"""The paper's experiments on a data set: the callback's metric on every image and class of a benchmark.
 
-What each sample scored is appended to a file as soon as it is known. All figures come from these records
-alone, sorted by sample, so that a run killed half-way goes on where it stopped, and several processes give
+Each sample's scores are appended to a file as soon as they are known. All figures come from these records
+alone, sorted by sample, so that a run that was killed continues where it stopped, and several processes give
 exactly the figures of one.
 """
 
@@ -22,31 +22,31 @@ from sess_lightning.ops import resize, size_of, wait_for
 from sess_lightning.types import SaliencyMethod
 
 FORMAT = 3
-"""Of the records: 2 marks where a new image begins, 3 has all methods in one column."""
+"""Version of the records: 2 marks where a new image begins, 3 has all methods in one column."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is measured, and how pictures reach the model.
+    """What is measured, and how images reach the model.
 
     Attributes:
         method: The method to score.
         compare: Methods to score beside it, by name; None is the base of a SESS, and the controls: a
             random map, a centre Gaussian and the base's map, blurred.
-        size: Side the model was built for, px.
-        target: Explain each class that the labels name (``"label"``), or once per picture what the model
-            ``"predicted"``, which is no trial of the Pointing Game where no label agrees.
+        size: Side of the images that the model was built for, px.
+        target: Explain each class that the labels name (``"label"``), or once per image what the model
+            ``"predicted"``, which is a trial of the Pointing Game only where a label agrees.
         framing: ``"short"`` resizes the shorter side to ``size`` and floors the longer one (Pointing Game);
-            ``"square"`` warps the picture to a square (insertion and deletion); ``"stored"`` leaves it as is.
-        antialias: Antialias when the picture is made smaller; the Pointing Game's literature does not.
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel.
+            ``"square"`` warps the image to a square (insertion and deletion); ``"stored"`` leaves it as is.
+        antialias: Antialias when the image is downsampled; the Pointing Game's literature does not.
+        mean: Mean per channel, of pixels in [0, 1].
+        std: Standard deviation per channel.
         curves: Whether to draw insertion and deletion curves.
         steps: Number of steps of a curve.
-        tolerance: Of the Pointing Game, px at original resolution.
+        tolerance: Tolerance of the Pointing Game, px at original resolution.
         batch_size: Images that go through the model at once.
-        samples: How many pictures to draw at random; None is all.
-        seed: Of the draw.
+        samples: How many images to draw at random; None takes all.
+        seed: Seed of the draw.
     """
 
     method: SaliencyMethod
@@ -65,7 +65,7 @@ class Experiment:
     seed: int = 0
 
     def methods(self) -> dict[str, SaliencyMethod]:
-        """Return what is scored beside the method, by name."""
+        """Return the methods that are scored beside it, by name."""
         return dict(self.compare) if self.compare is not None else controls(self.method, blurred=True)
 
     def metric(self) -> SESSMetric:
@@ -80,11 +80,11 @@ class Experiment:
             tolerance=self.tolerance,
             batch_size=self.batch_size,
             clock=_read_clock,
-            distributed_available_fn=_never,  # Processes meet in their records, not in collectives.
+            distributed_available_fn=_never,  # Processes share records, not collectives.
         )
 
     def images(self, picture: Real[Tensor, "3 H W"]) -> Float[Tensor, "1 3 h w"]:
-        """Return a picture of pixels in 0..255 as the model takes it."""
+        """Return an image with pixels in 0..255 as the model takes it."""
         size = size_of(picture)
         if self.framing == "short":
             size = scaled_size(*size, self.size)
@@ -94,7 +94,7 @@ class Experiment:
         return resize(((picture / 255 - mean) / std)[None], size, self.antialias)
 
     def chosen(self, count: int) -> list[int]:
-        """Return the numbers of the pictures to take of ``count``, in rising order."""
+        """Return the indices of the images to take out of ``count``, in rising order."""
         if self.samples is None or self.samples >= count:
             return list(range(count))
         drawn = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))

@@ -1,4 +1,4 @@
-"""One image explained: the saliency map, its base's beside it, and the score of the class."""
+"""One image explained: the saliency map, the base method's beside it, and the score of the class."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sess_lightning.types import SaliencyMethod
 
 
 class ImageExplanation(NamedTuple):
-    """An image and what speaks for one class on it.
+    """An image, and the evidence for one class on it.
 
     Attributes:
         panel: The image and the maps over it, as ``sess_lightning.reporting.panels.sheet`` lays them out.
         target: The explained class.
-        probability: Of that class on the whole image.
+        probability: Probability of that class on the whole image.
         maps: Method's name -> map in [0, 1], (h, w) of the image as the model saw it; the base of a SESS
             comes first. Maps of SESS are smoothed.
     """

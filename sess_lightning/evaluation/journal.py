@@ -1,4 +1,4 @@
-"""Records of an evaluation, a line per sample, by which a killed run goes on where it stopped."""
+"""Records of an evaluation, a line per sample, from which a killed run continues."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Journal:
     """An append-only file: a line with the settings, then one per sample.
 
     Args:
-        path: The file; made if it is not there.
-        settings: What figures depend on.
+        path: The file; created if it does not exist.
+        settings: What the figures depend on.
 
     Raises:
         ValueError: If the file was written under other settings, or is damaged.
@@ -34,12 +34,12 @@ class Journal:
             jsonl.append(path, {"fingerprint": fingerprint(settings), "settings": settings})
 
     def append(self, sample: int, entry: Mapping[str, Any]) -> None:
-        """Write down what a sample scored."""
+        """Append a sample's scores."""
         jsonl.append(self._path, {"sample": sample, **entry})
 
 
 def read_journal(path: Path, settings: Mapping[str, str]) -> dict[int, dict[str, Any]]:
-    """Return what a file holds, by sample; a last line that was cut short is left out.
+    """Return a file's records by sample, without a last line that was cut short.
 
     Raises:
         ValueError: If the file was written under other settings, or is damaged.
@@ -74,7 +74,7 @@ def read_settings(folder: Path) -> dict[str, str]:
 
 
 def read_journals(folder: Path, settings: Mapping[str, str]) -> dict[int, dict[str, Any]]:
-    """Return what all processes wrote, by sample, in rising order; what could be read counts."""
+    """Return all processes' records by sample, in rising order; a readable one replaces a broken one."""
     entries: dict[int, dict[str, Any]] = {}
     for path in sorted(folder.glob("records-*.jsonl")):
         for sample, entry in read_journal(path, settings).items():

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table and as files."""
+"""The results of an evaluation, as a table and as files."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from sess_lightning.reporting.text import text_table
 from sess_lightning.scores import ENDS, SCORES, build
 
 SHOWN = tuple(key for key, score in SCORES.items() if score.better and score.bounds)
-"""Scores that the table and pictures show; files hold all."""
+"""Scores that the table and figures show; files hold all."""
 SHARED = tuple(key for key, score in SCORES.items() if score.is_shared)
 SECONDS = "seconds_per_image"
 OWN = "method"
-"""What the tables of samples and classes call the explained method."""
+"""Name of the explained method in the tables of samples and classes."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What came out.
+    """The results of an evaluation.
 
     Attributes:
-        method: The method, in words.
-        others: Names of the methods beside it.
+        method: The method, as text.
+        others: Names of the methods scored beside it.
         figures: As ``SESSMetric.compute`` gives them, and how many images were scored, broken or are missing.
         curves: Mean insertion and deletion curve of each method.
         classes: Pointing Game, trials and hits by class.
         samples: Columns of a table with a row per trial, method (``"method"`` is the method itself) and
-            figure; ``difficult`` is -1 where that is not known.
-        seconds: What a picture's maps took, mean, by method (``""`` is the method itself); no figure, as it
-            is another on another machine.
+            figure; ``difficult`` is -1 where unknown.
+        seconds: Mean time of an image's maps, s, by method (``""`` is the method itself); not among the
+            figures, since it depends on the machine.
         settings: What the figures depend on.
     """
 
@@ -91,7 +91,7 @@ class Results:
         return "\n".join([*text_table(lines), ", ".join(self._notes())])
 
     def _notes(self) -> Iterator[str]:
-        """Yield what stands once below the table."""
+        """Yield the lines below the table."""
         for key, score in SCORES.items():
             if key in self.figures and (score.is_count or score.is_shared):
                 value = self.figures[key]
@@ -107,12 +107,12 @@ class Results:
 
         ``results.csv`` and ``.txt`` hold the figures, ``classes.csv`` the Pointing Game by class,
         ``samples.csv`` a row per trial, method and figure, ``curves.png`` the mean curves. With pyarrow,
-        figures and samples are there as ``.parquet`` as well.
+        figures and samples are also written as ``.parquet``.
 
         Args:
-            folder: Made if it is not there.
+            folder: Created if it does not exist.
             paper: As for ``rows``.
-            parquet: Write Parquet; None does if pyarrow is installed.
+            parquet: Whether to write Parquet; None means if pyarrow is installed.
 
         Raises:
             ImportError: If Parquet is asked for and pyarrow is not installed.

@@ -1,7 +1,7 @@
-"""The paper's experiments on a data set: the callback's metric on every picture and class of a benchmark.
+"""The paper's experiments on a data set: the callback's metric on every image and class of a benchmark.
 
-What each sample scored is appended to a file as soon as it is known. All figures come from these records
-alone, sorted by sample, so that a run killed half-way goes on where it stopped, and several processes give
+Each sample's scores are appended to a file as soon as they are known. All figures come from these records
+alone, sorted by sample, so that a run that was killed continues where it stopped, and several processes give
 exactly the figures of one.
 """
 
@@ -40,7 +40,7 @@ from sess_lightning.metrics.summary import mean_curves, scores
 
 
 def describe(model: nn.Module, benchmark: Benchmark, experiment: Experiment) -> dict[str, str]:
-    """Return what figures depend on, as text: settings, the model's weights, the pictures' names."""
+    """Return what the figures depend on, as text: settings, the model's weights, the images' names."""
     settings = {field.name: repr(getattr(experiment, field.name)) for field in fields(experiment)}
     settings["compare"] = repr(experiment.methods())
     settings["format"] = str(FORMAT)
@@ -66,22 +66,22 @@ def evaluate(
     skip_broken: bool = True,
     progress: bool = False,
 ) -> Results:
-    """Score a method on a benchmark, going on from the records in ``folder``.
+    """Score a method on a benchmark, continuing from the records in ``folder``.
 
     Args:
         model: Any classifier, on the device to use; given back as it was.
-        benchmark: The pictures.
+        benchmark: The images.
         experiment: What is measured.
-        folder: Where the records are; each process writes its own file.
-        rank: This process' number: it takes every ``world``-th of the chosen pictures.
-        world: How many processes there are.
+        folder: Folder of the records; each process writes its own file.
+        rank: This process's number: it takes every ``world``-th of the chosen images.
+        world: Number of processes.
         skip_broken: Leave out and count samples whose files are missing or damaged; they are tried again when
-            the run goes on.
-        progress: Show a bar with rate and time left.
+            the run is continued.
+        progress: Show a progress bar.
 
     Raises:
-        BrokenSampleError: If a file is missing or damaged, unless such are skipped, or if all of them are.
-        ValueError: If the folder holds records of other settings.
+        BrokenSampleError: If a file is missing or damaged and not skipped, or if all of them are.
+        ValueError: If the folder holds records made with other settings.
     """
     folder, settings = Path(folder), describe(model, benchmark, experiment)
     done = read_journals(folder, settings)
@@ -106,9 +106,10 @@ def evaluate_with(
     *,
     skip_broken: bool = True,
 ) -> Results:
-    """Score a method on all devices of a Lightning ``Trainer``, each taking its share of the pictures.
+    """Score a method on all devices of a Lightning ``Trainer``, each with its share of the images.
 
-    Exactly the figures of ``evaluate``: no picture is padded in, and all come from the same records.
+    The figures are exactly those of ``evaluate``: no image is repeated as padding, and all come from the same
+    records.
     """
     shard = _Shard(model, (benchmark, experiment, folder), skip_broken)
     trainer.predict(shard, DataLoader(_Once()), return_predictions=False)
@@ -116,7 +117,7 @@ def evaluate_with(
 
 
 class _Once(Dataset[int]):
-    """A batch for each process: the pictures are read in the step."""
+    """One batch for each process: the images are read in the step."""
 
     def __len__(self) -> int:
         return 1
@@ -126,7 +127,7 @@ class _Once(Dataset[int]):
 
 
 class _Shard(LightningModule):
-    """Runs one process' share in a single predict step."""
+    """Runs one process's share in a single predict step."""
 
     def __init__(
         self, model: nn.Module, given: tuple[Benchmark, Experiment, str | Path], skip_broken: bool
@@ -147,7 +148,7 @@ class _Shard(LightningModule):
                 progress=trainer.is_global_zero,
             )
         trainer.strategy.barrier()
-        return batch  # Of nothing Lightning warns.
+        return batch  # Lightning warns of steps that return nothing.
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -184,7 +185,7 @@ def _entry(
 
 
 def as_predicted(sample: Sample, model: nn.Module, images: Float[Tensor, "1 3 h w"]) -> Sample:
-    """Return a sample whose only trial is what the model predicts, where that is if a label agrees."""
+    """Return a sample whose only trial is the predicted class, with its region if a label agrees."""
     with explaining(model), torch.no_grad():
         predicted = int(predict(classify(model, images.clone())))
     agreeing = [trial for trial in sample.trials if trial.target == predicted]
@@ -213,7 +214,7 @@ def assess(
 def _regions(
     sample: Sample, device: torch.device
 ) -> Bool[Tensor, "T H W"] | list[Float[Tensor, "_ 4"]] | None:
-    """Return one region per trial, all of one kind; an empty one is no trial."""
+    """Return one region per trial, all of one kind; an empty one counts as no trial."""
     regions = [trial.region for trial in sample.trials]
     if all(region is None for region in regions):
         return None
@@ -227,7 +228,7 @@ def _regions(
 def summarise(
     folder: str | Path, settings: Mapping[str, str], benchmark: Benchmark, experiment: Experiment
 ) -> Results:
-    """Compute all figures from the records in ``folder``, whoever wrote them."""
+    """Compute all figures from the records in ``folder``, whichever process wrote them."""
     entries = read_journals(Path(folder), settings)
     chosen = experiment.chosen(len(benchmark))
     broken = [entry["broken"] for entry in entries.values() if "broken" in entry]

@@ -1,4 +1,4 @@
-"""From a name and a file to a model; nothing that a file could run is ever unpickled."""
+"""From a name and a file to a model; no code in a file is ever unpickled."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CAFFE = (123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255, 1 / 255, 1 / 255
 
 
 class Network(NamedTuple):
-    """A model and the pictures it expects.
+    """A model and the images it expects.
 
     Attributes:
-        model: In eval mode.
+        model: The classifier, in evaluation mode.
         mean: Per channel, of pixels in [0, 1].
         std: Per channel.
-        class_names: Of the head's outputs, where known.
+        class_names: Names of the head's outputs, where known.
     """
 
     model: nn.Module
@@ -45,17 +45,18 @@ def load_network(
     """Build a torchvision classifier and load its weights.
 
     Args:
-        name: As torchvision knows it, such as ``"resnet50"``.
+        name: Torchvision's name, such as ``"resnet50"``.
         weights: A file (``.ckpt`` of Lightning, ``.pth`` or ``.pt`` state dict, ``.safetensors``), a name of
             torchvision's weights such as ``"IMAGENET1K_V1"``, or None for random weights.
         layout: ``"torchray"`` for the VGG-16 and ResNet-50 of the Pointing Game's literature: converted from
             Caffe, with their own head, padding and mean.
-        num_classes: Of the head; None reads it from a file, and is the architecture's own otherwise.
-        mean: Of the pictures the model was trained on, per channel; None is what comes with the weights.
-        std: Likewise.
+        num_classes: Outputs of the head; None reads the number from a file, else it is the architecture's
+            own.
+        mean: Mean per channel of the images the model was trained on; None is what comes with the weights.
+        std: Likewise, the standard deviation.
 
     Raises:
-        FileNotFoundError: If a file is not there.
+        FileNotFoundError: If a file does not exist.
         ValueError: If the architecture is unknown, or the weights do not fit.
     """
     from torchvision.models import get_model, get_model_weights, list_models
@@ -131,7 +132,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise
-    except Exception as error:  # Of damaged files, readers raise whatever they stumble over.
+    except Exception as error:  # On damaged files, readers raise all kinds of errors.
         raise ValueError(f"{path}: {_complaint(Path(path), error)}") from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
@@ -147,7 +148,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _complaint(path: Path, error: Exception) -> str:
-    """Say what is wrong with a file of weights, and what to do."""
+    """Say what is wrong with a weights file, and what to do."""
     with path.open("rb") as file:
         head = file.read(40)
     if not head:
@@ -182,7 +183,7 @@ def fit_names(state: Mapping[str, Tensor], wanted: set[str], source: str) -> dic
 
 
 class SpatialMean(nn.Module):
-    """Mean over places of what a fully convolutional head says: (B, N, h, w) to (B, N)."""
+    """Mean over places of a fully convolutional head's output: (B, N, h, w) to (B, N)."""
 
     def forward(self, scores: Float[Tensor, "B N h w"]) -> Float[Tensor, "B N"]:
         """Return the mean."""
@@ -194,7 +195,7 @@ def _torchray(name: str, state: Mapping[str, Tensor]) -> nn.Module:
         raise ValueError(f'model: layout="torchray" knows {" and ".join(_TORCHRAY)}, not {name!r}.')
     build, rename, head = _TORCHRAY[name]
     renamed = rename(state)
-    with torch.device("meta"):  # Nothing need be drawn at random: all weights come from the file.
+    with torch.device("meta"):  # No random initialisation: all weights come from the file.
         model = build(len(renamed.get(f"{head}.weight", ())))
     for module in model.modules():
         if isinstance(module, nn.MaxPool2d):
@@ -207,7 +208,7 @@ def _torchray(name: str, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 class _ConvolutionalVGG(nn.Module):
-    """VGG-16 with convolutions for linear layers, so that pictures need not be square."""
+    """VGG-16 with convolutions for linear layers, so that images need not be square."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -227,7 +228,7 @@ class _ConvolutionalVGG(nn.Module):
 
 def _vgg16_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = dict(state)
-    if "classifier.2.weight" in state:  # Counted without the dropout layers.
+    if "classifier.2.weight" in state:  # Numbered without the dropout layers.
         places = {"2": "3", "4": "6"}
         renamed = {
             re.sub(r"^classifier\.([24])\.", lambda found: f"classifier.{places[found[1]]}.", key): value
@@ -260,7 +261,7 @@ def _resnet50_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _red_first(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
-    """Turn the first convolution round: Caffe sees blue first."""
+    """Reverse the channels of the first convolution: Caffe's images are BGR."""
     return {**state, key: state[key].flip(1)} if key in state else state
 
 

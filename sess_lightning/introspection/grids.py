@@ -196,6 +196,6 @@ def turned(grid: Grid) -> list[Grid]:
 
 
 def _may_be_places(height: int, width: int, size: tuple[int, int]) -> bool:
-    # Strides may differ by axis, and pictures be squared inside: anything up to eight times as flat or long.
+    # Strides may differ by axis, and images be squared inside: anything up to eight times as flat or long.
     ratio = height * size[1] / (width * size[0])
     return height * width > 1 and 1 / 8 <= ratio <= 8

@@ -51,7 +51,7 @@ def is_lent(model: nn.Module) -> bool:
 
 
 def borrowed(tensor: Tensor) -> Tensor:
-    """Return a copy that autograd accepts, even of an inference tensor, and that a forward may write to."""
+    """Return a copy that autograd accepts and a forward pass may write to, even of an inference tensor."""
     return tensor.detach().clone()
 
 
@@ -140,7 +140,7 @@ def _no_autocast_cache() -> Iterator[None]:
 
 @contextmanager
 def muted(module: nn.Module) -> Iterator[None]:
-    """Swallow ``self.log`` of a forward that logs: those figures are the user's, and of their batches."""
+    """Swallow what ``self.log`` gets while windows pass: the user's figures are of the user's batches."""
     names = [name for name in ("log", "log_dict") if name not in vars(module)]
     for name in names:
         vars(module)[name] = lambda *_args, **_kwargs: None

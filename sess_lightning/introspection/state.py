@@ -53,7 +53,7 @@ class State(Ledger):
         parameters = self._parameters if parameters is None else parameters
         try:
             copies = Copies(self._tensors + parameters)
-        except RuntimeError as error:  # Hardly a forward writes to its parameters.
+        except RuntimeError as error:  # Hardly any forward pass writes to parameters.
             if not is_out_of_memory(error):
                 raise
             copies = Copies(self._tensors)

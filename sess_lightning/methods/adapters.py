@@ -72,7 +72,7 @@ class _Adapter(SaliencyMethod):
     def explain(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Explanation:
-        """Explain ``targets`` on ``images``: a forward for the scores, then whatever the package does.
+        """Explain ``targets`` on ``images``: a forward pass for the scores, then whatever the package does.
 
         Raises:
             ImportError: If the package is not installed.
@@ -81,7 +81,7 @@ class _Adapter(SaliencyMethod):
         return self._explain(model, images, targets)[0]
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
-        """Return how many forwards one map costs, counted on an empty picture: only the package knows."""
+        """Return how many forward passes one map costs, counted on an empty image: only the package knows."""
         weight = next((p for p in model.parameters() if p.ndim == 4), torch.zeros(1, 3, 1, 1))
         image = torch.zeros(1, weight.shape[1], *size, dtype=weight.dtype, device=weight.device)
         return self._explain(model, image, torch.zeros(1, dtype=torch.long, device=weight.device))[1]

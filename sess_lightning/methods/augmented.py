@@ -17,7 +17,7 @@ from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
 
 class Poses(NamedTuple):
-    """How copies lie on their picture.
+    """How copies lie on their image.
 
     Attributes:
         angles: Turn of each copy, radians.
@@ -28,7 +28,7 @@ class Poses(NamedTuple):
     shifts: Float[Tensor, "N 2"]
 
     def places(self, size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "N h w 2"]:
-        """Return where on the picture the cells of a copy's ``grid`` lie: (y, x) px from its middle."""
+        """Return where on the image the cells of a copy's ``grid`` lie: (y, x) px from its middle."""
         down, right = (
             ((torch.arange(count, device=self.angles.device) + 0.5) / count - 0.5) * side
             for side, count in zip(size, grid, strict=True)
@@ -40,12 +40,12 @@ class Poses(NamedTuple):
 
 
 class View(NamedTuple):
-    """What a coarse map sees of a picture: each cell a weighted sum of pixels.
+    """What a coarse map sees of an image: each cell a weighted sum of pixels.
 
     By indices rather than ``grid_sample``, whose derivative is not deterministic on a GPU.
 
     Attributes:
-        pixels: Which, of the flattened picture.
+        pixels: Which, of the flattened image.
         weights: How much of each.
     """
 
@@ -80,10 +80,10 @@ class View(NamedTuple):
 class AugmentedGradCAM(SaliencyMethod):
     """Augmented Grad-CAM (Morbidelli et al., ICASSP 2020): super-resolution from turned and shifted copies.
 
-    The map is the picture h that, posed like each copy and reduced to the base's grid, is nearest to that
+    The map is the image h that, posed like each copy and reduced to the base's grid, is nearest to that
     copy's map: it minimises the mean squared difference, plus its total variation and its energy, by Adam
     from zero. As in the authors' code, the first copy is the image itself, maps are normalised one by one,
-    and what leaves the picture is zero. Their weights, 0.002 and 0.0001 for 100 copies of 14 x 14 cells at
+    and what leaves the image is zero. Their weights, 0.002 and 0.0001 for 100 copies of 14 x 14 cells at
     224 px, are restated so that they hold for any size, grid and number of copies: variation per side, energy
     per pixel, difference per cell. Two things differ, without which peaks are cut off at a fifth and h is
     speckled where no copy looks: Adam's step is 0.02, theirs 0.001 (200 of them each), and a cell is the mean
@@ -129,7 +129,7 @@ class AugmentedGradCAM(SaliencyMethod):
         return self.base.activation
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
-        """Return how many forwards one map of an image of ``size`` (height, width) costs."""
+        """Return how many forward passes one map of an image of ``size`` (height, width) costs."""
         return self.num_copies * self.base.count_forwards(model, size)
 
     def explain(
@@ -160,7 +160,7 @@ class AugmentedGradCAM(SaliencyMethod):
     def super_resolve(
         self, maps: Float[Tensor, "N B h w"], poses: Poses, size: tuple[int, int]
     ) -> Float[Tensor, "B H W"]:
-        """Return the pictures that the coarse maps are views of, by gradient descent."""
+        """Return the images that the coarse maps are views of, by gradient descent."""
         views = View.of(poses, size, size_of(maps))
         sharp = maps.new_zeros(maps.shape[1], *size)
         mean, square = torch.zeros_like(sharp), torch.zeros_like(sharp)
@@ -186,7 +186,7 @@ class AugmentedGradCAM(SaliencyMethod):
 
 
 def take_copies(images: Float[Tensor, "B C H W"], poses: Poses) -> Float[Tensor, "N B C H W"]:
-    """Turn and shift; what comes from outside is zero, the mean of normalised pictures."""
+    """Turn and shift; what comes from outside is zero, the mean of normalised images."""
     size = size_of(images)
     where = poses.places(size, size).flip(-1) * torch.tensor([2 / size[1], 2 / size[0]], device=images.device)
     stacked = images.float().flatten(0, 1).expand(len(where), -1, -1, -1)

@@ -27,14 +27,14 @@ class _Blind(SaliencyMethod):
         images: Float[Tensor, "B C H W"],
         targets: Int[Tensor, " B"],
     ) -> Float[Tensor, "B H W"]:
-        """Return the maps alone: no forward."""
+        """Return the maps alone: no forward pass."""
         check_inputs(type(self).__name__, images, targets)
         return self.draw(images)
 
     def explain(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Explanation:
-        """Return the maps, and the scores of one plain forward."""
+        """Return the maps, and the scores of one plain forward pass."""
         check_inputs(type(self).__name__, images, targets)
         with explaining(model):
             images, targets = borrowed(images), borrowed(targets)
@@ -65,7 +65,7 @@ class RandomMap(_Blind):
 
 @dataclass(frozen=True)
 class CentreGaussian(_Blind):
-    """A Gaussian in the middle of the picture: what photographers' habits alone score.
+    """A Gaussian in the middle of the image: what photographers' habits alone score.
 
     Attributes:
         sigma: Standard deviation, as a share of each side.

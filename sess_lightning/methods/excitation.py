@@ -170,8 +170,8 @@ class ExcitationBackprop(SaliencyMethod):
     negated target and rectifies; both are linear below the classifier, so taking the difference at the end is
     taking it there, as the authors do.
 
-    Costs one forward, and a backward through the head (two, if contrastive), which is its own forward again
-    on positive weights.
+    Costs one forward pass, and a backward pass through the head (two, if contrastive), which is its own
+    forward pass again on positive weights.
 
     Attributes:
         target_layer: Where the map is read, as for ``GradCAM``. The paper reads it lower: VGG-16's
@@ -197,7 +197,7 @@ class ExcitationBackprop(SaliencyMethod):
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Extraction:
-        """Return maps on the layer's grid, and log-scores, from one forward."""
+        """Return maps on the layer's grid, and log-scores, from one forward pass."""
         with explaining(model):
             winning, logits = self.winning(model, images, targets)
             with torch.no_grad(), full_precision(images.device):

@@ -38,14 +38,14 @@ class ExtremalPerturbation(SaliencyMethod):
     game.
 
     The areas are aimed at, not forced: for 0.05, 0.1 and 0.2, 800 steps ended at 0.06, 0.11 and 0.23
-    (MobileNetV2, 112 px). Costs ``steps`` forwards and backwards for each area, and a forward for the score:
-    far the dearest method here.
+    (MobileNetV2, 112 px). Costs ``steps`` forward and backward passes for each area, and a forward pass for
+    the score: far the dearest method here.
 
     Attributes:
         areas: Shares of the image that masks may keep; TorchRay's choice for PASCAL VOC.
         steps: Of the ascent.
         reward: ``"simple"`` (the target's logit) or ``"contrastive"`` (its lead over the next logit).
-        perturbation: ``"blur"`` or ``"fade"`` (to zero, the mean of normalised pictures).
+        perturbation: ``"blur"`` or ``"fade"`` (to zero, the mean of normalised images).
         step: Distance between the mask's parameters, px.
         sigma: Reach of a bump, px, a multiple of ``step`` (else TorchRay's mask would not cover the image).
         smooth: Standard deviation of the final blur, as a share of the shorter side; 0 is none.

@@ -81,7 +81,7 @@ def generator(device: torch.device, seed: int) -> torch.Generator:
 class Gradient(PixelMethod):
     """Saliency maps of Simonyan et al. (2013): the maximum over channels of |gradient of the target's logit|.
 
-    Costs one forward and one backward to the pixels.
+    Costs one forward pass and one backward pass to the pixels.
 
     Attributes:
         activation: How the model's logits become probabilities.
@@ -166,7 +166,7 @@ class GuidedBackprop(PixelMethod):
     def raw(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> tuple[Float[Tensor, "B H W"], Float[Tensor, " B"]]:
-        """Return the sum over channels, and log-scores: one forward, one backward to the pixels.
+        """Return the sum over channels, and log-scores: one forward pass, one backward pass to the pixels.
 
         Raises:
             RuntimeError: If no gradient flows from the logits back to the pixels, or the model checkpoints.
@@ -197,11 +197,12 @@ class IntegratedGradients(PixelMethod):
     takes equal steps, which needs several times as many for the same completeness error. Written here because
     XRAI and SESS call it on batches: captum expands a batch by all steps at once, or handles them one by one.
 
-    Costs ``steps`` forwards and as many backwards to the pixels, and a forward for the score.
+    Costs ``steps`` forward passes and as many backward passes to the pixels, and a forward pass for the
+    score.
 
     Attributes:
         steps: Points on the line.
-        baseline: The value of every pixel where the line begins; 0 is the mean of normalised pictures.
+        baseline: The value of every pixel where the line begins; 0 is the mean of normalised images.
         batch_size: How many points go through the model at once; never fewer than one per image.
         activation: How the model's logits become probabilities.
     """
@@ -267,7 +268,7 @@ class SmoothGrad(SaliencyMethod):
     are averaged; here it is the base's maps, so magnitudes. One sample without noise is the base itself.
     All images of a batch meet the same noise, so that none depends on the others.
 
-    Costs ``num_samples`` times the base, and a forward for the score.
+    Costs ``num_samples`` times the base, and a forward pass for the score.
 
     Attributes:
         base: The method to smooth.
@@ -300,7 +301,7 @@ class SmoothGrad(SaliencyMethod):
         return self.base.activation
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
-        """Return how many forwards one map of an image of ``size`` (height, width) costs."""
+        """Return how many forward passes one map of an image of ``size`` (height, width) costs."""
         return self.num_samples * self.base.count_forwards(model, size) + 1
 
     def explain(

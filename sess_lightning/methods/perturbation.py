@@ -118,14 +118,14 @@ class ScoreCAM(SaliencyMethod):
     """Score-CAM (Wang et al., 2020): each channel weighs what the image, seen through it alone, scores.
 
     A channel is upsampled and stretched to [0, 1] to become a mask; what it hides is zero, the mean of
-    normalised pictures. The paper gives two weights: its text, and its authors' code, the target's
+    normalised images. The paper gives two weights: its text, and its authors' code, the target's
     probability on the masked image (``"probability"``); its algorithm 1 a softmax over channels of the
     target's scores (``"softmax"``, here of logits, as in the ``grad-cam`` package: the baseline that the
     algorithm subtracts cancels out). A flat channel hides nothing in particular and is left out, as in the
     authors' code.
 
-    Costs one forward per channel of the layer and one for the features (with a backward through the head,
-    which is not used).
+    Costs one forward pass per channel of the layer and one for the features (with a backward pass through the
+    head, which is not used).
 
     Attributes:
         target_layer: As for ``GradCAM``.
@@ -147,7 +147,7 @@ class ScoreCAM(SaliencyMethod):
         self.check_counts("batch_size")
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
-        """Return one more than the layer's channels, which a forward of one image tells."""
+        """Return one more than the layer's channels, which a forward pass of one image tells."""
         image = _blank(model, size)
         target = torch.zeros(1, dtype=torch.long, device=image.device)
         with explaining(model):
@@ -197,13 +197,13 @@ class RISE(SaliencyMethod):
 
     A mask is a coin-tossed grid of cells, enlarged bilinearly and cropped at a random shift of up to a cell,
     as in the authors' code (a grid of ``cells`` squared, drawn ``cells + 1`` cells large), with the border
-    clamped where scikit-image mirrors it. What a mask hides is zero, the mean of normalised pictures. The
+    clamped where scikit-image mirrors it. What a mask hides is zero, the mean of normalised images. The
     division by the expected mask value, the same everywhere, is done for form: min-max undoes it. All images
     of a batch meet the same masks.
 
     Grids are drawn on the images' device by an own generator, all at once (they are small); masks are made as
-    they are used, so that memory does not grow with their number. Costs ``num_masks`` forwards, and one for
-    the score.
+    they are used, so that memory does not grow with their number. Costs ``num_masks`` forward passes, and one
+    for the score.
 
     Attributes:
         num_masks: Masks; the paper takes 4000 for VGG-16 and 8000 for ResNet-50.
@@ -280,7 +280,7 @@ def rise_masks(
 
 
 def _blank(model: nn.Module, size: tuple[int, int]) -> Float[Tensor, "1 C H W"]:
-    """Return a picture that the model takes: as many channels as its first convolution has."""
+    """Return an image that the model takes: as many channels as its first convolution has."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     like = next(model.parameters(), torch.zeros(()))
     return torch.zeros(1, first.in_channels if first else 3, *size, device=like.device, dtype=like.dtype)

@@ -15,7 +15,7 @@ from sess_lightning.methods.gradient import IntegratedGradients
 from sess_lightning.ops import min_max, resize, size_of
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
-_SEGMENTED_AT = 224  # px; the segmentation's scales are made for pictures of this size.
+_SEGMENTED_AT = 224  # px; the segmentation's scales are made for images of this size.
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class XRAI(SaliencyMethod):
     pixels take that mean as their saliency. Pixels that no segment covers share their own mean.
 
     Segments are scikit-image's (Felzenszwalb), as in the authors' code, so this runs on the host, image by
-    image, and needs ``pip install sess-lightning[regions]``. Unlike that code, pictures of other sizes are
+    image, and needs ``pip install sess-lightning[regions]``. Unlike that code, images of other sizes are
     resized bilinearly to be segmented (theirs: bicubically), and integrals are Gauss-Legendre sums.
 
-    Costs ``2 * steps`` forwards and as many backwards to the pixels, and a forward for the score; at 224 px,
-    the segmentation and the growth take about a second of the host's time.
+    Costs ``2 * steps`` forward passes and as many backward passes to the pixels, and a forward pass for the
+    score; at 224 px, the segmentation and the growth take about a second of the host's time.
 
     Attributes:
         steps: Points on the line from each baseline.

@@ -1,4 +1,4 @@
-"""Insertion and deletion: what the model says as pixels are shown, or taken away, most salient first."""
+"""Insertion and deletion: the target's probability as pixels are shown or removed, most salient first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Ends: TypeAlias = "tuple[Float[Tensor, ' B'] | None, Float[Tensor, ' B'] | None]
 
 
 def blurred_baseline(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-    """Return the evidence-free images insertion starts from: a heavy Gaussian blur.
+    """Return the images without evidence that insertion starts from: a heavy Gaussian blur.
 
     51 x 51 px with sigma 50 at a shorter side of 224 px (RISE, Group-CAM), in proportion for other sizes.
     """
@@ -50,11 +50,12 @@ def insertion_curve(
         maps: One map per image, same height and width, higher is more salient.
         targets: The explained class of each image.
         steps: Number of equal steps; each shows ``ceil(H * W / steps)`` pixels (28: 3.57 %).
-        baseline: What is seen before; None is ``blurred_baseline``.
-        ties: Pixels of equal saliency are shown in raster order (``"first"``) or in a seeded random one.
+        baseline: What is shown before the pixels; None is ``blurred_baseline``.
+        ties: Order of pixels of equal saliency: raster order (``"first"``) or a seeded random one.
         activation: How logits become probabilities.
         batch_size: Images that go through the model at once; None by the memory there is.
-        ends: Scores of the baseline and of the image where they are known; each saves one forward per image.
+        ends: Scores of the baseline and of the image where they are known; each saves one forward pass per
+            image.
 
     Raises:
         ValueError: If shapes do not fit.
@@ -80,9 +81,9 @@ def deletion_curve(
     batch_size: int | None = None,
     ends: Ends = (None, None),
 ) -> Float[Tensor, "B {steps}+1"]:
-    """Return the target's probability as pixels are taken away, most salient first.
+    """Return the target's probability as pixels are removed, most salient first.
 
-    As ``insertion_curve``, from the image to its baseline: None is zeros, the data set's mean in normalised
+    Like ``insertion_curve``, from the image to its baseline: None is zeros, the data set's mean in normalised
     space. ``ends`` are the scores of the image and of the baseline.
     """
     end = torch.zeros_like(images) if baseline is None else _like(images, baseline)
@@ -104,7 +105,7 @@ def insertion_and_deletion_curves(
     ends: tuple[Tensor, Tensor, Tensor] | None = None,
     which: Sequence[slice | Tensor] | None = None,
 ) -> list[tuple[Float[Tensor, "_ {steps}+1"], Float[Tensor, "_ {steps}+1"]]]:
-    """Return both curves of several maps of each image, from one stream of full batches.
+    """Return both curves for several maps of each image, from one stream of full batches.
 
     Args:
         model: Any classifier; given back as it was.
@@ -116,7 +117,7 @@ def insertion_and_deletion_curves(
         batch_size: Images that go through the model at once; None by the memory there is.
         blurred: What insertion starts from; None is ``blurred_baseline``.
         ends: Scores of the images, the blurred images and zeros, which all curves share; None scores them.
-        which: For each method, an index of the images whose curves are drawn; None draws all.
+        which: For each method, an index of the images whose curves are measured; None measures all.
 
     Returns:
         For each method, the insertion and the deletion curves.
@@ -133,7 +134,7 @@ def insertion_and_deletion_curves(
 
 
 class _Pictures(NamedTuple):
-    """What both curves of every method begin and end with, and the scores of these, where they are known."""
+    """The ends of every method's curves, with their scores where these are known."""
 
     images: Float[Tensor, "B C H W"]
     blurred: Float[Tensor, "B C H W"]
@@ -168,7 +169,7 @@ class _Pictures(NamedTuple):
 
 
 class _Transition(NamedTuple):
-    """Images that change into others pixel by pixel, in the order of their maps."""
+    """Images that turn into others pixel by pixel, in the order of their maps."""
 
     start: Float[Tensor, "B C H W"]
     end: Float[Tensor, "B C H W"]
@@ -177,11 +178,11 @@ class _Transition(NamedTuple):
     ends: Ends
 
     def asked(self, steps: int) -> range:
-        """Return the steps that have to be scored: the ends may be known."""
+        """Return the steps that have to be scored: without the ends where they are known."""
         return range(0 if self.ends[0] is None else 1, steps + 1 if self.ends[1] is None else steps)
 
     def paint(self, seen: Float[Tensor, "S C H W"], which: slice, asked: range) -> None:
-        """Write states ``which``, image by image and step by step, into ``seen``."""
+        """Write the states ``which``, image by image and step by step, into ``seen``."""
         for image, some, place in by_image(which, len(asked)):
             changed = _changed(self.step_of[image], asked[some], seen.shape[1])
             torch.where(changed, self.end[image], self.start[image], out=seen[place])
@@ -194,7 +195,7 @@ def _draw(
     activation: Activation,
     batch_size: int | None,
 ) -> list[Float[Tensor, "B {steps}+1"]]:
-    """Return the target's probability along every transition; batches run on from one into the next."""
+    """Return the target's probability along every transition; batches run across transitions."""
     for one in transitions:
         if len(one.targets):
             check_inputs("Insertion and deletion", one.start, one.targets)
@@ -236,15 +237,15 @@ def _with_ends(inner: Float[Tensor, "B S"], ends: Ends) -> Float[Tensor, "B T"]:
 
 
 def _changed(step_of: Int[Tensor, "H W"], steps: range, channels: int) -> Bool[Tensor, "T C H W"]:
-    """Return which values have changed by each of ``steps``."""
+    """Return the values that have changed by each of ``steps``."""
     by = torch.arange(steps.start, steps.stop, device=step_of.device)
     changed = step_of < by[:, None, None]
-    # Laid out like the images: three times as fast as to have it broadcast over the channels.
+    # Laid out like the images: three times as fast as broadcasting over the channels.
     return changed[:, None].expand(-1, channels, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
 def pixel_steps(maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first") -> Int[Tensor, "B H W"]:
-    """Return at which step, from 0, each pixel changes: most salient first."""
+    """Return the step, from 0, at which each pixel changes: most salient first."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
     flat = maps.flatten(1).nan_to_num(0)
@@ -259,7 +260,7 @@ def pixel_steps(maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first") 
 
 
 def tied_share(maps: Float[Tensor, "B H W"]) -> Float[Tensor, " B"]:
-    """Return the share of each map's pixels whose value another has too: tie order decides about those.
+    """Return the share of each map's pixels that are tied with another: their order is arbitrary.
 
     NaN counts as 0, as in ``pixel_steps``.
     """
@@ -270,7 +271,7 @@ def tied_share(maps: Float[Tensor, "B H W"]) -> Float[Tensor, " B"]:
 
 
 def curve_auc(curves: Float[Tensor, "*B T"]) -> Float[Tensor, "*B"]:
-    """Return the area under curves over [0, 1], trapezoid rule."""
+    """Return the area under curves over [0, 1], by the trapezoid rule."""
     return (curves.sum(-1) - (curves[..., 0] + curves[..., -1]) / 2) / (curves.shape[-1] - 1)
 
 

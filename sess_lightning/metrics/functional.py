@@ -46,11 +46,11 @@ def pointing_hits(
     tolerance: float = 15.0,
     size: tuple[int, int] | None = None,
 ) -> Bool[Tensor, " B"]:
-    """Return whether each map's highest point lies on, or nearer than ``tolerance`` to, the region.
+    """Return whether each map's highest point is on the region, or nearer to it than ``tolerance``.
 
-    The point is the first maximum in raster order, values within 1e-6 of the map's span of it included: an
-    upsampled map has plateaus along its border, equal but for rounding. NaN counts as 0; a flat map is a
-    miss, and so is an empty region.
+    The point is the first maximum in raster order, where values within 1e-6 of the map's span of it count as
+    maxima: an upsampled map has plateaus along its border, equal but for rounding. NaN counts as 0; a flat
+    map and an empty region are misses.
 
     Args:
         maps: One map per image; resized bilinearly to the regions' resolution.
@@ -92,13 +92,13 @@ def relevance_mass(
     regions: Regions,
     size: tuple[int, int] | None = None,
 ) -> Float[Tensor, " B"]:
-    """Return the share of each map's sum that lies inside its region: relevance mass accuracy.
+    """Return the share of each map's sum inside its region: relevance mass accuracy.
 
-    A map without preference scores the region's share of the picture. A flat map of zeros scores 0; an empty
-    region, and a map with negative values, which has no share of its sum, NaN. NaN in a map counts as 0.
+    A uniform map scores the region's share of the image, and a map of zeros 0. The score is NaN for an empty
+    region and for maps with negative values, whose sum has no shares. NaN in a map counts as 0.
 
     Args:
-        maps: Saliency, not negative; resized bilinearly to the regions' resolution.
+        maps: Non-negative saliency; resized bilinearly to the regions' resolution.
         regions: Per image a mask, or boxes (x0, y0, x1, y1), half-open pixels (``read_regions``).
         size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
 
@@ -121,7 +121,7 @@ def rank_correlation(first: Float[Tensor, "B N"], second: Float[Tensor, "B N"]) 
     NaN where a row is constant.
     """
     constant = (first == first[:, :1]).all(1) | (second == second[:, :1]).all(1)
-    # Two columns at least: torchmetrics reads a single one as one list of values.
+    # At least two columns: torchmetrics reads a single one as a vector.
     pairs = (torch.cat([rows, rows[:1]]).mT for rows in (first, second))
     return spearman_corrcoef(*pairs)[: len(first)].masked_fill(constant, torch.nan).to(first.dtype)
 
@@ -155,7 +155,7 @@ def _near_box(boxes: Sequence[Tensor], u: Tensor, v: Tensor, tolerance: float) -
 def class_mean(
     hits: Real[Tensor, "*B K"], trials: Real[Tensor, "*B K"], unseen_as_zero: bool = False
 ) -> Float[Tensor, "*B"]:
-    """Return the mean of hits / trials over the classes seen, or over all with the unseen as 0 (TorchRay)."""
+    """Return the mean of hits / trials over classes with trials, or over all, the others as 0 (TorchRay)."""
     accuracy = hits / trials.clamp(min=1)
     seen = trials.shape[-1] if unseen_as_zero else (trials > 0).sum(-1)
     return accuracy.sum(-1) / seen

@@ -97,7 +97,8 @@ class SESSMetric(PerSample):
         tolerance: Of the Pointing Game, px at the regions' resolution.
         batch_size: Images that go through the model at once; None by the memory there is.
         clock: Tells the seconds by which maps are timed, once the device has done its work; every method then
-            runs by itself. None does not wait for the device, and runs forwards that methods share once.
+            runs by itself. None does not wait for the device, and runs forward passes that methods share
+            once.
         grid: Side of the small copies of its own maps that ``samples`` gives; 0 keeps none.
         kwargs: For ``torchmetrics.Metric``.
 

@@ -50,7 +50,7 @@ DEFECTS = (
     ),
     Defect(
         "equation 2 divides by all windows, not by those above theta", "engine/fusion.py",
-        "            count += counts.sum(0)", "            count += len(part)",
+        "[*counts, votes.sum(1)]", "[*counts, torch.ones_like(votes).sum(1)]",
         "tests/engine/test_engine.py::test_fuse_is_equation_2",
     ),
     Defect(

@@ -1,6 +1,6 @@
-"""The paper's data sets, and your own: which classes are on each picture, and where.
+"""The paper's data sets, and your own: which classes are on each image, and where.
 
-Every benchmark reads its real on-disk layout and yields a ``Sample`` per picture, with one ``Trial`` per
+Every benchmark reads its real on-disk layout and yields a ``Sample`` per image, with one ``Trial`` per
 class present. Regions are read when a sample is asked for, so that opening a data set is quick.
 """
 

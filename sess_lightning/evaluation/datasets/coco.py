@@ -26,15 +26,15 @@ from sess_lightning.evaluation.datasets.samples import (
 class COCO14(Benchmark):
     """MS COCO, as ``torchvision.datasets.CocoDetection`` reads it; needs ``pycocotools``.
 
-    A region is the union of the class's segmentations, crowds included. Classes are the categories by rising
-    id, 0 to 79.
+    A region is the union of the class's segmentations, including crowds. Classes 0 to 79 are the categories
+    by rising id.
 
     Args:
         root: The folder that holds ``val2014/`` and ``annotations/instances_val2014.json``.
-        split: Name of the folder of pictures.
+        split: Name of the folder of images.
         annotations: The JSON; None is ``annotations/instances_<split>.json``.
         region: ``"masks"`` (the rules that the paper's figures follow) or ``"boxes"`` (the paper's words).
-        difficult_list: As for ``VOC07``, by the pictures' file names without suffix.
+        difficult_list: As for ``VOC07``, by the images' file names without suffix.
 
     Raises:
         FileNotFoundError: If the layout is not there.
@@ -63,7 +63,7 @@ class COCO14(Benchmark):
         if region not in ("masks", "boxes"):
             raise ValueError(f'COCO14: region must be "masks" or "boxes", got {region!r}.')
         try:
-            with redirect_stdout(io.StringIO()):  # pycocotools reports on what it reads.
+            with redirect_stdout(io.StringIO()):  # pycocotools prints what it does.
                 self._files = CocoDetection(self._folder, str(path))
         except ImportError as error:
             raise ImportError("COCO14 reads masks with pycocotools: pip install pycocotools.") from error

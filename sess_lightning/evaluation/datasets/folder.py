@@ -1,4 +1,4 @@
-"""Your own pictures."""
+"""Your own images."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from sess_lightning.regions import check_boxes
 
 
 class PictureFolder(Benchmark):
-    """Your own pictures: an ``ImageFolder``, a COCO-style JSON, or both.
+    """Your own images: an ``ImageFolder``, a COCO-style JSON, or both.
 
-    Without JSON, the class is the sub-folder's place among the sorted sub-folders, and there are no regions.
+    Without JSON, the class is the sub-folder's index among the sorted sub-folders, and there are no regions.
     With JSON, boxes (x, y, w, h in pixels of the file) are the regions. Which classes are explained:
 
-    - an image that carries ``class_index``: that one, with the boxes of the category of this id;
-    - pictures in class folders: the folder's, with the boxes of the category of this name;
-    - else every category on the picture, a trial each; its class index is what the category carries under
+    - an image with ``class_index``: that one, with the boxes of the category of this id; - an image in a
+    class folder: the folder's, with the boxes of the category of this name; - else every category on the
+    image, a trial each; its class index is what the category carries under
       ``index_key`` (of a list the first; categories without one are not explained, but count as other
       classes), else its place among the rising category ids.
 
-    An image that carries ``hard`` says itself whether it is difficult.
+    An image with ``hard`` says itself whether it is difficult.
 
     Args:
-        root: The folder of pictures.
-        annotations: The JSON; None takes ``annotations.json`` in ``root``, if it is there.
-        index_key: The categories' key that holds class indices as the model counts.
-        difficult_list: As for ``VOC07``, by the pictures' file names without suffix.
+        root: The folder of images.
+        annotations: The JSON; None takes ``annotations.json`` in ``root``, if it exists.
+        index_key: The categories' key that holds the model's class indices.
+        difficult_list: As for ``VOC07``, by the images' file names without suffix.
 
     Raises:
         FileNotFoundError: If there is nothing to read.
-        ValueError: If nothing says which classes to explain, or if boxes are shares of the sides.
+        ValueError: If nothing says which classes to explain, or if boxes are fractions of the sides.
     """
 
     def __init__(

@@ -16,9 +16,9 @@ from sess_lightning.evaluation.datasets.samples import (
 
 
 def read_synsets(path: str | Path) -> list[str]:
-    """Read the WordNet ids in the order of class indices: JSON, or one a line, as published with ImageNet.
+    """Read the WordNet ids in the order of class indices: JSON, or one a line as published.
 
-    JSON is ``{"0": ["n01440764", "tench"], ...}``; of a line, the first word counts.
+    JSON is ``{"0": ["n01440764", "tench"], ...}``; of each line, the first word is read.
     """
     text = Path(path).read_text(encoding="utf-8")
     if Path(path).suffix == ".json":
@@ -28,20 +28,20 @@ def read_synsets(path: str | Path) -> list[str]:
 
 
 class ImageNet(Benchmark):
-    """ImageNet-1k validation: pictures in one folder or in a folder per class, and the bounding-box XML.
+    """ImageNet-1k validation: images in one folder or in a folder per class, and the bounding-box XML.
 
     The class is that of the folder (``n01440764/``), else that of the XML's objects. Without XML there is no
     Pointing Game. Boxes count pixels from 0, the far side included: among 813 boxes of the validation set 99
     ends lie on the last pixel, none beyond, and 97 starts on 0.
 
     Args:
-        root: The folder of pictures.
-        boxes: The folder of XML files, named as the pictures, in sub-folders or not; None goes without.
+        root: The folder of images.
+        boxes: The folder of XML files, named like the images, in sub-folders or not; None for no boxes.
         synsets: WordNet ids in the order of class indices (see ``read_synsets``); None sorts the class
             folders, of which there must then be 1000.
 
     Raises:
-        FileNotFoundError: If there are no pictures.
+        FileNotFoundError: If there are no images.
         ValueError: If the class indices cannot be known.
     """
 

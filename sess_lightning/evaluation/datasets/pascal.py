@@ -1,4 +1,4 @@
-"""PASCAL VOC, and annotations in its XML."""
+"""PASCAL VOC, and annotations in its XML format."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ VOC_CLASSES = (
 class VOC07(Benchmark):
     """PASCAL VOC 2007, as ``torchvision.datasets.VOCDetection`` finds it: ``VOCdevkit/VOC2007`` in ``root``.
 
-    A region is the union of the class's boxes, objects marked difficult included; a class is left out only if
-    all its objects are so marked. VOC counts pixels from 1, both ends included.
+    A region is the union of the class's boxes, including those of objects marked difficult; a class is left
+    out only if all its objects are marked so. VOC counts pixels from 1, both ends included.
 
     Args:
         root: The folder that holds ``VOCdevkit``, or that folder itself.
         image_set: ``"test"``, or another list in ``ImageSets/Main``.
-        difficult_list: File with the published flags of the "difficult" subset; None goes by the rule: less
-            than a quarter of the picture, and another class is about. A picture not listed counts.
+        difficult_list: File with the published flags of the "difficult" subset; None applies the rule: less
+            than a quarter of the image, with another class in it. An image that is not listed is difficult.
 
     Raises:
         FileNotFoundError: If the layout is not there.
@@ -81,7 +81,7 @@ class VOC07(Benchmark):
 
 
 def _above(root: Path, names: Sequence[str]) -> Path:
-    """Return the folder that holds ``names[0]/names[1]/...``, wherever in that chain ``root`` points."""
+    """Return the folder that holds ``names[0]/names[1]/...``; ``root`` is any folder of that chain."""
     for depth in range(len(names), 0, -1):
         if root.parts[-depth:] == tuple(names[:depth]):
             return root.parents[depth - 1]
@@ -101,10 +101,10 @@ def read_xml(path: Path) -> ElementTree.Element:
 
 
 def xml_size(annotation: ElementTree.Element) -> tuple[int, int]:
-    """Return the (height, width) that an annotation tells of its picture.
+    """Return the (height, width) that an annotation gives for its image.
 
     Raises:
-        BrokenSampleError: If it tells none.
+        BrokenSampleError: If it gives none.
     """
     try:
         height, width = (int(annotation.findtext(f"size/{side}", "")) for side in ("height", "width"))
@@ -114,14 +114,14 @@ def xml_size(annotation: ElementTree.Element) -> tuple[int, int]:
 
 
 def xml_boxes(objects: Iterable[ElementTree.Element], first_pixel: int) -> Float[Tensor, "N 4"]:
-    """Read boxes whose far side is included, as half-open ones.
+    """Read boxes with an inclusive far side as half-open ones.
 
     Args:
-        objects: What the boxes are of.
+        objects: The XML elements of the objects.
         first_pixel: The number of the first pixel, 1 in VOC and 0 in ImageNet.
 
     Raises:
-        BrokenSampleError: If one has no complete box.
+        BrokenSampleError: If an object has no complete box.
     """
 
     def corner(each: ElementTree.Element, name: str) -> float:

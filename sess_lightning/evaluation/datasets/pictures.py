@@ -1,4 +1,4 @@
-"""Files of pictures: where they are, how large, and what is in them, whatever their depth."""
+"""Image files: finding them, their size, and their pixels at any bit depth."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torchvision.transforms.functional import pil_to_tensor
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 WHITES = {"F": (1, 255, 65535), "I": (255, 65535)}
-"""What may be white in a file of floats or of 32-bit integers, whose format does not say."""
+"""Values that may stand for white in files of floats or 32-bit integers, whose format does not say."""
 
 
 class BrokenSampleError(RuntimeError):
-    """A sample's picture or annotation is missing, damaged, or of another size than it should be."""
+    """A sample's image or annotation is missing or damaged, or has the wrong size."""
 
 
 def find_pictures(root: Path) -> list[Path]:
-    """Return all pictures in a folder and its sub-folders, sorted.
+    """Return all images in a folder and its sub-folders, sorted.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -41,12 +41,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as file:
             yield file
-    except Exception as error:  # What decoders raise on damaged files is as varied as they are.
+    except Exception as error:  # On damaged files, decoders raise all kinds of errors.
         raise BrokenSampleError(f"{path}: cannot be read as a picture ({error}).") from error
 
 
 def size_on_disk(path: Path) -> tuple[int, int]:
-    """Return a picture's (height, width).
+    """Return an image's (height, width).
 
     Raises:
         BrokenSampleError: If it cannot be read.
@@ -56,9 +56,9 @@ def size_on_disk(path: Path) -> tuple[int, int]:
 
 
 def read_pixels(path: Path) -> Real[Tensor, "3 H W"]:
-    """Decode a picture as RGB in 0..255: uint8, or float32 where a channel has more than 8 bits.
+    """Decode an image as RGB in 0..255: uint8, or float32 where a channel has more than 8 bits.
 
-    White is 65535 in 16-bit pictures. Where the format does not say, as with floats and 32-bit integers, it
+    White is 65535 in 16-bit images. Where the format does not say, as with floats and 32-bit integers, it
     is the first of 1 (floats only), 255 and 65535 that no pixel exceeds.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Pictures, the classes on them, and where these are."""
+"""Images, their classes, and where these are."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Region: TypeAlias = Tensor
 """Where a class is: a mask, bool (H, W), or boxes, float (N, 4), half-open (x0, y0, x1, y1) px."""
 Regions: TypeAlias = Literal["masks", "boxes"]
 SMALL = 0.25
-"""Share of the picture below which a region belongs to the "difficult" subset, if other classes are about."""
+"""Share of the image below which a region is in the "difficult" subset, if there are other classes."""
 
 
 class Trial(NamedTuple):
-    """One class on one picture.
+    """One class on one image.
 
     Attributes:
-        target: Class index, as the model counts.
-        region: Where the class is, at the picture's original resolution; None where nobody said.
-        difficult: Whether the trial is in the "difficult" subset; None where that is not known.
+        target: The model's class index.
+        region: Where the class is, at the image's original resolution; None if unknown.
+        difficult: Whether the trial is in the "difficult" subset; None if unknown.
     """
 
     target: int
@@ -39,10 +39,10 @@ class Trial(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A picture and the classes on it.
+    """An image and the classes on it.
 
     Attributes:
-        id: The picture's name in the data set.
+        id: The image's name in the data set.
         path: Its file.
         size: (height, width), px.
         trials: One per class.
@@ -57,12 +57,12 @@ class Sample(NamedTuple):
 
 
 class Benchmark(Dataset[Sample]):
-    """A data set of pictures with classes and their regions.
+    """A data set of images with classes and their regions.
 
     Attributes:
         class_names: Name of each class index, where known.
-        ids: Name of each picture.
-        options: What else the trials depend on, as text.
+        ids: Name of each image.
+        options: Other settings that the trials depend on, as text.
     """
 
     class_names: Sequence[str] = ()
@@ -82,10 +82,10 @@ class Benchmark(Dataset[Sample]):
 
 
 def read_picture(sample: Sample) -> Real[Tensor, "3 H W"]:
-    """Decode a sample's picture as ``read_pixels`` does.
+    """Decode a sample's image as ``read_pixels`` does.
 
     Raises:
-        BrokenSampleError: If the file is missing or damaged, or its size is not the annotations'.
+        BrokenSampleError: If the file is missing or damaged, or its size differs from the annotations'.
     """
     picture = read_pixels(sample.path)
     if tuple(picture.shape[1:]) != sample.size:
@@ -97,7 +97,7 @@ def read_picture(sample: Sample) -> Real[Tensor, "3 H W"]:
 
 
 def read_flags(path: str | Path, class_count: int) -> dict[str, tuple[bool, ...]]:
-    """Read a published "difficult" list: per line a picture's id, then one 0 or 1 per class.
+    """Read a published "difficult" list: per line an image id, then one 0 or 1 per class.
 
     Raises:
         ValueError: If a line has another number of flags, or a flag is neither 0 nor 1.
@@ -120,19 +120,19 @@ def flags_or_none(path: str | Path | None, class_count: int) -> dict[str, tuple[
 
 
 def digest(flags: Mapping[str, Sequence[bool]] | None) -> str:
-    """Tell one way to the "difficult" subset from another."""
+    """Return a text that identifies how the "difficult" subset is defined."""
     return "by rule" if flags is None else hashlib.sha256(repr(flags).encode()).hexdigest()[:16]
 
 
 def covered(region: Region, size: tuple[int, int]) -> float:
-    """Return the share of a picture of ``size`` (height, width) that a region covers."""
+    """Return the share of an image of ``size`` (height, width) that a region covers."""
     if region.dtype != torch.bool:
         region = boxes_to_mask(region, size)
     return float(region.float().mean())
 
 
 def boxes_to_mask(boxes: Float[Tensor, "N 4"], size: tuple[int, int]) -> Bool[Tensor, "H W"]:
-    """Return which pixels have their centre in one of the half-open boxes."""
+    """Return the pixels whose centre is in one of the half-open boxes."""
     return box_masks([boxes], size, boxes.device)[0]
 
 
@@ -142,7 +142,7 @@ def make_trials(
     flags: Sequence[bool] | None,
     others: int,
 ) -> tuple[Trial, ...]:
-    """Make trials of regions; "difficult" is what ``flags`` say, else small among other classes."""
+    """Turn regions into trials; "difficult" is what ``flags`` say, else small among other classes."""
 
     def is_difficult(target: int, region: Region) -> bool:
         return flags[target] if flags is not None else others > 1 and covered(region, size) < SMALL
