@@ -1,6 +1,6 @@
-"""From the batches people have to the Batch that is explained.
+"""Turning the batches that people have into the Batch that is explained.
 
-What is understood, and what is read:
+What is understood, and how it is read:
 
 ===================================================  =========================================================
 batch                                                read as
@@ -58,7 +58,7 @@ MASK_KEYS = ("masks", "mask", "segmentation")
 ID_KEYS = ("ids", "id", "image_id", "image_ids", "path", "paths", "filename", "filenames")
 DIFFICULT_KEYS = ("difficult",)
 COCO_BOX_KEY, COCO_KEYS = "bbox", ("area", "iscrowd", "category_id")
-"""COCO's key for boxes (x, y, w, h), and what stands beside it in COCO's annotations only."""
+"""COCO's key for boxes (x, y, w, h), and keys that only COCO's annotations have beside it."""
 
 HELP = "Pass batch_adapter=lambda batch: (images, labels), or one that returns a sess_lightning.types.Batch."
 
@@ -69,20 +69,20 @@ def read_batch(
     *,
     activation: Activation | None = None,
 ) -> Batch:
-    """Read a batch as images and the classes to explain on them, with boxes, masks and ids where it has them.
+    """Read a batch as images and the classes to explain, with boxes, masks and ids where there are any.
 
     Values of labels, and of masks that are not bool, are read on the host.
 
     Args:
-        batch: What the dataloader gave; the module's docstring lists what is understood.
-        adapter: Turns it into one of these first.
-        activation: How the model's logits become probabilities, where that is known: ``"sigmoid"`` has each
-            label of an image explained.
+        batch: A batch of the loader; the module's docstring lists what is understood.
+        adapter: Called first, to turn the batch into one of these.
+        activation: How the model's logits become probabilities, where known: with ``"sigmoid"``, each label
+            of an image is explained.
 
     Raises:
         TypeError: If images or labels are not found.
-        ValueError: If their shapes do not fit, or if nothing decides what values mean (where boxes lie is
-            told by ``check_boxes``).
+        ValueError: If their shapes do not fit, or if nothing decides what values mean (``check_boxes`` checks
+            where boxes lie).
     """
     parts = _parts(batch if adapter is None else adapter(batch))
     _check_shapes(parts.images, parts.labels)
@@ -111,15 +111,15 @@ def _check_shapes(images: Any, labels: Any) -> None:
 
 
 class _Ragged(list[list[int]]):
-    """Class indices per image, as many as there are objects."""
+    """Class indices of each image's objects."""
 
 
 @dataclass
 class _Parts:
-    """What was found in a batch, before its values are read.
+    """The parts of a batch, before their values are read.
 
     Attributes:
-        box_form: Torchvision's word for how boxes are written; ``"bbox"`` where only their key says it.
+        box_form: Torchvision's name for the format of boxes; ``"bbox"`` where only their key hints at it.
     """
 
     images: Any
@@ -191,7 +191,7 @@ def _numbers(labels: Any) -> Any:
 
 
 def _collated(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Collate one dict per image; where its labels name its objects, they stay as many as there are."""
+    """Collate one dict per image; labels of objects stay lists, one per image."""
     collated: dict[str, Any] = {
         key: [target[key] for target in targets] for key in targets[0] if all(key in each for each in targets)
     }
@@ -209,7 +209,7 @@ def _collated(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _are_hot(labels: Sequence[Tensor], collated: Mapping[str, Any]) -> bool:
-    """Whether each image has a value per class, not an index per object."""
+    """Return whether each image has a value per class, rather than an index per object."""
     if any(label.ndim != 1 or label.shape != labels[0].shape or not len(label) for label in labels):
         return False
     stacked = torch.stack(list(labels))
@@ -235,7 +235,7 @@ def _classes(labels: Tensor | _Ragged, activation: Activation | None) -> Classes
 
 
 def _rows(parts: _Parts, classes: Classes) -> Batch:
-    """Make a row of each class to explain."""
+    """Make a row for each class to explain."""
     images, items = parts.images, classes.items
     several = items != list(range(len(images)))
     for name in ("boxes", "masks", "ids", "difficult"):
@@ -281,12 +281,12 @@ def _of_label(entries: Tensor, labels: Sequence[int], label: int) -> Tensor:
 
 
 def _shared(classes: Classes) -> set[int]:
-    """Return the items with several rows: of one region nothing says whose it is."""
+    """Return the items with several rows: nothing says which class a single region belongs to."""
     return {item for item, after in zip(classes.items, classes.items[1:], strict=False) if item == after}
 
 
 def _proven_form(boxes: Sequence[Tensor], parts: _Parts) -> str:
-    """Return how boxes under COCO's key are written, if only one way has all of them in the images."""
+    """Return the format of boxes under COCO's key, if only one format puts all of them inside the images."""
     fits = []
     for form in ("XYXY", "XYWH"):
         written = [regions.convert_boxes(each, form) if form != "XYXY" else each for each in boxes]
@@ -323,14 +323,15 @@ def _masks(parts: _Parts, classes: Classes) -> Bool[Tensor, "B h w"]:
 
 
 def fit_logits(batch: Batch, logits: int | None) -> Batch:
-    """Leave out rows whose label a model has no logit for: unknown ones such as 255.
+    """Leave out rows whose label has no logit, such as 255 for unknown.
 
     Args:
         batch: As ``read_batch`` gives it.
-        logits: How many the model has; None leaves the batch as it is.
+        logits: Number of the model's logits; None leaves the batch as it is.
 
     Raises:
-        ValueError: If they do not look like unknown ones: all of them, or the number of classes itself.
+        ValueError: If they do not look like unknown labels: all labels, or a label equal to the number of
+            classes.
     """
     if logits is None or not len(batch):
         return batch
@@ -344,7 +345,7 @@ def fit_logits(batch: Batch, logits: int | None) -> Batch:
 
 
 def check_boxes(batch: Batch) -> None:
-    """Refuse boxes that do not lie in the images. Reads values: call it on the host.
+    """Refuse boxes outside the images. Reads values: call it with a batch on the host.
 
     Raises:
         ValueError: Naming the first such box.

@@ -1,4 +1,4 @@
-"""The figures of a run on their way into the module's log."""
+"""Logging a run's figures through the module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sess_lightning.scores import split
 
 
 def log_scores(pl_module: LightningModule, prefix: str, values: Mapping[str, float]) -> None:
-    """Log scores below ``prefix``: intervals of the method and its base only, or the dashboards drown."""
+    """Log scores below ``prefix``; intervals of the method and its base only, to keep dashboards readable."""
     for name, value in values.items():
         key = split(name)
         if key is None or not key.end or key.method in ("", "base"):
@@ -19,12 +19,12 @@ def log_scores(pl_module: LightningModule, prefix: str, values: Mapping[str, flo
 
 
 def log(pl_module: LightningModule, key: str, value: float) -> None:
-    """Log a value that every process has."""
-    # Lightning synchronises none (rank_zero_only), and with sync_dist it does not advise to either, once for
-    # each key.
+    """Log a value that is the same on every rank."""
+    # Lightning synchronises nothing here (rank_zero_only); sync_dist keeps it from advising to, for every
+    # key.
     pl_module.log(key, value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True, rank_zero_only=True)
 
 
 def of_others(metrics: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
-    """Return what the module itself has logged: all but the keys that begin with ``prefix``."""
+    """Return what others have logged: all keys that do not begin with ``prefix``."""
     return {name: float(value) for name, value in metrics.items() if not name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""What is shown of a run's samples: the panel, the rows of the worst explained, and their names."""
+"""What a run shows of its samples: the panel, the tables, and their names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Legend:
         class_names: Names of the classes; None shows numbers.
         normalisation: (mean, std) to undo for display.
         channels: Which of the images' channels are shown as red, green and blue.
-        shows_ids: Whether samples are called by their ids.
+        shows_ids: Whether samples are named by their ids.
     """
 
     methods: Mapping[str, SaliencyMethod] = field(default_factory=dict)
@@ -45,12 +45,12 @@ class Legend:
 
     @property
     def names(self) -> dict[str, str]:
-        """What the methods are called where people read of them."""
+        """Display names of the methods."""
         return display_names(self.methods)
 
     @property
     def shown(self) -> list[str]:
-        """The methods whose maps are shown: the explained one first; controls never look at the model."""
+        """The methods whose maps are shown, the explained one first; controls are not."""
         return [name for name, method in self.methods.items() if name == OWN or method.forwards > 0]
 
     def name(self, index: float) -> str:
@@ -61,20 +61,20 @@ class Legend:
         return names[int(index)] if names and 0 <= int(index) < len(names) else f"class {int(index)}"
 
     def title(self, sample: Batch | None, number: int) -> str:
-        """Return a sample's name; None is one that another process holds."""
+        """Return a sample's name; None stands for a sample of another rank."""
         return sample.ids[0] if self.shows_ids and sample and sample.ids else f"sample {number + 1}"
 
     def picture(self, sample: Batch, small: Tensor) -> Picture:
-        """Return a sample under its small map."""
+        """Return a sample's image with its small map over it."""
         large = upsample(small[None], size_of(sample.images))
         return overlay(self.displayed(sample), min_max(large)[0])
 
     def displayed(self, sample: Batch) -> Picture:
-        """Return a sample's image as people see it."""
+        """Return a sample's image for display."""
         return displayed(sample.images, self.normalisation, self.channels)[0]
 
     def displayed_map(self, name: str, saliency: Float[Tensor, "H W"]) -> Float[Tensor, "H W"]:
-        """Return a method's map for a picture: as in the paper, the seams of SESS are smoothed there only."""
+        """Return a method's map for display: as in the paper, only there are the seams of SESS smoothed."""
         method = self.methods.get(name)
         if isinstance(method, SESS) and not method.smoothing:
             return min_max(smooth(saliency[None]))[0]
@@ -96,12 +96,12 @@ class Exhibit:
     figures: Tensor
 
     def sent(self) -> Exhibit:
-        """Return it on its way to the host; ``wait_for`` its device before it is read."""
+        """Start the copy to the host; ``wait_for`` the device before reading it."""
         maps = {name: saliency.to("cpu", non_blocking=True) for name, saliency in self.maps.items()}
         return replace(self, maps=maps, figures=self.figures.to("cpu", non_blocking=True))
 
     def panel(self, number: int, legend: Legend) -> Panel:
-        """Return what loggers show."""
+        """Return the panel that loggers show."""
         picture = legend.displayed(self.sample)
         label, predicted, score, *rest = self.figures.tolist()
         lines = [
@@ -133,7 +133,7 @@ class Exhibit:
 
 
 class Gallery:
-    """Keeps what a run shows of its samples, and knows which of them is which.
+    """Keeps what a run shows of its samples, and matches samples to the run's numbers.
 
     Args:
         num_images: Samples in the panel; 0 sends no picture at all.
@@ -153,13 +153,13 @@ class Gallery:
         self._exhibits, self._seen, self._added, self._identified = [], {}, 0, []
 
     def add(self, metric: SESSMetric, samples: Batch, numbers: Sequence[int], total: int) -> None:
-        """Keep what is shown of the samples of the metric's last update, left on its device.
+        """Keep what is shown of the samples of the metric's last update, on its device.
 
         Args:
-            metric: What explained them.
-            samples: They, on the host.
-            numbers: Which of all samples they are.
-            total: How many samples there will have been when the run is over.
+            metric: The metric that explained them.
+            samples: These samples, on the host.
+            numbers: Their numbers among all samples.
+            total: Number of samples of the whole run.
         """
         first, shown = self._added, min(self.num_images, total)
         rows = {number: i for i, number in reversed([*enumerate(numbers)])}  # Of several classes, the first.
@@ -171,18 +171,18 @@ class Gallery:
         self._exhibits += _exhibits(metric, samples, which, self.legend.shown)
 
     def to_host(self) -> None:
-        """Send the panel on its way to the host, while the device computes the figures."""
+        """Start copying the panel to the host, while the device computes the figures."""
         exhibits, self._exhibits = self._exhibits, []
         self._exhibits = [exhibit.sent() for exhibit in exhibits]
 
     def identify(self, samples: Samples) -> None:
-        """Note which of this process' own samples those of all processes are."""
-        # Of equal numbers the first is this process' own; others' samples have no name and no picture here.
+        """Find this rank's samples among those of all ranks."""
+        # Of equal numbers, the first is this rank's own; other ranks' samples have no name and no image here.
         rows = (self._seen.get(number) for number in samples.numbers.tolist())
         self._identified = [own.pop(0) if own else None for own in rows]
 
     def title(self, i: int) -> str:
-        """Return the name of sample ``i`` of all processes."""
+        """Return the name of sample ``i`` of all ranks."""
         return self.legend.title(self._identified[i], i)
 
     def shown(
@@ -195,10 +195,10 @@ class Gallery:
         """Return the panel and the tables of classes and of the samples that stand out.
 
         Args:
-            samples: What the run found, of all processes.
-            drifts: How alike each map is to that of earlier runs, by name.
-            device: Where the panel's maps come from.
-            protect: Makes a context in which an error costs what its argument says.
+            samples: The samples of all ranks.
+            drifts: How similar each map is to that of earlier runs, by name.
+            device: The device that the panel's maps come from.
+            protect: Returns a context in which an error costs only what its argument says.
         """
         panels: list[Panel] = []
         tables: dict[str, list[dict[str, Any]]] = {}

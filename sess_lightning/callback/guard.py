@@ -1,4 +1,4 @@
-"""RunGuard: an error costs a warning, not the training, and all processes give a run up together."""
+"""RunGuard: an error costs a warning, not the training, and all ranks give up a run together."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from sess_lightning.ops import is_out_of_memory
 from sess_lightning.types import SESSWarning
 
 PATIENCE = 3
-"""So many failed runs in a row switch the callback off."""
+"""After so many failed runs in a row the callback is switched off."""
 
 
 class RunGuard:
-    """Turns errors into warnings, counts what failed, and has processes agree whether a run goes on.
+    """Turns errors into warnings, counts failures, and lets the ranks agree whether a run goes on.
 
     Args:
         on_error: ``"warn"``, or ``"raise"`` what went wrong.
 
     Attributes:
         failed: Runs of this training in which something failed.
-        seconds: What the run has taken so far.
+        seconds: Time the run has taken so far.
     """
 
     def __init__(self, on_error: Literal["warn", "raise"] = "warn") -> None:
@@ -68,14 +68,14 @@ class RunGuard:
     def protect(self, costs: str = "") -> Iterator[None]:
         """Turn any error into a warning, and keep the global random generators.
 
-        What a signal handler raises, such as a TimeoutError, flies through.
+        Errors raised by a signal handler, such as a TimeoutError, pass through.
 
         Args:
-            costs: What an error costs, such as ``"panel is missing"``; empty where it costs the whole run.
+            costs: What an error costs, such as ``"panel is missing"``; empty if it costs the whole run.
         """
         started = time.perf_counter()
         try:
-            with keep_rng():  # Some loggers, too, draw from the global generators.
+            with keep_rng():  # Some loggers draw from the global generators, too.
                 yield
         except Exception as error:
             if comes_from_signal(error):
@@ -83,41 +83,41 @@ class RunGuard:
             self._flawed, self._broken = True, self._broken or not costs
             if self.on_error == "raise":
                 raise
-            # The text only: an exception holds on to tensors.
+            # Only the text: an exception would keep tensors alive.
             self.warn(f"{type(error).__name__}: {error} Training goes on; this run's "
                       f"{costs or 'explanations are left out'}. {_remedy(error)}")  # fmt: skip
         finally:
             self.seconds += time.perf_counter() - started
 
     def agree(self, trainer: Trainer) -> bool:
-        """Return whether the run is sound on all processes; each of them has to ask."""
+        """Return whether the run is sound on all ranks; each of them must call this."""
         return trainer.strategy.reduce_boolean_decision(not self._broken, all=True)
 
     def end_run(self, succeeded: bool) -> None:
-        """Count the run; all processes say the same of it."""
+        """Count the run; all ranks must pass the same value."""
         self.failed += self._flawed or not succeeded
         self._in_a_row = 0 if succeeded else self._in_a_row + 1
         if self.is_off:
             self.warn("three runs failed in a row; SESSCallback is off until the next start.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training goes on with."""
+        """Return the state that a resumed training needs."""
         return {"failed": self.failed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> str:
-        """Take up what a checkpoint holds."""
+        """Restore the state from a checkpoint."""
         self.failed = int(state.get("failed", 0))
         return ""
 
     def warn(self, text: str, once: bool = False) -> None:
-        """Warn, and say which process and epoch speaks; ``once`` until the next start."""
+        """Warn, naming process and epoch; with ``once``, a text is not repeated until the next start."""
         if once and text in self._told:
             return
         self._told.add(text)
         text = f"SESSCallback ({self._place}): {text}"
         try:
             warnings.warn(text, SESSWarning, stacklevel=4)
-        except SESSWarning:  # Warnings may be errors in this process; the run still goes on.
+        except SESSWarning:  # Warnings may be errors in this process; the run goes on anyway.
             rank_zero_info(text)
 
 
@@ -140,7 +140,7 @@ _NO_ACCESS = (
 
 
 def comes_from_signal(error: BaseException) -> bool:
-    """Tell whether a signal handler raised this: it speaks to whoever set it, not of what it interrupted."""
+    """Return whether a signal handler raised this: it is meant for whoever set the handler."""
     handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
     return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 
@@ -154,12 +154,12 @@ def _code(handler: Any) -> CodeType | None:
 
 
 def refuse_shards(strategy: object) -> None:
-    """Refuse strategies whose every forward is a collective: processes explain different numbers of samples.
+    """Refuse strategies where every forward pass is a collective: ranks explain different numbers of samples.
 
     Raises:
         ValueError: Before training has begun.
     """
-    # By name, since the same strategies come out of `pytorch_lightning`, too.
+    # By name: `pytorch_lightning` has the same strategies.
     names = {kind.__name__ for kind in type(strategy).__mro__}
     if names & {"FSDPStrategy", "ModelParallelStrategy"} or getattr(strategy, "zero_stage_3", False):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Lightning's hooks around validation and test, brought down to four verbs."""
+"""Lightning's hooks around validation and test, reduced to a few verbs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing_extensions import override
 
 
 class RunHooks(Callback):
-    """Sees a run begin, pass batch by batch, finish and close, be it a validation or a test.
+    """Sees a run begin, pass batch by batch, finish and close, whether it is a validation or a test.
 
-    Lightning also calls these hooks in the sanity check.
+    Lightning calls these hooks in the sanity check, too.
     """
 
     def __init__(self) -> None:
@@ -19,27 +19,27 @@ class RunHooks(Callback):
         self._due = False
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Begin a run, and return whether it is due: a validation without a run only passes by."""
+        """Begin a validation, and return whether it has a run."""
         raise NotImplementedError
 
     def _wants(self, trainer: Trainer, dataloader_idx: int) -> bool:
-        """Return whether a loader's batches are looked at."""
+        """Return whether a loader's batches are watched."""
         raise NotImplementedError
 
     def _look(self, pl_module: LightningModule) -> None:
         """Get ready to see a step."""
 
     def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at a batch, with the very weights that were validated."""
+        """Look at a batch, with the weights that were validated."""
 
     def _leave(self) -> None:
         """Give the module back."""
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the run: the last moment at which a hook may."""
+        """Log the run: this is the last hook in which logging is allowed."""
 
     def _close(self, trainer: Trainer) -> None:
-        """End the run: all that the module logs is known by now."""
+        """End the run: everything that the module logs is known by now."""
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,11 +127,11 @@ class RunHooks(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module back, whatever ended a step."""
+        """Give the module back after an error."""
         self._leave()
 
 
 def batches_of(trainer: Trainer, dataloader_idx: int) -> float:
-    """Return how many batches of a loader pass in a run; may be infinite."""
+    """Return the number of a loader's batches in a run; may be infinite."""
     counts: Any = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
     return float(counts[dataloader_idx] if isinstance(counts, list) else counts)

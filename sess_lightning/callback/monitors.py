@@ -1,7 +1,7 @@
-"""Who monitors the scores of runs, and what they find where no run has measured any.
+"""The callbacks that monitor scores, and what they find before a run has measured any.
 
-EarlyStopping and ModelCheckpoint end a training when the key they monitor is missing. What stands in for it
-must neither win nor lose anything: it ranks below every measured score, and costs no patience.
+EarlyStopping and ModelCheckpoint end a training when the key they monitor is missing. The value that stands
+in for it must change nothing: it ranks below every measured score, and costs no patience.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sess_lightning.scores import DRIFTS, OF_REGIONS, SCORES, SELECTION, split
 NEEDS = {SELECTION: "a validation accuracy: log one, or name its key in accuracy="} | dict.fromkeys(
     OF_REGIONS, "boxes or masks in the batches"
 )
-"""What a score needs to be measured."""
+"""Score -> what it needs to be measured."""
 UNBOUNDED = 1e6
-"""What stands in for a score that has no worst value."""
+"""Magnitude of the value that stands in for a score without bounds."""
 
 
 def monitors(trainer: Trainer, prefix: str) -> dict[str, list[Any]]:
-    """Return the callbacks that stop or save by a key below ``prefix``: key's last part -> callbacks."""
+    """Return the callbacks that stop or save by a key below ``prefix``: rest of the key -> callbacks."""
     found: dict[str, list[Any]] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         key = getattr(callback, "monitor", None)
@@ -33,13 +33,13 @@ def monitors(trainer: Trainer, prefix: str) -> dict[str, list[Any]]:
 
 
 def stand_in(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> None:
-    """Put a value under each monitored key, until a run has measured one.
+    """Put a value under each monitored key until a run has measured one.
 
-    The last measured value, or what is worse than any. A ModelCheckpoint that keeps several epochs would take
-    the last value for a second epoch's: for it, only the worse will do.
+    It is the last measured value, or one worse than any. A ModelCheckpoint that keeps several epochs would
+    take the last value for another epoch's, so it always gets the worse one.
 
     Args:
-        trainer: Has the callbacks.
+        trainer: The Trainer with the callbacks.
         prefix: First part of the keys.
         known: The scores that were measured last.
     """
@@ -48,13 +48,13 @@ def stand_in(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> None:
         mode = callbacks[0].mode
         value = known[name] if name in known and not ranked else _worse_than_any(name, mode)
         for limit in (getattr(callback, "divergence_threshold", None) for callback in callbacks):
-            if limit is not None:  # Beyond it, EarlyStopping ends the training.
+            if limit is not None:  # EarlyStopping ends the training beyond it.
                 value = max(value, limit) if mode == "max" else min(value, limit)
         trainer.callback_metrics[f"{prefix}/{name}"] = torch.tensor(value)
 
 
 def unmeasured(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> list[str]:
-    """Return what to say of monitored keys that a run did not measure though all went well."""
+    """Return a text about each monitored key that a successful run did not measure."""
     told = []
     for name, callbacks in monitors(trainer, prefix).items():
         if known and name not in known and name not in DRIFTS:  # The first run has no drift.
@@ -65,9 +65,9 @@ def unmeasured(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> lis
 
 
 def spare_patience(trainer: Trainer, prefix: str, measured: Iterable[str]) -> None:
-    """Have EarlyStopping not count a validation in which what it monitors was not measured.
+    """Keep EarlyStopping from counting a validation in which its key was not measured.
 
-    Call it once in each validation, before EarlyStopping's turn, which adds the one that is taken off here.
+    Call it once in each validation, before EarlyStopping's turn, which adds back the one subtracted here.
     """
     for name, callbacks in monitors(trainer, prefix).items():
         for callback in callbacks if name not in measured else ():
@@ -76,7 +76,7 @@ def spare_patience(trainer: Trainer, prefix: str, measured: Iterable[str]) -> No
 
 
 def advice(trainer: Trainer, prefix: str, every_n_epochs: int) -> list[str]:
-    """Return, before a training, which monitors will not do what is asked of them."""
+    """Return, before a training, a text about each monitor that will not work as intended."""
     told = []
     epochs, between = trainer.max_epochs or -1, trainer.check_val_every_n_epoch or 1
     runs = -(-epochs // max(every_n_epochs, between)) if epochs > 0 else float("inf")
@@ -111,7 +111,7 @@ def _saves(callback: Any) -> bool:
 
 
 def _kinds(callback: Any) -> set[str]:
-    # By name: those of pytorch_lightning are other classes.
+    # By name: the classes of pytorch_lightning are different ones.
     return {cls.__name__ for cls in type(callback).__mro__}
 
 

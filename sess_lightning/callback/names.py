@@ -1,7 +1,7 @@
-"""What surrounds a training knows the classes' names, the normalisation and the bands: found by walking it.
+"""Class names, normalisation and bands, found by walking through the objects around a training.
 
-The walk goes through child modules and through whatever data sets, transforms and configurations hold, under
-any attribute. It is bounded, reads attributes only where nothing is computed for it, and never raises.
+The walk visits child modules and whatever data sets, transforms and configurations hold, under any attribute.
+It is bounded, reads stored attributes only, without computing any, and never raises.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 MOST_VISITED, MOST_ITEMS = 5000, 64
-"""Objects that a walk visits, and items of one list or dict that it looks into."""
+"""The most objects that a walk visits, and the most items of a list or dict that it looks into."""
 LISTED = ("class_names", "classes", "categories", "label_names", "class_labels", "classes_", "labels")
 INDEXED = ("idx_to_class", "id2label", "index_to_class", "class_to_idx", "label2id")
 NORMALISATIONS = (
@@ -71,7 +71,7 @@ def find_normalisation(*owners: Any, channels: int | None = None) -> tuple[list[
 
 
 def find_display_channels(*owners: Any, channels: int | None = None) -> list[int] | None:
-    """Return which channels are red, green and blue, from the first data set that names its ``rgb_bands``.
+    """Return the red, green and blue channels, from the first data set that has ``rgb_bands``.
 
     Args:
         owners: In the order in which they are believed; of one, what is nearest to it.
@@ -95,12 +95,12 @@ def find_display_channels(*owners: Any, channels: int | None = None) -> list[int
 
 
 class Place(NamedTuple):
-    """Something that a walk came to.
+    """An object that a walk has reached.
 
     Attributes:
         owner: The object.
-        held_as: The attribute or key under which it is held.
-        depth: Steps from the owners.
+        held_as: The attribute or key that holds it.
+        depth: Number of steps from the owners.
     """
 
     owner: Any
@@ -121,7 +121,7 @@ class Place(NamedTuple):
 
     @property
     def is_believed(self) -> bool:
-        """Whether a plain ``mean`` and ``std`` of it are a normalisation, not those of noise or a prior."""
+        """Whether its ``mean`` and ``std`` are a normalisation, not those of noise or a prior."""
         if isinstance(self.owner, dict):
             return self.held_as != "flags" and "noise" not in self.held_as.lower()
         said = any(word in self.held_as.lower() for word in ("norm", "cfg", "config", "process"))
@@ -129,7 +129,7 @@ class Place(NamedTuple):
         return self.depth == 0 or self.normalises or said or data
 
     def get(self, name: str) -> Any:
-        """Return what it holds under a name; of attributes, only those that are stored, never computed."""
+        """Return what it holds under a name; computed attributes are not read."""
         if isinstance(self.owner, dict):
             return self.owner.get(name)
         for held in _held(self.owner):
@@ -156,8 +156,8 @@ def _held(owner: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _walk(owners: Sequence[Any]) -> Iterator[Place]:
-    """Walk from each owner to all that it holds, near things first."""
-    seen: dict[int, Any] = {}  # Held on to: the number of what is gone may be another's.
+    """Walk from each owner to everything that it holds, nearest first."""
+    seen: dict[int, Any] = {}  # Kept alive: the id of a deleted object may be reused.
     for owner in owners:
         queue, last = deque([Place(owner, "", 0)]), len(seen) + MOST_VISITED
         while queue and len(seen) < last:
@@ -168,14 +168,14 @@ def _walk(owners: Sequence[Any]) -> Iterator[Place]:
             listed = isinstance(place.owner, (list, tuple))
             if not listed:
                 yield place
-            # What an owner lists is as near as the list, and goes by its name.
+            # The items of a list are as near as the list, and have its name.
             depth = place.depth + (not listed)
             children = _children(place.owner)
             queue.extend(Place(held, place.held_as if listed else name, depth) for name, held in children)
 
 
 def _is_worth(value: Any) -> bool:
-    """Whether names may lie in it: no plain values, and nothing of libraries that knows none."""
+    """Whether it may hold names: not plain values, nor objects of libraries that know none."""
     if value is None or isinstance(value, (str, bytes, int, float, complex, Tensor, np.ndarray, type)):
         return False
     if isinstance(value, (dict, list, tuple, nn.Module, Dataset, DataLoader, partial)):
@@ -220,7 +220,7 @@ def _children(owner: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _names(value: Any) -> list[str] | None:
-    """Read class names: a list, of synonyms the first, or a dict from or to indices."""
+    """Read class names from a list (of synonyms, the first), or from a dict from or to indices."""
     if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "UO":
         value = value.tolist()
     if isinstance(value, dict):
@@ -229,7 +229,7 @@ def _names(value: Any) -> list[str] | None:
         return None
     names = [item[0] if isinstance(item, tuple) and item else item for item in value]
     is_usable = all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
-    # Hugging Face's own when nobody named them.
+    # Hugging Face's default when nobody has named them.
     unnamed = all(str(name).startswith("LABEL_") for name in names)
     return names if is_usable and not unnamed else None
 

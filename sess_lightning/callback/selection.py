@@ -1,4 +1,4 @@
-"""Which epoch to keep: the best explained among those as accurate as the best."""
+"""Which epoch to keep: the best explained one among those as accurate as the best."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Selection:
-    """What has been selected so far; plain numbers, so that a checkpoint may hold it.
+    """The selection so far, as plain numbers that a checkpoint can hold.
 
     Attributes:
-        value: What a monitor compares, of the last run: ``level`` + quality, or below 0 where accuracy is
-            lower than the best by more than a standard error.
+        value: The last run's value for a monitor: ``level`` + quality, or below 0 if its accuracy is lower
+            than the best by more than a standard error.
         level: Grows by 1 when the selected run falls behind in accuracy: then a new one is selected, however
-            it is explained.
+            well it is explained.
         best: The highest accuracy so far.
-        accuracy: The selected run's.
-        quality: The selected run's.
+        accuracy: The selected run's accuracy.
+        quality: The selected run's quality.
     """
 
     value: float = -1.0
@@ -28,17 +28,17 @@ class Selection:
 
 
 def select(before: Selection, accuracy: float, quality: float, count: float) -> Selection:
-    """Weigh one more run: its ``value`` is the largest so far exactly if it is now the one to keep.
+    """Take in one more run: its ``value`` is the largest so far exactly if it is now the one to keep.
 
-    It is if its accuracy is within one standard error of the best so far, and it is explained better than the
-    selected run or that one is no longer within. The same samples are judged in every run, so a standard
-    error of one accuracy is a wide tolerance for the difference of two.
+    It is, if its accuracy is within one standard error of the best so far, and if it is explained better than
+    the selected run or that run is no longer within. Every run is measured on the same samples, so the
+    standard error of one accuracy is a generous tolerance for the difference of two.
 
     Args:
-        before: What was selected before.
-        accuracy: Of this run, in [0, 1].
+        before: The selection so far.
+        accuracy: This run's accuracy, in [0, 1].
         quality: How well it is explained, in [0, 1].
-        count: How many samples the accuracy is a mean of; infinite leaves no tolerance.
+        count: Number of samples behind the accuracy; infinity leaves no tolerance.
 
     Source: the one-standard-error rule of Breiman et al. 1984, section 3.4.3.
     """
@@ -56,7 +56,7 @@ def select(before: Selection, accuracy: float, quality: float, count: float) -> 
 
 
 def standard_error(accuracy: float, count: float) -> float:
-    """Return that of a share of ``count``, which is not 0 where all or none are right.
+    """Return the standard error of a share of ``count``; it is not 0 where all or none are right.
 
     Source: Agresti, Coull 1998: two successes and two failures are added.
     """

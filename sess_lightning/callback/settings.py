@@ -1,4 +1,4 @@
-"""What a SESSCallback was asked to do: its arguments, checked."""
+"""The arguments of a SESSCallback, checked."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LITERATURE_TOLERANCE, LITERATURE_SIDE = 15.0, 224
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of ``SESSCallback``, which explains them.
+    """The arguments of ``SESSCallback``; its docstring describes them.
 
     Raises:
-        TypeError: If the method is none.
+        TypeError: If the method is no saliency method.
         ValueError: If an argument makes no sense.
     """
 
@@ -88,11 +88,11 @@ class Settings:
     def methods(
         self, model: nn.Module, activation: Activation | None = None
     ) -> tuple[SaliencyMethod, dict[str, SaliencyMethod]]:
-        """Return the method that a run scores on this model, and by name those it scores beside it.
+        """Return the method that a run scores on this model, and by name those that it is compared with.
 
         Args:
             model: The model to explain.
-            activation: How its logits become probabilities, as its labels say; None asks its losses.
+            activation: How its logits become probabilities, according to its labels; None asks its losses.
         """
         method = self.method if self.method is not None else SESS(GradCAM())
         compare = self.compare
@@ -115,9 +115,9 @@ class Settings:
         Args:
             model: The model to explain.
             size: (height, width) of the images as the model takes them.
-            available: Samples that there are, in one share.
-            shares: Processes that each choose samples of their own; 1 where they share one choice.
-            classes: Classes that are explained of one sample, at most.
+            available: Samples that exist in one share.
+            shares: Ranks that each choose samples of their own; 1 where they share one choice.
+            classes: The most classes that are explained on a sample.
 
         Raises:
             ValueError: If ``max_forwards`` does not pay for a single sample.
@@ -139,9 +139,9 @@ class Settings:
 
         Args:
             methods: What is scored, by name; the explained method is ``""``.
-            owners: Where class names, normalisation and channels are looked for if none are given.
-            classes: How many names there must be, where that is known.
-            channels: How many channels the images have, where that is known.
+            owners: Objects to search for class names, normalisation and channels if none are given.
+            classes: Number of classes, where known: there must be as many names.
+            channels: Number of the images' channels, where known.
         """
         names = (self.class_names or find_class_names(*owners, count=classes)) if self.show_names else None
         normalisation = self.normalisation or find_normalisation(*owners, channels=channels)

@@ -1,4 +1,4 @@
-"""The rows of what is looked up rather than plotted: classes, and samples that stand out."""
+"""Rows of the tables: classes, and samples that stand out."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ MOST_CLASSES = 100
 
 
 def class_rows(samples: Samples, name: Callable[[float], str]) -> list[dict[str, Any]]:
-    """Return a row per class that was tried, worst Pointing Game first, at most 100.
+    """Return a row per class with trials, worst Pointing Game first, at most 100.
 
     Args:
-        samples: What a run found.
-        name: Names a class.
+        samples: A run's samples.
+        name: Returns a class's name.
     """
     rows = []
     for target in samples.targets[samples.hits != NO_TRIAL].unique().tolist():
@@ -46,7 +46,7 @@ def class_rows(samples: Samples, name: Callable[[float], str]) -> list[dict[str,
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share, which also serves where all or none are hits."""
+    """Return Wilson's 95 % interval of a share, which is valid even where all or none are hits."""
     z = 1.959964
     middle, spread = hits + z * z / 2, z * (hits * (trials - hits) / trials + z * z / 4) ** 0.5
     return (middle - spread) / (trials + z * z), (middle + spread) / (trials + z * z)
@@ -55,9 +55,9 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
 def standing_out(
     samples: Samples, drifts: Mapping[str, Float[Tensor, " N"]], count: int
 ) -> list[tuple[str, int]]:
-    """Return the ``count`` samples of lowest overall, then the ``count`` least like the previous run's.
+    """Return the ``count`` samples with the lowest overall, then the ``count`` that have drifted most.
 
-    Each with the reason why it is told; samples without the figure are left out.
+    Each comes with the reason; samples without the score are left out.
     """
     overall = samples.insertion - samples.deletion
     chosen = [("worst explained", overall), ("most drifted", drifts.get(DRIFT_PREVIOUS, overall[:0]))]
@@ -72,7 +72,7 @@ def standing_out(
 def sample_row(
     samples: Samples, drifts: Mapping[str, Float[Tensor, " N"]], i: int, name: Callable[[float], str]
 ) -> dict[str, Any]:
-    """Return what is known of one sample; None where there is nothing to tell."""
+    """Return one sample's row; None stands for a missing value."""
     hit = int(samples.hits[i])
     return {
         "target": name(float(samples.targets[i])),
