@@ -100,7 +100,7 @@ class Call:
                 leaves[leaf] = row.to(images.device).clone().expand(len(images), *row.shape)
             args, kwargs = tree_unflatten(leaves, self.spec)
             called = module.get_submodule(self.module)
-            # The watched module's own forward is called as its step calls it: without hooks.
+            # The watched module's own forward pass is called as its step calls it: without hooks.
             with noting(self.ending) as endings:
                 output = called.forward(*args, **kwargs) if not self.module else called(*args, **kwargs)
                 return to_logits(logits_at(output, self.path), self.ending, endings)

@@ -1,4 +1,4 @@
-"""Comet: pictures and tables of a run at its step."""
+"""Comet: images and tables of a run at its step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class CometSink(LoggerSink):
     name = "Comet"
 
     def write(self, report: RunReport) -> None:
-        """Log tables and pictures."""
+        """Log tables and images."""
         for name, rows in logged_tables(report).items():
             columns = columns_of(rows)
             cells = [[row.get(column) for column in columns] for row in rows]
@@ -22,6 +22,6 @@ class CometSink(LoggerSink):
             self.experiment.log_image(picture, name=self.key(report, name), step=report.step)
 
     def close(self, report: RunReport) -> None:
-        """Log what the user was warned of."""
+        """Log the alert as text."""
         for text in report.alerts:
             self.experiment.log_text(text, step=report.step)

@@ -1,4 +1,4 @@
-"""Pictures and tables as files."""
+"""Images and tables as files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sess_lightning.reporting.sink import Sink, columns_of, pictures, plain_tabl
 from sess_lightning.scores import CURVES
 
 TAIL = 1 << 16
-"""More than a line of a table takes, bytes."""
+"""An upper bound of a table's line, bytes."""
 
 
 class FileSink(Sink):
-    """PNG and CSV files: a picture per validation run, a row per score, point of a curve, or sample.
+    """PNG and CSV files: an image per validation run, a row per score, point of a curve, or sample.
 
-    Several trainings may write into one folder: rows carry the name of theirs in the column ``run``, and
-    pictures in the name of the file.
+    Several trainings may write into one folder: rows have the training's name in the column ``run``, images
+    in their file name.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -36,7 +36,7 @@ class FileSink(Sink):
         return f"files in {self._folder}"
 
     def write(self, report: RunReport) -> None:
-        """Append to the tables, then write the pictures: numbers do not wait for them."""
+        """Append to the tables, then write the images, which take longer."""
         tables: dict[str, Iterable[Mapping[str, Any]]] = {
             "scalars": ({"name": name, "value": value} for name, value in report.values.items()),
             "curves": _points(report),
@@ -63,11 +63,11 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append one run's rows to a CSV.
 
     A last line that was cut short is dropped. So are rows of the same training from this epoch and step on:
-    they come from a branch that was left when it was resumed from an earlier checkpoint.
+    they are left over from before it was resumed from an earlier checkpoint.
 
     Args:
-        path: The table; it and its folder are made if they are not there.
-        rows: All with the same columns, among them ``run``, ``epoch`` and ``step``.
+        path: The table; it and its folder are created if they do not exist.
+        rows: Rows with the same columns, among them ``run``, ``epoch`` and ``step``.
     """
     columns = list(rows[0])
     old = _header(path)
@@ -75,14 +75,14 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         columns = list(dict.fromkeys([*old, *columns]))
         _keep(path, columns, lambda row: _is_before(row, rows[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One write: rows of another process that appends at this moment do not come between.
+    # One write: the rows of another process that is appending do not get in between.
     text = table(rows, columns, header=not old)
     with path.open("ab") as file:
         file.write(text.encode())
 
 
 def _header(path: Path) -> list[str]:
-    """Return the columns of a table; none of one that is not there or has no whole line."""
+    """Return the columns of a table; none if it does not exist or has no whole line."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -94,7 +94,7 @@ def _header(path: Path) -> list[str]:
 
 
 def _follows(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> bool:
-    """Tell whether a table ends with a whole line that ``row`` may follow: as a rule, and cheap to ask."""
+    """Return whether a table ends with a whole line that ``row`` may follow, as it usually does."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
         end = file.read()
@@ -109,7 +109,7 @@ def _follows(path: Path, columns: Sequence[str], row: Mapping[str, Any]) -> bool
 
 
 def _is_before(old: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-    """Tell whether a row of the table belongs to another training, or to an earlier run of the same."""
+    """Return whether a row of the table belongs to another training, or to an earlier run of the same one."""
     if old.get("run") != row["run"]:
         return True
     try:
@@ -119,7 +119,7 @@ def _is_before(old: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
 
 
 def _keep(path: Path, columns: Sequence[str], kept: Callable[[Mapping[str, str]], bool]) -> None:
-    """Rewrite a table under ``columns`` with the rows that are kept, if that changes anything."""
+    """Rewrite a table with ``columns`` and the rows to keep, if that changes anything."""
     text = path.read_bytes().decode(errors="replace")
     lines = text[: text.rfind("\n") + 1].splitlines()
     rows = [row for row in csv.DictReader(lines) if kept(row)]
@@ -131,7 +131,7 @@ def _keep(path: Path, columns: Sequence[str], kept: Callable[[Mapping[str, str]]
 def table(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, *, header: bool = True
 ) -> str:
-    """Return rows as CSV, each on a line of its own, with no cell that a spreadsheet takes for a formula."""
+    """Return rows as CSV, one a line, without cells that a spreadsheet takes for formulas."""
     file, columns = io.StringIO(newline=""), columns_of(rows) if columns is None else columns
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     if header:
@@ -141,7 +141,7 @@ def table(
 
 
 def harmless(value: Any) -> Any:
-    """Return a CSV's cell that stays on its line and that no spreadsheet takes for a formula."""
+    """Return a value as a CSV cell, on one line, that no spreadsheet takes for a formula."""
     if not isinstance(value, str):
         return value
     text = " ".join(value.splitlines())

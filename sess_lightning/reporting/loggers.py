@@ -1,4 +1,4 @@
-"""What sinks ask a Lightning logger, without importing its package."""
+"""What sinks need to know of a Lightning logger, without importing its package."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from sess_lightning.reporting.paths import safe_name
 
 
 def kinds(logger: Any) -> set[str]:
-    """Return the names of a logger's class and of all it derives from."""
+    """Return the names of a logger's class and its base classes."""
     return {cls.__name__ for cls in type(logger).__mro__}
 
 
 def is_dummy(logger: Any) -> bool:
-    """Tell whether this is the stand-in of ``fast_dev_run``, which keeps nothing."""
+    """Return whether this is the dummy logger of ``fast_dev_run``."""
     return "DummyLogger" in kinds(logger)
 
 
 def run_folder(logger: Any, default: str | Path) -> str:
-    """Return where a logger keeps the files of its run; for one that tells of none, below ``default``."""
+    """Return the folder of a logger's run; for a logger without one, a folder below ``default``."""
     if folder := getattr(logger, "log_dir", None):
         return str(folder)
     name, version = getattr(logger, "name", None), getattr(logger, "version", None)
@@ -29,5 +29,5 @@ def run_folder(logger: Any, default: str | Path) -> str:
 
 
 def report_folder(loggers: Sequence[Any], default: str | Path) -> str:
-    """Return where the first logger that keeps anything keeps the files of its run."""
+    """Return the folder of the first logger that keeps anything."""
     return run_folder(next((logger for logger in loggers if not is_dummy(logger)), None), default)

@@ -1,4 +1,4 @@
-"""MLflow: pictures and tables below the logger's run."""
+"""MLflow: images and tables below the logger's run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class MLflowSink(LoggerSink):
     name = "MLflow"
 
     def write(self, report: RunReport) -> None:
-        """Log tables and pictures."""
+        """Log tables and images."""
         run = self._logger.run_id
         for name, rows in logged_tables(report).items():
             self.experiment.log_text(run, table(rows), f"{self.key(report, name)}/{report.stem}.csv")
@@ -22,11 +22,11 @@ class MLflowSink(LoggerSink):
             self.experiment.log_image(run, picture, key=self.key(report, name), step=report.step)
 
     def close(self, report: RunReport) -> None:
-        """Tag the run with what the user was warned of."""
+        """Tag the run with the alert."""
         if report.alerts:
             text = "\n".join(report.alerts)
             self.experiment.set_tag(self._logger.run_id, self.key(report, "alert"), text)
 
     def key(self, report: RunReport, name: str) -> str:
-        """Return a key that is also a path."""
+        """Return a key that is a valid path."""
         return safe_name(super().key(report, name))

@@ -1,4 +1,4 @@
-"""Pictures: tensors in, uint8 out."""
+"""Images: tensors in, uint8 out."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Picture = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Panel:
-    """One sample as it is shown: the image, and each method's map over it.
+    """A sample for display: the image, and each method's map over it.
 
     Attributes:
-        image: The picture.
-        overlays: Method's name -> the picture under its map.
-        caption: What is said of it, a line per item.
+        image: The image itself.
+        overlays: Method's name -> the image with its map over it.
+        caption: Caption, a line per item.
         boxes: Where the labelled object is, (x0, y0, x1, y1) px of ``image``.
         label: The label's name.
-        title: A short name of the sample.
+        title: Short name of the sample.
     """
 
     image: Picture
@@ -46,9 +46,9 @@ class Panel:
 
 
 MOST_CLIPPED = 0.2
-"""Share of an image's values beyond black and white above which its range cannot be the right one."""
+"""If a larger share of an image's values lies beyond black and white, the assumed range is wrong."""
 PERCENTILES = (2, 98)
-"""Of an image's values, what is black and what is white where the range is not known."""
+"""Quantiles of an image's values that become black and white where the range is unknown."""
 
 
 def displayed(
@@ -56,17 +56,17 @@ def displayed(
     normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
     channels: Sequence[int] | None = None,
 ) -> list[Picture]:
-    """Undo the normalisation and return pictures.
+    """Undo the normalisation and return images for display.
 
-    A mean or deviation above 1 says that pixels were in 0..255, one above 255 that their range is unknown.
-    Then, and where the normalisation is unknown or most pixels fit no range, each image is stretched between
-    its percentiles.
+    A mean or deviation above 1 means that pixels were in 0..255, above 255 that their range is unknown. In
+    that case, and where the normalisation is unknown or most pixels fit no range, each image is stretched
+    between its percentiles.
 
     Args:
         images: As the model takes them.
         normalisation: (mean, std), a value per channel or one for all.
-        channels: Those to show, one or three (red, green, blue); None is the first three, or of fewer the
-            first one as grey.
+        channels: The channels to show, one or three (red, green, blue); None is the first three, or if there
+            are fewer the first one as grey.
 
     Raises:
         ValueError: If the images have no such channels.
@@ -99,10 +99,10 @@ def _shown_channels(count: int, asked: Sequence[int] | None) -> list[int]:
 def _as_bytes(image: npt.NDArray[np.float32], white: float | None) -> Picture:
     known = image[np.isfinite(image)]
     low, high = 0.0, white or 0.0
-    margin = 0.02 * high  # Of rounding, and of bicubic resizing.
+    margin = 0.02 * high  # From rounding, and from bicubic resizing.
     if white is None or np.mean((known < low - margin) | (known > high + margin)) > MOST_CLIPPED:
         low, high = np.percentile(known, PERCENTILES) if known.size else (0.0, 0.0)
-        if low == high and known.size:  # A small thing on an even ground.
+        if low == high and known.size:  # A small object on a uniform background.
             low, high = known.min(), known.max()
     scaled = (image - low) / (high - low if high > low else np.inf)
     shown: Picture = (np.nan_to_num(scaled).clip(0, 1) * 255).round().astype(np.uint8)
@@ -119,18 +119,18 @@ def _colours(name: str) -> npt.NDArray[np.float32]:
 def overlay(
     picture: Picture, saliency: Float[Tensor, "H W"], colours: str = "jet", strength: float = 0.5
 ) -> Picture:
-    """Blend a map in [0, 1] over a picture; what is not salient stays the picture, darkened."""
+    """Blend a map in [0, 1] over an image; where it is low, the image shows through, darkened."""
     values = saliency.detach().float().cpu().clamp(0, 1).numpy()
     tinted = _colours(colours)[(values * 255).round().astype(np.int64)]
     return ((1 - strength) * picture + strength * tinted).round().astype(np.uint8)
 
 
 def sheet(panels: Sequence[Panel], side: int = 224) -> Picture:
-    """Lay panels out in one captioned picture: a row per sample, columns image | base | SESS.
+    """Lay out panels in one captioned image: a row per sample, columns image | base | SESS.
 
     Args:
-        panels: What to show.
-        side: Height of each picture, px.
+        panels: The samples to show.
+        side: Height of each image, px.
     """
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     rows = [_row(panel, side, small) for panel in panels]
@@ -176,9 +176,9 @@ def _row(panel: Panel, side: int, font: ImageFont.ImageFont | ImageFont.FreeType
 
 @contextmanager
 def _no_cycles_left() -> Iterator[None]:
-    """Free at once what a figure's thousands of reference cycles hold, or it waits for hundreds of runs."""
+    """Free a figure's thousands of reference cycles at once; otherwise they wait for hundreds of runs."""
     enabled = gc.isenabled()
-    gc.disable()  # What is made within stays in the youngest generation, which is soon looked through.
+    gc.disable()  # What is made within stays in the youngest generation, which is collected quickly.
     try:
         yield
     finally:
@@ -205,7 +205,7 @@ def curve_figure(curves: Mapping[str, Float[Tensor, "2 T"]], title: str = "") ->
         axis.set(title=kind, xlabel="pixels changed, most salient first (%)", ylim=(0, 1), xlim=(0, 100))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("probability of the target")
-    # As labels, names that begin with "_" would be left out of the legend.
+    # Labels that begin with "_" would be left out of the legend.
     for text, name in zip(axes[0].legend(fontsize=8).get_texts(), curves, strict=True):
         text.set(text=name, parse_math=False)
     figure.suptitle(title, fontsize=10)

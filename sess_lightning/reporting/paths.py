@@ -1,4 +1,4 @@
-"""Names of files, and files that are whole or not there."""
+"""File names that are safe, and files that are whole or absent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def safe_name(name: str) -> str:
-    """Return a name, or several with "/" between them, without what some file system refuses."""
+    """Return a name, or several joined by "/", without characters that some file system refuses."""
     return re.sub(r'[<>:"\\|?*\x00-\x1f]', "_", name)
 
 
@@ -26,11 +26,11 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file in one stroke: whoever reads it finds the old one or the new one, never a part.
+    """Write a file atomically: readers see the old one or the new one, never a part.
 
     Args:
-        path: The file; its folder is made if it is not there.
-        parts: What it holds. Nothing is changed if making them fails.
+        path: The file; its folder is created if it does not exist.
+        parts: Its content. If producing them fails, nothing is changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")

@@ -1,4 +1,4 @@
-"""One report to every sink, each of which may fail alone."""
+"""Hands one report to every sink; each may fail by itself."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ SINKS: dict[str, Callable[[Any], Sink]] = {
 }  # fmt: skip
 """Name of a logger's class -> its sink."""
 PATIENCE = 3
-"""So many failures in a row are told of one by one."""
+"""So many failures in a row are warned of, each by itself."""
 
 
 class Publisher:
     """Hands every run to the sinks.
 
-    A sink that fails costs a warning and none of the other sinks. After three failures in a row it is tried
-    on, silently: a full disk may have room again.
+    A sink that fails costs a warning, and the other sinks go on. After three failures in a row it is still
+    tried, but silently: a full disk may have room again.
 
     Args:
-        protect: Makes a context that turns an error into a warning; its argument says what the error costs.
-        warn: Tells the user.
+        protect: Returns a context that turns an error into a warning; its argument says what the error costs.
+        warn: Warns the user.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Publisher:
 
     @property
     def names(self) -> list[str]:
-        """What the sinks are called; empty where nothing is shown."""
+        """Names of the sinks; empty if nothing is shown."""
         return [sink.name for sink in self._sinks]
 
     def connect(
@@ -67,16 +67,16 @@ class Publisher:
         training: dict[str, str] | None = None,
         report: bool = True,
     ) -> None:
-        """Make the sinks of a training; one that cannot be made costs a warning.
+        """Create the sinks of a training; one that cannot be created costs a warning.
 
         Args:
-            loggers: Lightning's loggers; without any, pictures and tables become files in ``log_dir``.
-            log_dir: Where files go whose logger has no folder of its own.
+            loggers: Lightning's loggers; without any, images and tables become files in ``log_dir``.
+            log_dir: Folder for the files of loggers that have none of their own.
             prefix: First part of all keys and folders.
-            stage: ``"fit"``; any other has a page of its own below that name.
-            training: Which training this is (``run``), and where the page's records lie (``folder``). Filled
-                here where it is empty; a checkpoint that keeps it lets a resumed training go on.
-            report: Whether a page is written.
+            stage: ``"fit"``; any other stage gets a page of its own, in a folder of that name.
+            training: The training's name (``run``), and the folder of the page's records (``folder``). Filled
+                in here if empty; a checkpoint that keeps it lets a resumed training continue the same page.
+            report: Whether to write a page.
         """
         self.disconnect()
         self._training = {} if training is None or stage != "fit" else training
@@ -92,7 +92,7 @@ class Publisher:
                 self._sinks.append(page_in(f"{report_folder(loggers, log_dir)}/{name}", self._training))
 
     def disconnect(self) -> None:
-        """Let go of all sinks: what is published goes nowhere."""
+        """Drop all sinks: from now on nothing is published."""
         self._sinks, self._report, self._alerts = [], None, []
         self._failures.clear()
 
@@ -103,7 +103,7 @@ class Publisher:
             self._try(sink, "write", f"pictures are missing in {sink.name}", self._report)
 
     def alert(self, title: str, text: str) -> None:
-        """Tell the user wherever a sink can; the run that is open keeps the text."""
+        """Alert the user through every sink that can; the open run keeps the text."""
         self._alerts.append(text)
         for sink in self._sinks:
             self._try(sink, "alert", f"alert is missing in {sink.name}", title, text)
@@ -132,10 +132,10 @@ class Publisher:
 
 
 def sink_for(logger: Any, folder: str | Path) -> Sink | None:
-    """Return the sink for a Lightning logger: files below ``folder`` for None or one without pictures.
+    """Return the sink for a Lightning logger: files below ``folder`` for None or one without images.
 
-    Loggers are told apart by their classes' names, so that none of their packages is imported; the stand-in
-    logger of ``fast_dev_run`` gets nothing.
+    Loggers are recognised by their classes' names, so that none of their packages is imported; the dummy
+    logger of ``fast_dev_run`` gets no sink.
     """
     names = kinds(logger)
     if is_dummy(logger):
@@ -147,7 +147,7 @@ def sink_for(logger: Any, folder: str | Path) -> Sink | None:
 
 
 def files_in(folder: str) -> Sink:
-    """Return the sink for files in a folder, which may be one of fsspec's."""
+    """Return the sink for files in a folder, which may be remote (fsspec)."""
     if not is_remote(folder):
         return FileSink(local_path(folder))
     remote = RemoteFolder(folder, "*.csv")
@@ -155,7 +155,7 @@ def files_in(folder: str) -> Sink:
 
 
 def page_in(folder: str, training: dict[str, str]) -> Sink:
-    """Return the sink for the page in a folder, which may be one of fsspec's."""
+    """Return the sink for the page in a folder, which may be remote (fsspec)."""
     if not is_remote(folder):
         return ReportSink(local_path(folder), training)
     remote = RemoteFolder(folder, "records/*", "report*.html")

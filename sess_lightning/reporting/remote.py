@@ -1,4 +1,4 @@
-"""Folders that are not of this machine: ``s3://``, ``memory://`` and whatever else fsspec knows."""
+"""Remote folders: ``s3://``, ``memory://`` and whatever else fsspec knows."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from sess_lightning.reporting.sink import Sink
 
 
 def is_remote(folder: str) -> bool:
-    """Tell whether a folder is one that only fsspec can write into."""
+    """Return whether only fsspec can write into a folder."""
     return get_protocol(folder) not in ("file", "local")
 
 
 def local_path(folder: str) -> Path:
-    """Return the path of a folder of this machine, which may be told as ``file://``."""
+    """Return the path of a local folder, which may be given as ``file://``."""
     return Path(url_to_fs(folder)[1]) if "://" in folder else Path(folder)
 
 
 class RemoteFolder:
-    """A copy of a remote folder on this machine, which is given back file by file.
+    """A local copy of a remote folder, sent back file by file.
 
     Args:
         url: The folder.
-        fetched: Patterns of names; files that match one are fetched at once, if they are there.
+        fetched: Patterns of names; existing files that match one are fetched at once.
 
     Attributes:
         local: The copy; it lives as long as this object.
@@ -48,7 +48,7 @@ class RemoteFolder:
         self._known = self._listed()
 
     def push(self) -> None:
-        """Send what has changed since the last time."""
+        """Send the files that have changed since the last time."""
         files = self._listed()
         for name in self._known.keys() - files.keys():
             self._files.rm_file(f"{self._root}/{name}")
@@ -66,12 +66,12 @@ class RemoteFolder:
 
 
 class RemoteSink(Sink):
-    """Lets a sink that writes files write into a remote folder; one training at a time.
+    """Lets a sink that writes files write into a remote folder, for one training at a time.
 
     Args:
-        name: What it is called.
-        folder: Where the sink writes.
-        sink: Writes into ``folder.local``.
+        name: Name of the sink.
+        folder: The folder that the sink writes into.
+        sink: The sink that writes into ``folder.local``.
     """
 
     def __init__(self, name: str, folder: RemoteFolder, sink: Sink) -> None:

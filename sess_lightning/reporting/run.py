@@ -1,4 +1,4 @@
-"""What one validation run sends, in one record."""
+"""Everything that one validation run reports, in one record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sess_lightning.reporting.panels import Panel
 class RunReport:
     """One validation run, as every sink gets it.
 
-    Methods have keys: ``""`` is the explained one, the others are the names they were given.
+    Methods have keys: ``""`` is the explained one, the others have the names they were given.
 
     Attributes:
         prefix: First part of all keys that loggers see, such as ``"sess"``.
@@ -24,14 +24,14 @@ class RunReport:
         step: Optimiser steps so far.
         method: Display name of the explained method.
         values: Score, such as ``"insertion"`` or ``"base/insertion"`` -> value.
-        names: Key of a compared method -> display name; a method that is missing is shown under its key.
+        names: Key of a compared method -> display name; a missing method is shown under its key.
         curves: Key of a method -> mean insertion curve, mean deletion curve.
         panels: The samples that are shown, the same in every run.
-        tables: Name -> rows of plain values and pictures; all rows have the same columns.
-        settings: How the scores are made, in words and numbers.
+        tables: Name -> rows of plain values and images; all rows have the same columns.
+        settings: How the scores were measured, in words and numbers.
         metrics: What the user's own module logged; known when the run is closed.
         alerts: What the user was warned of; known when the run is closed.
-        run: Which training this belongs to; a resumed one keeps its name.
+        run: Name of the training; a resumed one keeps its name.
     """
 
     prefix: str
@@ -55,13 +55,13 @@ class RunReport:
 
     @property
     def stem(self) -> str:
-        """Name of a picture's file, without its kind."""
+        """Name of an image file, without its suffix."""
         run = f"-run={self.run[:8]}" if self.run else ""
         return f"epoch={self.epoch:03d}-step={self.step:06d}{run}"
 
     @property
     def title(self) -> str:
-        """Headline of a picture of the mean curves."""
+        """Title of the figure of the mean curves."""
         return f"Mean curves after epoch {self.epoch}, step {self.step}"
 
     def key(self, name: str) -> str:
@@ -84,10 +84,10 @@ class RunReport:
 
 
 def display_names(methods: Mapping[str, Any]) -> dict[str, str]:
-    """Return how methods are called where people read of them.
+    """Return the display names of methods.
 
-    The explained method, whose key is ``""``, and its ``"base"`` are called by their classes; the others
-    have been named by whoever compares them. Where two names would be the same, the key stands.
+    The explained method, whose key is ``""``, and its ``"base"`` are named after their classes; the others
+    keep their keys. Where two names would be the same, the key is used.
 
     Args:
         methods: Key -> method.

@@ -16,31 +16,31 @@ SCORE_COLUMNS = ("value", *ENDS, "difference", *(f"difference_{end}" for end in 
 
 
 class Sink(ABC):
-    """Takes whole runs; scores travel through Lightning's own logging as well.
+    """Takes whole runs; scores are also logged by Lightning itself.
 
-    A sink keeps nothing between two calls that a run could leave half-filled.
+    Between two calls, a sink keeps nothing that a run could leave half-filled.
     """
 
     name: str
 
     @property
     def place(self) -> Hashable:
-        """Where things end up: of two sinks for one place only the first is used."""
+        """The sink's destination: of two sinks for one place, only the first is used."""
         return self.name
 
     @abstractmethod
     def write(self, report: RunReport) -> None:
-        """Show a run whose scores are known; the user's metrics and the alerts are still to come."""
+        """Show a run when its scores are known; the user's metrics and the alerts follow later."""
 
     def close(self, report: RunReport) -> None:  # noqa: B027
-        """End a run: ``report`` is that of ``write`` with the user's metrics and the alerts."""
+        """End a run: ``report`` is that of ``write``, with the user's metrics and the alerts."""
 
     def alert(self, title: str, text: str) -> None:  # noqa: B027
-        """Tell the user now, where the logger can."""
+        """Alert the user now, if the logger can."""
 
 
 class LoggerSink(Sink):
-    """Sends runs through a Lightning logger, under keys as the logger itself writes them."""
+    """Sends runs through a Lightning logger, under keys in the logger's own form."""
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
@@ -63,7 +63,7 @@ class LoggerSink(Sink):
 
 
 def pictures(report: RunReport) -> Iterator[tuple[str, Picture]]:
-    """Yield the sheet of the samples and the figure of the mean curves, as far as they are there."""
+    """Yield the sheet of the samples and the figure of the mean curves, if there are any."""
     if report.panels:
         yield "panel", sheet(report.panels)
     if report.curves:
@@ -71,19 +71,19 @@ def pictures(report: RunReport) -> Iterator[tuple[str, Picture]]:
 
 
 def plain_tables(report: RunReport) -> dict[str, list[dict[str, Any]]]:
-    """Return the tables that have rows, without pictures."""
+    """Return the tables that have rows, without images."""
     return {name: [*map(plain_row, rows)] for name, rows in report.tables.items() if rows}
 
 
 def logged_tables(report: RunReport) -> dict[str, list[dict[str, Any]]]:
-    """Return the tables that a logger gets: before the others, every score of every method."""
+    """Return the tables that a logger gets: first the scores of every method, then the others."""
     return {"scores": score_rows(report), **plain_tables(report)}
 
 
 def score_rows(report: RunReport) -> list[dict[str, Any]]:
     """Return a row per score and method, with its interval and the paired difference to the explained one.
 
-    Loggers draw charts of the main scores only, or nobody would find them.
+    Loggers draw charts of the main scores only, so that these are found.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, value in report.values.items():
@@ -96,12 +96,12 @@ def score_rows(report: RunReport) -> list[dict[str, Any]]:
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row without its pictures."""
+    """Return a row without its images."""
     return {name: value for name, value in row.items() if not isinstance(value, np.ndarray)}
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the names of all columns, in the order in which they come up."""
+    """Return the names of all columns, in the order of their first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard: pictures and tables of a run at its step."""
+"""TensorBoard: images and tables of a run at its step."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class TensorBoardSink(LoggerSink):
     name = "TensorBoard"
 
     def write(self, report: RunReport) -> None:
-        """Add pictures and tables."""
+        """Add images and tables."""
         for name, rows in logged_tables(report).items():
             self.experiment.add_text(self.key(report, name), markdown(rows), report.step)
         for name, picture in pictures(report):
             self.experiment.add_image(self.key(report, name), picture, report.step, dataformats="HWC")
 
     def close(self, report: RunReport) -> None:
-        """Add what the user was warned of."""
+        """Add the alert as text."""
         if report.alerts:
             text = "\n\n".join(report.alerts)
             self.experiment.add_text(self.key(report, "alert"), text, report.step)

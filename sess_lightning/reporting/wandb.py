@@ -23,20 +23,20 @@ class WandbSink(LoggerSink):
         self._defined: set[str] = set()
 
     def write(self, report: RunReport) -> None:
-        """Add all to W&B's open row, which Lightning's own row of this validation run completes."""
+        """Add everything to W&B's open row, which Lightning completes with its own row of this validation."""
         self._define(report)
         row = {self.key(report, name): value for part in _parts(report) for name, value in part.items()}
-        # Uncommitted and without step=: every committed row moves W&B's own step, and rows that the user
-        # logs with a step of her own, such as trainer.global_step, are then dropped.
+        # Uncommitted and without step=: every committed row advances W&B's own step, and then rows that the
+        # user logs with another step, such as trainer.global_step, are dropped.
         row |= {"trainer/global_step": report.step, "epoch": report.epoch}
         self.experiment.log(row, commit=False)
 
     def alert(self, title: str, text: str) -> None:
-        """Send W&B's alert, by mail or Slack as the user has set."""
+        """Send W&B's alert, by mail or Slack as configured by the user."""
         self.experiment.alert(title=title, text=text, level="WARN")
 
     def _define(self, report: RunReport) -> None:
-        """Have W&B's summary keep the best and the last value of the scores that Lightning logs."""
+        """Make W&B's summary keep the best and the last value of the scores that Lightning logs."""
         for name in report.values.keys() - self._defined:
             known = split(name)
             if known is None or known.minus or known.end or not SCORES[known.score].better:
@@ -58,7 +58,7 @@ def _parts(report: RunReport) -> list[dict[str, Any]]:
     if report.panels:
         parts.append({"panel": [_strip(panel) for panel in report.panels]})
     if report.curves:
-        # The chart shows the newest run; the picture's step slider goes back to any.
+        # The chart shows the newest run; the image's step slider goes back to any run.
         picture = wandb.Image(curve_figure(report.labelled_curves(), report.title), file_type="jpg")
         parts.append({"curves": _chart(report), "curves_by_epoch": [picture]})
     return parts
@@ -90,10 +90,10 @@ def _chart(report: RunReport) -> Any:
 
 
 def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return a table, and beside it the pictures of its rows under ``<name>_pictures``."""
+    """Return a table, and the images of its rows under ``<name>_pictures``."""
     import wandb
 
-    # In a table, pictures would become an artifact, which has no step slider.
+    # In a table, images would become an artifact without a step slider.
     plain = [plain_row(row) for row in rows]
     table = wandb.Table(columns=list(plain[0]), data=[list(row.values()) for row in plain])
     pictures = [

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 40, 86, 12, 38
-"""Room for the ticks, the lines' names, half a line of text, and the ticks and name of the x-axis."""
+"""Margins for the ticks, the lines' names, half a line of text, and the ticks and name of the x-axis."""
 INNER_WIDTH, INNER_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 MARKED = 60
-"""Most points of a line that get markers, which tell their value."""
+"""The most points of a line that get markers, which show their value."""
 DRAWN = 300
-"""Most stretches of a line: there are not many more pixels."""
+"""The most segments of a line: there are not many more pixels."""
 NAME = 11
-"""Most letters of a line's name beside its end."""
+"""The most letters of a line's name beside its end."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value with its interval, if there is one, and what it is the value of."""
+    """A value with its interval, if there is one, and its label."""
 
     x: float
     y: float
@@ -62,12 +62,12 @@ class Drawn:
     """A line on the canvas.
 
     Attributes:
-        style: Its class.
-        points: Of the polyline.
-        band: Of the polygon of its intervals; empty where there are none.
+        style: Its class in the style sheet.
+        points: The points of the polyline.
+        band: The points of the polygon of its intervals; empty if there are none.
         stroke: The interval of a single point: x, bottom, top.
-        dots: Place and text of its markers; none of a long line.
-        end: Where its name stands, and what is shown of it.
+        dots: Place and text of its markers; none for a long line.
+        end: Place and text of its name.
     """
 
     style: str
@@ -87,7 +87,7 @@ class Chart:
         note: What else the reader should know.
         summary: The first and last values in words.
         axes: The frame.
-        lines: The first one is drawn last, above the others.
+        lines: Its lines; the first one is drawn last, above the others.
     """
 
     title: str
@@ -111,7 +111,7 @@ def line_chart(
     Args:
         title: What the values are.
         lines: At least one, with at least one point.
-        bounds: Of the y-axis; None takes those of the values, and zero.
+        bounds: Ends of the y-axis; None takes those of the values, and zero.
         note: What else the reader should know.
         ticks: Of the x-axis.
         x_name: Name of the x-axis.
@@ -130,7 +130,7 @@ def line_chart(
 
 
 def share_axes() -> Axes:
-    """Return the axes that mean insertion or deletion curves are put into, all of them from 0 to 1."""
+    """Return the axes for mean insertion or deletion curves, all from 0 to 1."""
     share = [(i / 4, f"{25 * i} %") for i in range(5)]
     return _axes([i / 4 for i in range(5)], share, "pixels changed, most salient first")
 
@@ -159,7 +159,7 @@ def _y(y: float, low: float, high: float) -> float:
 
 
 def _ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Return round values, evenly apart, that enclose the range."""
+    """Return evenly spaced round values that enclose the range."""
     span = high - low or 1.0
     magnitude = 10.0 ** math.floor(math.log10(span / about))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if span / (m * magnitude) <= about + 0.5)
@@ -192,7 +192,7 @@ def _stretches(points: Sequence[Point]) -> Iterator[Sequence[Point]]:
 
 
 def _extremes(points: Sequence[Point]) -> list[Point]:
-    """Return the lowest and the highest point of each stretch: no outlier of a long training is lost."""
+    """Return the lowest and the highest point of each segment: no outlier of a long training is lost."""
     if len(points) <= DRAWN:
         return list(points)
     kept = [points[0]]
@@ -203,7 +203,7 @@ def _extremes(points: Sequence[Point]) -> list[Point]:
 
 
 def _widest(points: Sequence[Point]) -> list[Point]:
-    """Return a point for each stretch, with an interval that holds all of its intervals."""
+    """Return a point for each segment, with an interval that encloses all its intervals."""
     kept: list[Point] = []
     for part in _stretches([p for p in points if p.low is not None and p.high is not None]):
         lows, highs = [p.low for p in part if p.low is not None], [p.high for p in part if p.high is not None]
@@ -212,7 +212,7 @@ def _widest(points: Sequence[Point]) -> list[Point]:
 
 
 def _apart(heights: Sequence[float], gap: float = 14.0) -> list[float]:
-    """Return where names stand, pushed apart where lines end close to each other."""
+    """Return the places of the names, pushed apart where lines end close to each other."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     places: list[float] = []
     for i in order:

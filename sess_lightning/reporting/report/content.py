@@ -1,4 +1,4 @@
-"""What the page says: records in, texts and charts out. Whoever renders them escapes them."""
+"""The page's content: records in, texts and charts out. The renderer escapes them."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from sess_lightning.scores import (
 CONTROLS = ("random", "centre")
 STYLES = {"base": "base", "random": "random", "centre": "centre"}
 FURTHER = 5
-"""Styles for methods of other names."""
+"""Number of styles for methods with other names."""
 ORDER = [SCORES[OVERALL], *(score for score in SCORES.values() if score.key != OVERALL)]
-"""The score that sums up comes first."""
+"""The summarising score comes first."""
 COMPARED = (OVERALL, POINTING_GAME, RELEVANCE_MASS)
-"""Scores whose differences have a chart; those of all others are in the table."""
+"""Scores whose differences have a chart; those of the others are in the table."""
 TILES = (*COMPARED, *CURVES)
 BESIDE = {REGION_SHARE: (RELEVANCE_MASS, "object size"), DRIFT_INITIAL: (DRIFT_PREVIOUS, "first run")}
 """Score -> the score in whose chart it is drawn, and the name of its line there."""
 SMALL = 0.01
-"""Differences up to here fill no chart: an axis of their own size would make noise look like a finding."""
+"""The axis of differences is at least this large: a tighter one would make noise look like a finding."""
 OWN_METRICS = 8
-"""Most charts of the user's own metrics."""
+"""The most charts of the user's own metrics."""
 TICKS = 7
-"""Most ticks of an x-axis."""
+"""The most ticks of an x-axis."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A score after the last run: its value, and per compared method name, value and paired difference."""
+    """A score after the last run: its value, and each compared method's name, value and paired difference."""
 
     name: str
     value: str
@@ -54,7 +54,7 @@ class Tile:
 
 
 class Sketch(NamedTuple):
-    """A chart's title, its lines, the ends of its y-axis if they are given, and what else is said."""
+    """A chart's title, its lines, the ends of its y-axis if they are fixed, and a note."""
 
     title: str
     lines: Sequence[Line]
@@ -96,7 +96,7 @@ class Content:
         return {"": "own", **STYLES, **further}
 
     def alerts(self) -> Iterator[tuple[str, str]]:
-        """Yield when the user was warned, and of what."""
+        """Yield the alerts, with their time."""
         for record in self.records:
             for text in record.alerts:
                 yield when(record), text
@@ -161,7 +161,7 @@ class Content:
         return Sketch(title, lines, (0.0, 1.0) if score.bounds == (0.0, 1.0) else None, note)
 
     def _differences(self, score: Score) -> Sketch:
-        """Return the paired differences to the methods that are compared; controls are another scale."""
+        """Return the paired differences to compared methods; those to controls are on another scale."""
         rivals = [method for method in self.methods if method not in CONTROLS] or self.methods
         single, lines = len(rivals) == 1, []
         for method in rivals:
@@ -186,7 +186,7 @@ class Content:
         return _name(self.last, method, score)
 
     def run(self, record: RunRecord, at: float) -> dict[str, Any]:
-        """Return what the page shows of one run, which stands at ``at`` of the x-axis."""
+        """Return what the page shows of one run, at place ``at`` of the x-axis."""
         counts = [
             f"{value:.0f} {SCORES[key].label}"
             for key, value in record.scalars.items()
@@ -208,7 +208,7 @@ class Content:
         }
 
     def _scores(self, record: RunRecord) -> dict[str, Any]:
-        """Return a table of all there is: a row per score, a column per method and per difference."""
+        """Return a table of all scores: a row per score, a column per method and per difference."""
         methods, columns = self.methods, ["score", record.method]
         for method in methods:
             name = _name(record, method, SCORES[OVERALL])
@@ -227,7 +227,7 @@ class Content:
         return {"caption": caption, "columns": columns, "rows": rows}
 
     def settings(self) -> Iterator[tuple[str, str]]:
-        """Yield how the figures were made, and how long it took."""
+        """Yield how the figures were measured, and how long it took."""
         for name, value in self.last.settings.items():
             if name != "seconds":
                 yield name, _word(value)
@@ -255,7 +255,7 @@ def _methods(last: RunRecord, keys: Iterable[Key | None]) -> list[str]:
 
 
 def _places(records: Sequence[RunRecord]) -> tuple[str, list[float]]:
-    """Return what the x-axis is, epochs where each has one run, and where in [0, 1] the runs stand."""
+    """Return the x-axis, which is epochs if each has one run, and the runs' places on it in [0, 1]."""
     epochs = [record.epoch for record in records]
     x_name = "epoch" if len({*epochs}) == len(epochs) else "step"
     at = epochs if x_name == "epoch" else [record.step for record in records]
@@ -295,7 +295,7 @@ def _difference(record: RunRecord, score: Score, method: str) -> str:
 
 
 def _at_least(lines: Sequence[Line], size: float) -> tuple[float, float]:
-    """Return the ends of an axis for lines and intervals, on either side at least ``size``."""
+    """Return the ends of an axis for lines and intervals, at least ``size`` to either side."""
     values = [v for line in lines for p in line.points for v in (p.y, p.low, p.high) if v is not None]
     return min(-size, *values, 0.0), max(size, *values, 0.0)
 
@@ -305,7 +305,7 @@ def _count(record: RunRecord, method: str) -> float | None:
 
 
 def _name(record: RunRecord, method: str, score: Score) -> str:
-    """Return a compared method's name, and on how many images a score stands if those are fewer."""
+    """Return a compared method's name, with the number of images behind a score if that is smaller."""
     count, all_of_them = _count(record, method), _count(record, "")
     few = count is not None and all_of_them is not None and count < all_of_them
     of_curves = score.key.partition("_")[0] in (*CURVES, OVERALL)

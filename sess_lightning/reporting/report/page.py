@@ -20,7 +20,7 @@ from sess_lightning.reporting.report.records import RunRecord, outlines, picture
 
 MAX_BYTES = 10_000_000
 HEAD = 2_000
-"""The page says within so many bytes whose it is."""
+"""Within so many bytes, the page says which training it is of."""
 
 
 def write_report(
@@ -28,15 +28,15 @@ def write_report(
 ) -> Path:
     """Draw the runs recorded in ``folder`` as one page at ``path``.
 
-    The charts tell of every run. Pictures, curves and tables of so many runs are put in, the first and last
-    among them, as ``max_bytes`` have room for. A page that exists is replaced in one stroke; one of another
+    The charts show every run. Images, curves and tables are included for as many runs as fit into
+    ``max_bytes``, always for the first and the last. An existing page is replaced atomically; one of another
     training moves to ``report-<its name>.html``.
 
     Args:
-        folder: Where ``ReportSink`` keeps its records.
-        path: Where the page goes.
-        max_bytes: What it may weigh.
-        run: The training that is drawn; None is the one that wrote last.
+        folder: The folder of ``ReportSink``'s records.
+        path: Path of the page.
+        max_bytes: The page's largest size, bytes.
+        run: Name of the training to draw; None is the one that wrote last.
 
     Raises:
         FileNotFoundError: If there are no records.
@@ -56,11 +56,11 @@ def write_report(
 
 
 class _TooLargeError(Exception):
-    """A page weighs more than it may."""
+    """A page is larger than allowed."""
 
 
 def _fits(path: Path, parts: Iterator[str], max_bytes: int) -> bool:
-    """Write a page unless it weighs too much; tell whether it was written."""
+    """Write a page unless it is too large; return whether it was written."""
     try:
         write_whole(path, _limited(parts, max_bytes))
     except _TooLargeError:
@@ -71,7 +71,7 @@ def _fits(path: Path, parts: Iterator[str], max_bytes: int) -> bool:
 def _limited(parts: Iterator[str], max_bytes: int) -> Iterator[bytes]:
     size = 0
     for part in parts:
-        data = part.encode(errors="replace")  # A file's name may hold what is no text.
+        data = part.encode(errors="replace")  # A file name may not be valid text.
         size += len(data)
         if size > max_bytes:
             raise _TooLargeError
@@ -79,16 +79,16 @@ def _limited(parts: Iterator[str], max_bytes: int) -> Iterator[bytes]:
 
 
 def _first_guess(content: Content, places: Sequence[int], folder: str | Path, max_bytes: int) -> int:
-    """Return every how many runs there is probably room for one, all of them as heavy as the last."""
+    """Return n where every n-th run probably fits, if all are as large as the last."""
     before, last = (whole(folder, place) for place in [*places, *places][-2:])
     new = set(_pictures(last)) - set(_pictures(before))  # The images are the same in every run.
     weight = len(_json(content.run(last, 1.0))) + sum(len(picture(folder, name)) * 4 // 3 for name in new)
-    # A tenth for charts and frame.
+    # A tenth is for charts and frame.
     return min(len(places), max(1, -(-len(places) * weight * 10 // (9 * max_bytes))))
 
 
 def make_way(path: Path, run: str) -> None:
-    """Move a page of another training aside, and drop what was moved aside of this one."""
+    """Move a page of another training aside, and drop this training's page that was moved aside."""
     theirs = _run_of(path)
     if theirs is not None and theirs != run:
         path.replace(_aside(path, theirs))
@@ -106,7 +106,7 @@ def _aside(path: Path, run: str) -> Path:
 
 
 def _run_of(path: Path) -> str | None:
-    """Return which training a page is of; None if there is no page."""
+    """Return the name of a page's training; None if there is no page."""
     if not path.exists():
         return None
     with path.open("rb") as file:
@@ -116,7 +116,7 @@ def _run_of(path: Path) -> str | None:
 
 @cache
 def _environment() -> Environment:
-    """Return what turns templates into pages: text that is not markup of our own is escaped."""
+    """Return the templates' environment: all text that is not our own markup is escaped."""
     environment = Environment(
         loader=PackageLoader("sess_lightning.reporting.report", "page"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True,
@@ -136,7 +136,7 @@ def macros() -> Any:
 
 
 def _asset(name: str) -> str:
-    """Return a file beside the templates as it is."""
+    """Return the content of a file beside the templates."""
     environment = _environment()
     return environment.loader.get_source(environment, name)[0] if environment.loader else ""
 
@@ -144,7 +144,7 @@ def _asset(name: str) -> str:
 def _page(
     content: Content, places: Sequence[int], folder: str | Path, every: int, beside: Sequence[str]
 ) -> Iterator[str]:
-    """Yield the page part by part: of a long training, the whole would be too much to hold."""
+    """Yield the page part by part: for a long training, the whole would not fit in memory."""
     chosen = sorted({0, *range(len(places) - 1, -1, -every)})
     css, script = _asset("report.css"), _asset("report.js")
     return _environment().get_template("report.html").generate(
@@ -167,7 +167,7 @@ def _page(
 
 
 def _data(content: Content, runs: Sequence[tuple[int, float]], folder: str | Path) -> Iterator[str]:
-    """Yield the text of what the page's script shows."""
+    """Yield the data that the page's script shows."""
     names: dict[str, None] = {}
     yield '{"runs":['
     for i, (place, at) in enumerate(runs):
@@ -186,7 +186,7 @@ def _pictures(record: RunRecord) -> list[str]:
 
 
 def _json(value: Any) -> str:
-    # No "<" may stand in a script element: a name could end it.
+    # No "<" is allowed in a script element: a name could end it.
     return json.dumps(value, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
 
 

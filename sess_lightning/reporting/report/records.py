@@ -1,4 +1,4 @@
-"""What each validation run left, in append-only files: the report is drawn from them."""
+"""The records of validation runs, in append-only files: the report is drawn from them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sess_lightning.reporting.sink import plain_tables
 RUNS = "runs.jsonl"
 PICTURE = re.compile(r"[0-9a-f]{16}\.jpg")
 SIDE = 256
-"""Longest side of a kept picture, px."""
+"""Longest side of a stored image, px."""
 PICTURE_BYTES = 16_000
-"""Most that a kept picture weighs: 8 samples with two maps each over 20 epochs stay below 10 MB as text."""
+"""Largest size of a stored image, bytes: 8 samples with two maps over 20 epochs stay below 10 MB as text."""
 DIGITS = 6
-"""Significant digits of what is kept."""
+"""Significant digits of stored numbers."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Sample:
     """A panel's sample.
 
     Attributes:
-        title: A short name.
-        caption: What is said of it, a line per item.
+        title: Short name.
+        caption: Caption, a line per item.
         label: The label's name.
-        boxes: (x0, y0, x1, y1) as shares of width and height.
-        size: (height, width) of the picture, px.
-        pictures: Column (``image``, then methods) -> name of the JPEG file beside the records.
+        boxes: (x0, y0, x1, y1) as fractions of width and height.
+        size: (height, width) of the image, px.
+        images: Column (``image``, then methods) -> name of the JPEG file beside the records.
     """
 
     title: str
@@ -55,7 +55,7 @@ class RunRecord:
     """One validation run.
 
     Attributes:
-        run: Which training this belongs to; a resumed one keeps its name.
+        run: Name of the training; a resumed one keeps its name.
         epoch: Epochs finished before it.
         step: Optimiser steps so far.
         scalars: The callback's figures, without its prefix.
@@ -63,7 +63,7 @@ class RunRecord:
         curves: Key of a method -> mean insertion curve, mean deletion curve.
         panel: The samples that are shown.
         tables: Name -> rows.
-        settings: How all this was made, in words.
+        settings: How the scores were measured, as text.
         alerts: What the user was warned of.
         method: Display name of the explained method.
         names: Key of a compared method -> display name.
@@ -84,7 +84,7 @@ class RunRecord:
 
 
 def record_of(folder: str | Path, report: RunReport) -> RunRecord:
-    """Return what is kept of a run, once its pictures have been written into ``folder``."""
+    """Write a run's images into ``folder``, and return its record."""
     return RunRecord(
         run=report.run, epoch=report.epoch, step=report.step, scalars=report.values, metrics=report.metrics,
         curves={method: curves.tolist() for method, curves in report.curves.items()},
@@ -101,12 +101,12 @@ def append(folder: str | Path, record: RunRecord) -> None:
 def read(folder: str | Path, run: str | None = None) -> list[RunRecord]:
     """Return the runs of a training, in order.
 
-    A run supersedes those of its own epoch and step, and after: they come from a branch that was left when
-    the training was resumed from an earlier checkpoint. Lines that are no runs are skipped.
+    A run replaces all earlier ones from its own epoch and step on: they are left over from before the
+    training was resumed from an earlier checkpoint. Lines that are no runs are skipped.
 
     Args:
         folder: Where the records are.
-        run: The training; None is the one that wrote last.
+        run: Name of the training; None is the one that wrote last.
     """
     return [whole(folder, place) for _, place in outlines(folder, run)]
 
@@ -135,7 +135,7 @@ def whole(folder: str | Path, place: int) -> RunRecord:
 
 
 def carry(source: str | Path, folder: str | Path, run: str) -> None:
-    """Copy the records of a resumed training, and the pictures they name, to where it goes on."""
+    """Copy the records of a resumed training, with their images, to its new folder."""
     for record in read(source, run):
         for name in {name for sample in record.panel for name in sample.pictures.values()}:
             if data := picture(source, name):
@@ -144,9 +144,9 @@ def carry(source: str | Path, folder: str | Path, run: str) -> None:
 
 
 def picture(folder: str | Path, name: str) -> bytes:
-    """Return a kept JPEG; empty where it is gone."""
+    """Return a stored JPEG; empty if it is missing."""
     if not PICTURE.fullmatch(name):
-        return b""  # Whatever a record says, nothing outside the folder is read.
+        return b""  # Nothing outside the folder is read, whatever a record says.
     try:
         with open(f"{folder}/{name}", "rb") as file:  # noqa: PTH123  # A Path would intern every name.
             return file.read()
@@ -155,7 +155,7 @@ def picture(folder: str | Path, name: str) -> bytes:
 
 
 def keep_sample(folder: str | Path, panel: Panel) -> Sample:
-    """Write a panel's pictures into ``folder`` and return what the record says of it."""
+    """Write a panel's images into ``folder``, and return its record."""
     height, width = panel.image.shape[:2]
     return Sample(
         panel.title,
@@ -168,16 +168,16 @@ def keep_sample(folder: str | Path, panel: Panel) -> Sample:
 
 
 def keep_picture(folder: str | Path, picture: Picture) -> str:
-    """Write a picture, once, under a name made of what it holds."""
+    """Write an image once, under a name made from its content."""
     data = jpeg(picture)
     path = Path(folder) / f"{hashlib.sha256(data).hexdigest()[:16]}.jpg"
-    if not path.exists() or path.stat().st_size != len(data):  # A full disk leaves empty files.
+    if not path.exists() or path.stat().st_size != len(data):  # A full disk leaves empty files behind.
         write_whole(path, [data])
     return path.name
 
 
 def jpeg(picture: Picture, side: int = SIDE, limit: int = PICTURE_BYTES) -> bytes:
-    """Return a picture as JPEG of at most ``side`` px and ``limit`` bytes, as good as that allows."""
+    """Return an image as JPEG of at most ``side`` px and ``limit`` bytes, in the best quality that allows."""
     image = Image.fromarray(picture)
     while True:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -190,7 +190,7 @@ def jpeg(picture: Picture, side: int = SIDE, limit: int = PICTURE_BYTES) -> byte
 
 
 def _parsed(values: Any, names: dict[str, str], *, outline: bool = False) -> RunRecord | None:
-    """Return the run that a line holds, as far as this version knows its fields; None if it is no run."""
+    """Return the run in a line, with the fields that this version knows; None if it is no run."""
     try:
         known = {
             part.name: READERS[part.name](values[part.name])
@@ -205,7 +205,7 @@ def _parsed(values: Any, names: dict[str, str], *, outline: bool = False) -> Run
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers; what was not finite is None in the file."""
+    """Return the numbers; values that were not finite are None in the file."""
     return {
         key: value
         for key, value in values.items()
@@ -245,4 +245,4 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "tables": lambda tables: {name: [dict(row) for row in rows] for name, rows in tables.items()},
     "settings": dict, "alerts": lambda texts: [str(text) for text in texts], "method": str, "names": _texts,
 }  # fmt: skip
-"""How each field of a run is read from a line that anybody may have written."""
+"""Field of a run -> how it is read from an untrusted line."""

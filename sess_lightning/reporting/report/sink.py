@@ -13,13 +13,13 @@ from sess_lightning.reporting.sink import Sink
 
 
 class ReportSink(Sink):
-    """One page that replays the training offline, written anew after every validation run.
+    """A page that replays the training offline, rewritten after every validation run.
 
     Args:
-        folder: ``report.html`` is written here, and what it is drawn from, append-only, into ``records``.
-        training: Where this training's records are (``folder``); another one's are carried here. A checkpoint
-            that keeps it lets a resumed training go on with the same page.
-        home: What ``folder`` is a copy of; None where it is none.
+        folder: Folder of ``report.html``; what it is drawn from is appended to files in ``records``.
+        training: The folder of this training's records (``folder``); records in another folder are copied
+            here. A checkpoint that keeps it lets a resumed training continue the same page.
+        home: The remote folder that ``folder`` is a copy of; None if it is local.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class ReportSink(Sink):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """Where the page is."""
+        """Path of the page."""
         return str(self._folder / "report.html")
 
     def write(self, report: RunReport) -> None:
-        """Wait: the page shows a run together with the user's metrics."""
+        """Do nothing yet: the page shows a run together with the user's metrics."""
 
     def close(self, report: RunReport) -> None:
         """Append the run to the records, and write the page."""
@@ -48,7 +48,7 @@ class ReportSink(Sink):
 
 
 def _carried(source: str, records: Path, report: RunReport) -> RunReport:
-    """Bring along what a resumed training wrote elsewhere; the page says so if that cannot be read."""
+    """Copy the records that a resumed training wrote elsewhere; if they cannot be read, the page says so."""
     try:
         if is_remote(source):
             copy = RemoteFolder(source, "*")
