@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,12 +54,7 @@ class Finding:
     worst: tuple[int, ...]
 
 
-def constant_guess(targets: Sequence[int]) -> float:
-    """Return the accuracy of always naming the most frequent class."""
-    return max(Counter(targets).values()) / len(targets)
-
-
-def findings(runs: Sequence[Run], now: Run, guess: float) -> list[Finding]:
+def findings(runs: Sequence[Run], now: Run) -> list[Finding]:
     """Return what there is to be alarmed about, empty if nothing.
 
     Two things are tested, each on the same samples in pairs: those that are classified right and have a map
@@ -78,14 +72,13 @@ def findings(runs: Sequence[Run], now: Run, guess: float) -> list[Finding]:
     Args:
         runs: Earlier runs, as ``remembered`` keeps them.
         now: This run, with its accuracy.
-        guess: Accuracy of a constant guess.
     """
     found = []
     for figure in FIGURES:
         before = [run for run in comparable(runs, now) if now.accuracy - run.accuracy >= LEAST_RISE]
         each = [_lower(figure, now, run.figures[figure], LEAST_FALL, run) for run in before]
         found += sorted((one for one in each if one is not None), key=lambda one: one.high)[:1]
-    if now.accuracy - guess >= LEARNT * (1 - guess):
+    if now.accuracy - now.guess >= LEARNT * (1 - now.guess):
         beside = _lower("relevance_mass", now, now.figures["region_share"], 0.0, None)
         found += [beside] if beside is not None else []
     return found

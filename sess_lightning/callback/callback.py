@@ -17,20 +17,22 @@ from sess_lightning.callback.figures import log, log_scores, of_others
 from sess_lightning.callback.gallery import Gallery
 from sess_lightning.callback.guard import RunGuard, refuse_shards
 from sess_lightning.callback.history import RunHistory
-from sess_lightning.callback.hooks import RunHooks, batches_of
+from sess_lightning.callback.hooks import RunHooks
+from sess_lightning.callback.keeping import SampleKeeper
 from sess_lightning.callback.monitors import advice, spare_patience, stand_in, unmeasured
-from sess_lightning.callback.runs import Outcome, age, moment, record, run_key
-from sess_lightning.callback.sampling import SampleKeeper
+from sess_lightning.callback.runs import Outcome, moment, record
 from sess_lightning.callback.settings import Settings
+from sess_lightning.callback.training import Remembering
 from sess_lightning.cost.budget import Budget
 from sess_lightning.introspection.observers import unobserved
 from sess_lightning.metrics.sess_metric import OWN
+from sess_lightning.ops import size_of
 from sess_lightning.reporting.publisher import Publisher
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.types import Batch, SaliencyMethod
 
 
-class SESSCallback(RunHooks):
+class SESSCallback(Remembering, RunHooks):
     """Runs SESS on a few validation samples of every run, and logs maps and their scores.
 
     ``Trainer(callbacks=[SESSCallback()])`` is all; the module's ``forward`` must return logits. Samples are
@@ -128,7 +130,6 @@ class SESSCallback(RunHooks):
         self.gallery = Gallery(num_images, num_rows, self.settings.legend({}))
         self.history = RunHistory(prefix, self.settings.accuracy_key, bool(alarm), dataloader_idx)
         self.publisher = Publisher(self.guard.protect, self.guard.warn)
-        self._loaded: dict[str, int] | None = None
 
     @property
     def state_key(self) -> str:
@@ -151,43 +152,15 @@ class SESSCallback(RunHooks):
         refuse_shards(trainer.strategy)
         log_dir = trainer.log_dir or trainer.default_root_dir  # Broadcast: on every process, or all hang.
         self.guard.start(trainer)
-        self._loaded = None
         self.examiner.forget()
-        self.keeper.forget()
         with self.guard.protect():
-            if stage == "fit" and trainer.global_step == 0:
-                self.history.start_training()
+            self._start(trainer, pl_module, stage)
             self.publisher.disconnect()
             if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self.publisher.connect(
                     trainer.loggers, log_dir, prefix=self.settings.prefix, report=self.settings.report,
                     stage=getattr(stage, "value", stage), training=self.history.training,
                 )  # fmt: skip
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Note how old the weights are that ``validate`` or ``test`` was given."""
-        with self.guard.protect("epoch is missing"):
-            self._loaded = age(checkpoint)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, of types that weights-only loading accepts."""
-        state: dict[str, Any] = {}
-        for part in (self.guard, self.history, self.keeper):
-            with self.guard.protect("state is missing in the checkpoint"):
-                state |= part.state_dict()
-        return state
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what a checkpoint holds; what another version has left out or added costs a line."""
-        for part in (self.guard, self.history, self.keeper):
-            with self.guard.protect("state in the checkpoint is left out"):
-                if text := part.load_state_dict(state_dict):
-                    self.guard.warn(text)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,6 +171,7 @@ class SESSCallback(RunHooks):
                 self.guard.warn(text)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        self.examiner.look_around(trainer, self.guard.protect)
         if trainer.sanity_checking:
             return False
         epoch = trainer.current_epoch if trainer.state.fn == "fit" else None
@@ -226,11 +200,11 @@ class SESSCallback(RunHooks):
         self.examiner.watcher.leave()
         read = cache(lambda: self.examiner.read(pl_module, batch))
         with self.guard.protect(), unobserved(pl_module):
-            batches = batches_of(trainer, self.settings.dataloader_idx)
-            if self.examiner.plan is None:
-                self._settle(trainer, pl_module, read(), batch_idx, batches)
+            if not self.examiner.is_settled(lambda: size_of(read().images)):
+                self._settle(trainer, pl_module, read(), batch_idx)
             if trainer.sanity_checking:
                 return
+            batches = self.examiner.batches
             left_out = self.keeper.take(read, batch_idx, batches, self.examiner.watcher.logits)
             self.examiner.metric(pl_module).leave_out(left_out)
             # All together: full batches. Not once validation is over: then EMA callbacks have swapped the
@@ -238,16 +212,17 @@ class SESSCallback(RunHooks):
             if batch_idx + 1 >= batches or batches == float("inf"):
                 self._explain(trainer, pl_module)
 
-    def _settle(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, batches: float
-    ) -> None:
-        """Settle, on the first batch, which samples are explained and what a run costs, and say so."""
-        plan = self.examiner.settle(trainer, pl_module, batch, batch_idx, batches)
-        restore = trainer.is_global_zero and not trainer.testing
-        self.keeper.settle(plan.order, plan.budget, batch, restore)
+    def _settle(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Settle, on a first batch, which samples are explained and what a run costs, and say so."""
+        before = self.examiner.plan
+        plan = self.examiner.settle(trainer, pl_module, batch, batch_idx)
+        text = self.keeper.settle(plan.part, plan.size, trainer.is_global_zero, restores=not trainer.testing)
         self.gallery.legend = plan.legend
-        pictures = ", ".join(self.publisher.names) or "none"
-        rank_zero_info(f"SESSCallback: {plan.line}; {self.examiner.watcher.text}; pictures: {pictures}.")
+        if text:
+            self.guard.warn(text)
+        if before is None or before.line != plan.line:
+            pictures = ", ".join(self.publisher.names) or "none"
+            rank_zero_info(f"SESSCallback: {plan.line}; {self.examiner.watcher.text}; pictures: {pictures}.")
 
     def _explain(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for kept in self.keeper.waiting():
@@ -302,7 +277,7 @@ class SESSCallback(RunHooks):
             summary = self.examiner.summary(pl_module)
             self.gallery.identify(summary.samples)
             when, predicted = moment(trainer, self._loaded), self.settings.target == "predicted"
-            drifts = self.history.add(record(when, run_key(summary.samples, predicted), summary.samples))
+            drifts = self.history.add(record(when, summary.samples, predicted))
             outcome = Outcome(summary, drifts)
         return outcome if self.guard.agree(trainer) else None
 

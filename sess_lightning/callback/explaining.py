@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from sess_lightning.callback.batches import fit_logits, read_batch
+from sess_lightning.callback.keeping import Kept
+from sess_lightning.callback.loaders import Holding, Loaders, Source, loaders_of, survey
 from sess_lightning.callback.plan import RunPlan, plan_run
-from sess_lightning.callback.sampling import Kept
 from sess_lightning.callback.settings import Settings
 from sess_lightning.callback.watching import Watcher
 from sess_lightning.introspection.lending import borrowed, explaining, muted
@@ -43,17 +44,42 @@ class Examiner:
         self.watcher = Watcher(settings.forward)
         self._metric: SESSMetric | None = None
         self._activation: Activation | None = None
+        self._survey: list[list[Holding]] | None = None
+        self._loaders: Loaders | None = None
+        self._provider: int | None = None
+        self._is_current = False
 
     def forget(self) -> None:
         """Begin anew: another model, perhaps."""
         self.plan, self._metric, self._activation = None, None, None
+        self._survey = None
         self.watcher.start()
+
+    def look_around(self, trainer: Trainer, protect: Callable[[], AbstractContextManager[None]]) -> None:
+        """Look at the loaders, before the first batch of a run; all processes do it together.
+
+        Args:
+            trainer: Has the loaders.
+            protect: Makes a context in which an error costs a warning.
+        """
+        self._loaders, self._is_current = None, False
+        with protect():
+            self._loaders = loaders_of(trainer)
+        reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if self._survey is None or reloads:  # The same everywhere.
+            self._survey = survey(trainer, self._loaders)
+
+    @property
+    def batches(self) -> float:
+        """How many batches of the watched loader pass in this run; may be infinite."""
+        return float("inf") if self._loaders is None else self._loaders.passing(self._settings.dataloader_idx)
 
     def metric(self, model: LightningModule) -> SESSMetric:
         """Return the metric, made on first use: a process that no batch reaches gathers from others, too."""
         if self._metric is None:
             method, compare = self._settings.methods(model, self._activation)
             self._metric = SESSMetric(method, compare=compare, grid=GRID).to(model.device)
+            self._metric.add_rows("digests", dtype=torch.int64)
         return self._metric
 
     @property
@@ -74,6 +100,9 @@ class Examiner:
         """
         known = self.metric(model).methods[OWN].activation
         samples = read_batch(batch, self._settings.batch_adapter, activation=known)
+        if self._loaders is not None:
+            tensors, watched = (samples.images, samples.labels), self._settings.dataloader_idx
+            self._provider = self._loaders.provider(watched, batch, tensors)
         self.watcher.settle(model, samples.labels if samples.items is None else None)
         said = self.watcher.activation(samples.activation)
         if self.plan is None and said is not None:
@@ -86,14 +115,34 @@ class Examiner:
             )
         return fit_logits(self.watcher.fed(samples), self.watcher.classes)
 
-    def settle(
-        self, trainer: Trainer, model: LightningModule, batch: Batch, batch_idx: int, batches: float
-    ) -> RunPlan:
+    def is_settled(self, size: Callable[[], tuple[int, int]]) -> bool:
+        """Return whether the plan holds for this run: that of the first batch, whose loader is the same.
+
+        Args:
+            size: Gives (height, width) of the images that pass.
+        """
+        if self.plan is None or self._is_current:
+            return self.plan is not None
+        source = self._source()
+        same = source.loader is self.plan.source.loader and source.batches == self.plan.source.batches
+        self._is_current = same and size() == self.plan.size
+        return self._is_current
+
+    def settle(self, trainer: Trainer, model: LightningModule, batch: Batch, batch_idx: int) -> RunPlan:
         """Settle what runs do, from the first batch that passes."""
+        owners = None if self._loaders is None else self._loaders.structure
         self.plan = plan_run(
-            self._settings, trainer, model, batch, batch_idx, batches, self._activation, self.watcher.classes
-        )
+            self._settings, trainer, model, batch, batch_idx, self._source(), owners, self._activation,
+            self.watcher.classes,
+        )  # fmt: skip
+        self._is_current = True
         return self.plan
+
+    def _source(self) -> Source:
+        i, loaders = self._provider, self._loaders
+        if loaders is None or i is None or self._survey is None or i >= len(self._survey):
+            return Source(None, self.batches, [Holding.unknown()])
+        return Source(loaders.all[i], min(loaders.counts[i], self.batches), self._survey[i])
 
     def summary(self, model: LightningModule) -> Summary:
         """Return the scores of all samples, those of other processes among them.
@@ -144,6 +193,8 @@ class Examiner:
                 model, images, samples.labels, samples.boxes if samples.masks is None else samples.masks,
                 difficult=samples.difficult, size=samples.size, numbers=kept.numbers[: len(images)],
             )  # fmt: skip
+        digests = kept.digests[: len(samples.labels)]  # Of several classes, one may be left: the predicted.
+        metric.append(digests=torch.tensor(digests).to(samples.labels))
         return metric
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sess_lightning.callback.accuracy import PERCENT, doubt, find_accuracy, is_error, is_percent
-from sess_lightning.callback.alarm import constant_guess, describe, findings
+from sess_lightning.callback.alarm import describe, findings
 from sess_lightning.callback.runs import Run, drift, remembered
 from sess_lightning.callback.selection import Selection, select
 
@@ -52,6 +52,12 @@ class RunHistory:
         """
         missed = self._epoch is None or epoch // every_n_epochs > self._epoch // every_n_epochs
         return epoch % every_n_epochs == 0 or missed
+
+    def forget(self) -> None:
+        """Begin another training, of which nothing is known."""
+        self.start_training()
+        self.runs, self.last, self.alarmed = [], {}, False
+        self._is_percent, self._open = False, None
 
     def start_training(self) -> None:
         """Begin another training; a checkpoint brings its own."""
@@ -127,7 +133,7 @@ class RunHistory:
         return value / PERCENT if self._is_percent else value
 
     def _alarm(self, earlier: list[Run], run: Run, key: str, title: Callable[[int], str]) -> str:
-        found = findings(earlier, run, constant_guess(run.key))
+        found = findings(earlier, run)
         return describe(found, run, key, [title(i) for i in range(len(run.small))]) if found else ""
 
     def state_dict(self) -> dict[str, Any]:

@@ -129,9 +129,3 @@ class RunHooks(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the module back after an error."""
         self._leave()
-
-
-def batches_of(trainer: Trainer, dataloader_idx: int) -> float:
-    """Return the number of a loader's batches in a run; may be infinite."""
-    counts: Any = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-    return float(counts[dataloader_idx] if isinstance(counts, list) else counts)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils._pytree import tree_leaves
 
 from sess_lightning.callback.classes import MOST_CLASSES
 from sess_lightning.callback.gallery import Legend
-from sess_lightning.callback.sampling import Order, find_order
+from sess_lightning.callback.loaders import Source
+from sess_lightning.callback.sampling import Choice, Share, find_samples
 from sess_lightning.callback.settings import Settings
 from sess_lightning.cost.budget import SHARED, Budget
 from sess_lightning.metrics.sess_metric import OWN
@@ -26,8 +26,9 @@ class RunPlan:
 
     Attributes:
         size: (height, width) of the images.
-        order: In which order samples pass; None if unknown.
-        budget: What is paid for: on all processes together, or without an order on each.
+        source: Where samples come from.
+        part: Which samples this process explains or, where their order is unknown, how many.
+        budget: What is paid for: on all processes together, or on each that chooses for itself.
         limits: For how many samples the curves of a compared method are drawn, by name; of all if missing.
         count: Samples of the whole data set, of which the model's accuracy is a mean; infinite if unknown.
         legend: How samples and methods are named and displayed.
@@ -35,7 +36,8 @@ class RunPlan:
     """
 
     size: tuple[int, int]
-    order: Order | None
+    source: Source
+    part: Choice | Share
     budget: Budget
     limits: Mapping[str, int]
     count: float
@@ -60,7 +62,8 @@ def plan_run(
     model: LightningModule,
     batch: Batch,
     batch_idx: int,
-    batches: float,
+    source: Source,
+    loaders: Any,
     activation: Activation | None = None,
     logits: int | None = None,
 ) -> RunPlan:
@@ -72,28 +75,27 @@ def plan_run(
         model: What is explained.
         batch: The first one that passed.
         batch_idx: Which one it is.
-        batches: How many will pass; may be infinite.
+        source: The loader that the batch is of.
+        loaders: All that are read.
         activation: How logits become probabilities, where labels or the loss have said so.
         logits: How many the model gives, where that was seen.
 
     Raises:
         ValueError: If the budget does not pay for a single sample.
     """
-    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    order = _order(tree_leaves(loaders)[settings.dataloader_idx], trainer, batch, batch_idx, batches)
-    world, size = trainer.world_size, size_of(batch.images)
-    shares = world if order is None else 1
-    available = _count(batch) * batches if order is None else float(order.length)
-    several = settings.target == "label" and batch.activation == "sigmoid"
-    budget = settings.budget(model, size, available, shares, MOST_CLASSES if several else 1)
+    size = size_of(batch.images)
+    order = find_samples(source, _count(batch), batch_idx, trainer.global_rank, trainer.world_size)
+    shares, available = order.shares, float(order.length)
+    classes = MOST_CLASSES if settings.target == "label" and batch.activation == "sigmoid" else 1
+    budget = settings.budget(model, size, available, shares, classes)
     method, compare = settings.methods(model, activation)
     limits = {name: budget.controls for name, other in compare.items() if other.forwards == 0}
     owners = (trainer.datamodule, loaders, model)  # type: ignore[attr-defined]
-    legend = settings.legend(
-        {OWN: method, **compare}, *owners, classes=logits and max(2, logits), channels=batch.images.shape[1]
-    )
+    known = {"classes": logits and max(2, logits), "channels": batch.images.shape[1]}
+    legend = settings.legend({OWN: method, **compare}, *owners, **known)
     details = _details(settings, trainer, model, batch, legend, budget, shares)
-    return RunPlan(size, order, budget, limits, available * shares, legend, details)
+    part = order.choose(budget.samples)
+    return RunPlan(size, source, part, budget, limits, available * shares, legend, details)
 
 
 def _details(
@@ -127,13 +129,6 @@ def _details(
 
 def _count(batch: Batch) -> int:
     return len(batch) if batch.count is None else batch.count
-
-
-def _order(loader: Any, trainer: Trainer, batch: Batch, batch_idx: int, batches: float) -> Order | None:
-    order = find_order(loader, batches, trainer.global_rank, trainer.world_size)
-    if order is not None and order.passing(batch_idx) != _count(batch):
-        return None  # The adapter, or what collates, leaves samples out.
-    return order
 
 
 def _objects(settings: Settings, batch: Batch) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,19 +26,21 @@ class Run:
     Attributes:
         epoch: When it was.
         step: Optimiser steps until then.
-        key: What tells the samples from others, the classes explained; runs are compared only if it is equal.
+        samples: What images are known by, and the classes explained; runs are compared if it is equal.
         figures: Per sample, the figures of ``FIGURES`` and ``region_share``, NaN where there is none, and
             whether it is classified ``right`` and its map ``flat``.
         small: Each sample's map on a small grid.
         accuracy: The model's, on the whole validation set; NaN if unknown.
+        guess: Accuracy of always naming the most frequent of the classes explained; NaN if unknown.
     """
 
     epoch: int
     step: int
-    key: tuple[int, ...]
+    samples: tuple[int, ...]
     figures: dict[str, Float[Tensor, " N"]]
     small: Float[Tensor, "N G G"]
     accuracy: float = float("nan")
+    guess: float = float("nan")
 
     def mean(self, figure: str) -> float:
         """Return a figure's mean over the samples that have it."""
@@ -97,18 +100,14 @@ def age(checkpoint: Mapping[str, Any]) -> dict[str, int]:
     return {"epoch": int(checkpoint["epoch"]), "step": max(0, int(checkpoint["global_step"]) - 1)}
 
 
-def run_key(samples: Samples, predicted: bool) -> list[int]:
-    """Return what must be equal in runs that are compared: the classes explained, or only the number of them.
+def record(when: Mapping[str, int], samples: Samples, predicted: bool = False) -> Run:
+    """Return what is remembered of a run.
 
     Args:
+        when: Epoch and step.
         samples: What was explained.
         predicted: Whether the classes are the model's predictions, which change while the samples do not.
     """
-    return [len(samples.targets)] if predicted else samples.targets.tolist()
-
-
-def record(when: Mapping[str, int], key: Sequence[int], samples: Samples) -> Run:
-    """Return what is remembered of a run."""
     figures = {
         "relevance_mass": samples.mass,
         "pointing_game": samples.hits.float().masked_fill(samples.hits == NO_TRIAL, torch.nan),
@@ -117,12 +116,20 @@ def record(when: Mapping[str, int], key: Sequence[int], samples: Samples) -> Run
         "right": (samples.predicted == samples.targets).float(),
         "flat": samples.flat.float(),
     }
-    return Run(when["epoch"], when["step"], tuple(key), figures, samples.small.half())
+    targets = [] if predicted else samples.targets.tolist()
+    known = (*samples.digests.tolist(), *targets)
+    guess = constant_guess(targets) if targets else float("nan")
+    return Run(when["epoch"], when["step"], known, figures, samples.small.half(), guess=guess)
+
+
+def constant_guess(targets: Sequence[int]) -> float:
+    """Return the accuracy of always naming the most frequent class."""
+    return max(Counter(targets).values()) / len(targets)
 
 
 def comparable(runs: Sequence[Run], now: Run) -> list[Run]:
     """Return the runs on the very samples of ``now``."""
-    return [run for run in runs if run.key == now.key and run.small.shape == now.small.shape]
+    return [run for run in runs if run.samples == now.samples and run.small.shape == now.small.shape]
 
 
 def remembered(runs: Sequence[Run], now: Run) -> list[Run]:

@@ -39,6 +39,7 @@ class Rows(NamedTuple):
         tied: Share of each method's map whose order is arbitrary.
         share: The region's share of the image; NaN without one.
         small: The explained method's map on a grid of G x G; G is 0 where none is kept.
+        digests: What the image is known by; 0 where nobody noted it.
         left_out: How many more samples could not be explained.
     """
 
@@ -55,6 +56,7 @@ class Rows(NamedTuple):
     tied: Float[Tensor, "N M"]
     share: Float[Tensor, " N"]
     small: Float[Tensor, "N G G"]
+    digests: Int[Tensor, " N"]
     left_out: int = 0
 
 
@@ -73,6 +75,7 @@ class Samples(NamedTuple):
         share: The region's share of the image; NaN without one.
         small: Each map averaged over a G x G grid.
         flat: 1 where the map is flat.
+        digests: As in ``Rows``.
     """
 
     numbers: Int[Tensor, " N"]
@@ -86,6 +89,7 @@ class Samples(NamedTuple):
     share: Float[Tensor, " N"]
     small: Float[Tensor, "N G G"]
     flat: Int[Tensor, " N"]
+    digests: Int[Tensor, " N"]
 
 
 class Summary(NamedTuple):
@@ -117,6 +121,7 @@ def in_order(states: Mapping[str, Tensor], left_out: int = 0) -> Rows:
     rows = {name: state[order] for name, state in states.items()}
     image_of = rows.pop("begins").sign().cumsum(0) - 1
     rows.setdefault("small", torch.empty(len(order), 0, 0))
+    rows.setdefault("digests", torch.zeros(len(order), dtype=torch.int64))
     return Rows(numbers[order], image_of, **rows, left_out=left_out)
 
 
@@ -234,7 +239,7 @@ def samples(rows: Rows) -> Samples:
     insertion, deletion = curve_auc(rows.probabilities[:, 0]).unbind(1)
     return Samples(
         rows.numbers, rows.targets, rows.predicted, rows.ends[:, 0], insertion, deletion, rows.hits[:, 0],
-        rows.mass[:, 0], rows.share, rows.small, rows.flat[:, 0],
+        rows.mass[:, 0], rows.share, rows.small, rows.flat[:, 0], rows.digests,
     )  # fmt: skip
 
 

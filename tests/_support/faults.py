@@ -94,7 +94,7 @@ STAGES = {
     "the metric is made": "sess_lightning.callback.explaining.SESSMetric",
     "a batch is read": "sess_lightning.callback.explaining.read_batch",
     "the run is planned": "sess_lightning.callback.explaining.plan_run",
-    "samples are taken": "sess_lightning.callback.sampling.SampleKeeper.take",
+    "samples are taken": "sess_lightning.callback.keeping.SampleKeeper.take",
     "samples are explained": "sess_lightning.callback.explaining.Examiner.explain",
     "samples are kept to be shown": "sess_lightning.callback.gallery.Gallery.add",
     "the panel is sent": "sess_lightning.callback.gallery.Gallery.to_host",

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import multiprocessing
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from faults import FAULTS, STAGES, Red, failing
 from lightning_models import Classifier, Knowing, Squares, boxed, fit, validate
@@ -33,6 +33,16 @@ SAMPLED = {
     "fewer than processes": {"num_samples": 1},
     "as many as the budget pays for": {"max_forwards": 1000},
     "the same loader everywhere": {"num_samples": 6, "use_distributed_sampler": False},
+}
+
+
+SHARDED = {
+    "evenly": ((8, 8), {}),
+    "unevenly": ((12, 4), {}),
+    "some of it": ((12, 4), {"num_samples": 6}),
+    "shuffled": ((8, 8), {"shuffle": True}),
+    "shuffled unevenly": ((11, 5), {"shuffle": True}),
+    "some of it, shuffled": ((11, 5), {"shuffle": True, "num_samples": 6}),
 }
 
 
@@ -70,6 +80,23 @@ def sampled(folder, options):
     its = validate(folder, mine, val=data, **options)
     ids = [int(i) for i in mine.keeper.ids]
     return {"scalars": figures(its), "ids": ids}
+
+
+def sharded(folder, *counts, shuffle=False, num_samples=16):
+    """Validate on 16 squares that were dealt out to the processes by hand."""
+    rank = torch.distributed.get_rank()
+    own = range(sum(counts[:rank]), sum(counts[: rank + 1]))
+    data = DataLoader(Subset(Squares(16, named), own), 4, shuffle=shuffle)
+    mine = callback(num_samples=num_samples)
+    its = validate(folder, mine, val=data, use_distributed_sampler=False)
+    return {"n": figures(its)["sess/n"], "ids": [int(i) for i in mine.keeper.ids]}
+
+
+def shuffled(folder, count, num_samples):
+    """Validate on squares that Lightning shuffles and deals out."""
+    mine = callback(num_samples=num_samples)
+    its = validate(folder, mine, val=DataLoader(Squares(count, named), 4, shuffle=True))
+    return {"n": figures(its)["sess/n"], "ids": [int(i) for i in mine.keeper.ids]}
 
 
 def streamed(folder, counts):
@@ -173,6 +200,12 @@ def cases(folder, world):
         world, {}
     ).items():
         yield f"streamed: {name}", streamed(f"{folder}/{name}", counts)
+    if world > 1:
+        yield "shuffled: 9 of 18", shuffled(f"{folder}/shuffled", 18, 9)
+        yield "shuffled: 14 of 14", shuffled(f"{folder}/all shuffled", 14, 16)
+    if world == 2:
+        for name, (counts, options) in SHARDED.items():
+            yield f"sharded: {name}", sharded(f"{folder}/{name}", *counts, **options)
     if world < 3:
         yield "without", {"weights": fingerprint(fit(folder, module=Classifier, max_epochs=2))}
         for name, fault in FAULTS.items():

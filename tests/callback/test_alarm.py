@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sess_lightning.callback.accuracy import find_accuracy, is_accuracy, is_error, is_percent
-from sess_lightning.callback.alarm import LEAST_SAMPLES, constant_guess, describe, findings
-from sess_lightning.callback.runs import Run, drift, record, remembered
+from sess_lightning.callback.alarm import LEAST_SAMPLES, describe, findings
+from sess_lightning.callback.runs import Run, constant_guess, drift, record, remembered
 from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples
 
 N = 24
@@ -27,11 +27,11 @@ def run(step, accuracy, mass, overall=0.5, hits=1.0, seed=0):
         "flat": torch.zeros(N),
     }
     small = torch.rand(N, 4, 4, generator=torch.Generator().manual_seed(seed)).half()
-    return Run(step // 10, step, tuple(range(N)), figures, small, accuracy)
+    return Run(step // 10, step, tuple(range(N)), figures, small, accuracy, guess=0.1)
 
 
-def told(runs, now, guess=0.1):
-    return [(each.figure, each.since and each.since.step) for each in findings(runs, now, guess)]
+def told(runs, now):
+    return [(each.figure, each.since and each.since.step) for each in findings(runs, now)]
 
 
 def test_accuracy_that_rises_while_the_maps_leave_the_object_rings():
@@ -63,7 +63,7 @@ def test_a_watermark_learnt_from_the_first_step_on_is_told_by_the_regions_share(
 
 def test_the_best_earlier_run_of_lower_accuracy_is_the_one_compared_with():
     runs = [run(0, 0.2, 0.3), run(10, 0.6, 0.6), run(20, 0.95, 0.7)]
-    (found,) = findings(runs, run(30, 0.9, 0.4), 0.1)
+    (found,) = findings(runs, run(30, 0.9, 0.4))
     assert found.since.step == 10
     assert (found.before, found.now) == pytest.approx((0.6, 0.4), abs=0.02)
     assert found.low < -0.2 + 0.01
@@ -72,7 +72,7 @@ def test_the_best_earlier_run_of_lower_accuracy_is_the_one_compared_with():
 
 
 def test_runs_on_other_samples_are_not_compared():
-    other = replace(run(0, 0.6, 0.5), key=tuple(range(1, N + 1)))
+    other = replace(run(0, 0.6, 0.5), samples=tuple(range(1, N + 1)))
     assert told([other], run(10, 0.9, 0.3)) == []
     assert remembered([other], run(10, 0.9, 0.3))[0].step == 10
     assert drift([other], run(10, 0.9, 0.3)) == {}
@@ -110,7 +110,7 @@ def test_flat_maps_and_wrong_samples_do_not_ring_it():
 
 def test_what_is_compared_is_right_and_not_flat_and_told_are_those_left_aside():
     before, now = marked(run(0, 0.6, 0.5), flat=3), marked(run(10, 0.9, 0.3), flat=2, wrong=1)
-    (found,) = findings([before], now, 0.1)
+    (found,) = findings([before], now)
     assert (found.samples, found.flat) == (N - 3, 2)  # One of the flat ones is wrong as well.
     assert min(found.worst) >= 3
     text = describe([found], now, "val_acc", [str(i) for i in range(N)])
@@ -134,14 +134,14 @@ def test_runs_of_a_version_that_did_not_note_what_was_right_ring_nothing():
 def test_the_alarm_names_accuracy_figure_interval_and_the_worst_samples():
     before, now = run(0, 0.6, 0.5), run(10, 0.9, 0.3)
     now.figures["relevance_mass"][7] = 0.0
-    text = describe(findings([before], now, 0.1), now, "val_acc", [f"picture {i}" for i in range(N)])
+    text = describe(findings([before], now), now, "val_acc", [f"picture {i}" for i in range(N)])
     assert "val_acc is 0.900 at step 10" in text
     assert "relevance mass fell from 0.5" in text
     assert "(step 0, val_acc 0.600)" in text
     assert "99% interval" in text
     assert "Look at: picture 7, " in text
     beside = run(10, 0.99, 0.02)
-    text = describe(findings([], beside, 0.1), beside, "val_acc", [str(i) for i in range(N)])
+    text = describe(findings([], beside), beside, "val_acc", [str(i) for i in range(N)])
     assert "less than the 0.200 of a map without preference" in text
 
 
@@ -168,9 +168,11 @@ def test_a_record_holds_what_the_samples_show():
     three = torch.tensor([0.5, 0.25, torch.nan])
     predicted, flat = torch.tensor([1, 1, NO_TRIAL]), torch.tensor([1, 0, 0])
     small = torch.ones(3, 2, 2)
-    samples = Samples(hits, hits, predicted, three, three, three / 2, hits, three, three, small, flat)
-    kept = record({"epoch": 2, "step": 30}, [4, 5, 6], samples)
-    assert (kept.epoch, kept.step, kept.key) == (2, 30, (4, 5, 6))
+    samples = Samples(hits, hits, predicted, three, three, three / 2, hits, three, three, small, flat, flat)
+    kept = record({"epoch": 2, "step": 30}, samples)
+    assert (kept.epoch, kept.step, kept.samples) == (2, 30, (1, 0, 0, 1, 0, NO_TRIAL))
+    assert record({"epoch": 2, "step": 30}, samples, predicted=True).samples == (1, 0, 0)
+    assert kept.guess == pytest.approx(1 / 3)
     assert kept.figures["pointing_game"].isnan().tolist() == [False, False, True]
     assert kept.mean("pointing_game") == 0.5
     assert kept.figures["overall"][:2].tolist() == [0.25, 0.125]

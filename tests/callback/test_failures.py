@@ -20,7 +20,7 @@ from lightning_models import (
 from sess_lightning import SESSCallback
 from sess_lightning.callback.guard import RunGuard
 from sess_lightning.callback.history import RunHistory
-from sess_lightning.callback.sampling import SampleKeeper
+from sess_lightning.callback.keeping import SampleKeeper
 from sess_lightning.types import SESSWarning
 
 

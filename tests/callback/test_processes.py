@@ -8,7 +8,8 @@ import pytest
 
 from callbacks import WORST
 from faults import FAULTS, STAGES
-from processes import SAMPLED
+from processes import SAMPLED, SHARDED
+from sess_lightning.callback.sampling import spread
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,27 @@ def test_one_process_and_several_explain_the_same_samples_and_log_the_same_figur
 )
 def test_the_samples_are_spread_over_the_data_set(processes, case, ids):
     assert sorted(processes[1][0][f"sampled: {case}"]["ids"]) == ids
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_of_data_that_is_sharded_by_hand_as_many_are_explained_as_announced(processes, case):
+    counts, options = SHARDED[case]
+    first, second = (each[f"sharded: {case}"] for each in processes[2])
+    samples = options.get("num_samples", 16)
+    assert first["n"] == second["n"] == samples
+    assert len({*first["ids"], *second["ids"]}) == samples
+    assert set(first["ids"]) <= set(range(counts[0]))
+    if not options.get("shuffle"):
+        assert sorted(first["ids"] + second["ids"]) == spread(samples, 16)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("case", "samples"), [("9 of 18", 9), ("14 of 14", 14)])
+def test_of_a_shuffled_loader_as_many_are_explained_as_announced(processes, world, case, samples):
+    found = [each[f"shuffled: {case}"] for each in processes[world]]
+    assert [each["n"] for each in found] == [samples] * world
+    assert sum(len(each["ids"]) for each in found) == samples
+    assert max(len(each["ids"]) for each in found) <= -(-samples // world)
 
 
 def test_uneven_streams_log_what_one_process_logs(processes):

@@ -33,7 +33,7 @@ def test_the_state_is_loadable_with_weights_only(tmp_path):
         assert other.state_dict()[name] == callback.state_dict()[name] == loaded[name]
     (run,), (own,) = other.state_dict()["runs"], callback.state_dict()["runs"]
     assert torch.equal(run["small"], own["small"])
-    assert run["key"] == own["key"]
+    assert run["samples"] == own["samples"]
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

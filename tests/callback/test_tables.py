@@ -17,6 +17,7 @@ SAMPLES = Samples(
     share=torch.tensor([0.25, 0.25, 0.25, 0.25, NAN]),
     small=torch.zeros(5, 0, 0),
     flat=torch.zeros(5, dtype=torch.int64),
+    digests=torch.zeros(5, dtype=torch.int64),
 )
 DRIFTS = {"drift_previous": torch.tensor([0.9, 0.2, NAN, 0.5, 1]), "drift_initial": torch.zeros(5)}
 

@@ -155,8 +155,10 @@ def check_panel(folder, panel):
         assert lines[1] == f"label: {Squares.classes[i % 4]}"
         assert re.fullmatch(r"prediction: (red|green|blue|yellow)", lines[2])
         assert re.fullmatch(r"score of the label: 0\.\d{3}", lines[3])
-        assert re.fullmatch(r"SESS: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)", lines[4])
-        assert re.fullmatch(r"GradCAM: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)", lines[5])
+        assert re.fullmatch(r"SESS: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)(, flat map)?", lines[4])
+        assert re.fullmatch(
+            r"GradCAM: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)(, flat map)?", lines[5]
+        )
         drawn = np.asarray(Image.open(folder / "files" / name))
         assert drawn.shape == (32, 3 * 32, 3)
         # The mean colour of the picture, its normalisation undone, outlives the jpg.

@@ -1,0 +1,338 @@
+"""SampleKeeper: the same samples in every run, whatever comes by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sess_lightning.callback.batches import check_boxes
+from sess_lightning.callback.classes import known_labels
+from sess_lightning.callback.sampling import Choice, Share, spread_in_batch
+from sess_lightning.introspection.logits import check_inputs
+from sess_lightning.ops import size_of
+from sess_lightning.types import Batch
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Samples as they came, on the host, and which of all samples they are.
+
+    Attributes:
+        samples: A row for each class to explain.
+        numbers: Which of all samples each row is of.
+        places: Where in the batch they were; empty where that is not known any more.
+        validated: Validation's logits of them in this run, where they are known.
+        chosen: How many images were chosen, those that cannot be explained included; None is all that are.
+    """
+
+    samples: Batch
+    numbers: list[int]
+    places: list[int] = field(default_factory=list)
+    validated: Tensor | None = None
+    chosen: int | None = None
+
+    @property
+    def left_out(self) -> int:
+        """How many samples cannot be explained: no known class, or a pixel that is no number."""
+        return 0 if self.chosen is None else self.chosen - len(set(self.numbers))
+
+    @property
+    def size(self) -> int:
+        """How many images were chosen."""
+        return len(set(self.numbers)) + self.left_out
+
+    @property
+    def digests(self) -> list[int]:
+        """What each row's image is known by: its pixels."""
+        return [digest(image) for image in self.samples.images]
+
+    def parts(self) -> list[Kept]:
+        """Return what can be explained at once.
+
+        Alone are images of several classes, which share forward passes, and those whose call takes more.
+        """
+        alone = [own for own in self._images() if len(own) > 1 or self.samples.context]
+        together = [own[0] for own in self._images() if own not in alone]
+        return [self.take(own) for own in (together, *alone) if own]
+
+    def images(self) -> list[Kept]:
+        """Return each image by itself."""
+        return [self.take(own) for own in self._images()]
+
+    def _images(self) -> list[list[int]]:
+        rows: dict[int, list[int]] = {}
+        for row, number in enumerate(self.numbers):
+            rows.setdefault(number, []).append(row)
+        return [*rows.values()]
+
+    def known(self, classes: int) -> Kept:
+        """Return what a model with so many classes can be asked about; other labels stand for none.
+
+        Raises:
+            ValueError: If they do not look like unknown ones.
+        """
+        known = known_labels(self.samples.labels.tolist(), classes)
+        return self if all(known) else self.take([row for row, is_known in enumerate(known) if is_known])
+
+    def take(self, which: Sequence[int]) -> Kept:
+        """Return rows ``which``."""
+        validated = None if self.validated is None else self.validated[list(which)]
+        return Kept(self.samples.take(which), [self.numbers[i] for i in which], validated=validated)
+
+
+def digest(image: Tensor) -> int:
+    """Return what an image is known by: 56 bits of a hash of its pixels."""
+    pixels = image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(blake2b(pixels, digest_size=7).digest(), "big")
+
+
+class SampleKeeper:
+    """Takes samples from the batches that pass, and gives the same ones in every later run.
+
+    Where it is known in which order samples pass, they are those at the same places of the data set, as they
+    are by now. Else they are kept as they first came, also for what comes after: another fit, validate or
+    test of the same training, or a training that a checkpoint resumes.
+    """
+
+    def __init__(self) -> None:
+        self._part: Choice | Share | None = None
+        self._kept: list[Kept] = []
+        self._loaded: Mapping[str, Any] = {}
+        self._carried: list[Kept] = []
+        self._restores = False
+        self.start_run()
+
+    @property
+    def total(self) -> int:
+        """How many samples this process explains in a run."""
+        return 0 if self._part is None else self._part.count
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the samples of the last run, where batches have them."""
+        return [name for kept in self._kept for name in kept.samples.ids or ()]
+
+    def forget(self, is_same: bool = False) -> None:
+        """Begin anew: another loader, perhaps.
+
+        Args:
+            is_same: Whether the training is the same: then its samples are.
+        """
+        if not is_same:
+            self._carried, self._loaded = [], {}
+        elif self._restores and isinstance(self._part, Share) and self._kept:
+            self._carried, self._loaded = self._kept, {}
+        self._part, self._kept = None, []
+        self.start_run()
+
+    def settle(self, part: Choice | Share, size: tuple[int, int], is_first: bool, restores: bool) -> str:
+        """Settle which samples are taken.
+
+        Args:
+            part: This process' part of all.
+            size: (height, width) of the images that pass.
+            is_first: Whether this process is the one whose samples are in checkpoints.
+            restores: Whether samples of other stages of this training are to be found again.
+
+        Returns:
+            What there is to tell; empty if nothing.
+        """
+        self._restores = restores
+        earlier, self._kept, self._part = self._kept, [], part
+        if isinstance(part, Choice):
+            return ""
+        if not earlier and restores:
+            earlier = (_restored(self._loaded) if is_first else []) or self._carried
+        fitting = [kept for kept in earlier if size_of(kept.samples.images) == size]
+        various = len({size_of(kept.samples.images) for kept in earlier}) > 1
+        self._kept = _numbered(earlier if various else fitting, part)
+        if fitting or not earlier or various:
+            return ""
+        height, width = size_of(earlier[0].samples.images)
+        return (
+            f"the samples kept so far are of {height}x{width} px and those that pass now are of "
+            f"{size[0]}x{size[1]} px: from here on others are explained, and compared among themselves."
+        )
+
+    def start_run(self) -> None:
+        """Begin a run."""
+        self._taken, self._is_open = 0, False
+        self._waiting: list[Kept] = []
+        self._reserve: list[Kept] = []
+        self._known: set[int] = set()
+
+    def take(
+        self, read: Callable[[], Batch], batch_idx: int, batches: float,
+        logits: Callable[[list[int]], Tensor | None] = lambda _: None,
+    ) -> int:  # fmt: skip
+        """Take a batch's share of the samples.
+
+        Returns how many are left out, as they cannot be explained.
+
+        Args:
+            read: Reads the batch; called at most once.
+            batch_idx: Which batch this is.
+            batches: How many there are; may be infinite.
+            logits: Gives validation's logits of the images in some places of the batch.
+        """
+        left_out = self._open()
+        part = self._part
+        if isinstance(part, Choice) and (places := part.of_batch(batch_idx)):
+            kept = _chosen(read(), {place: part.numbers[k] for place, k in places.items()})
+            return left_out + self._keep(replace(kept, validated=logits(kept.places)))
+        if not isinstance(part, Share) or self._taken >= part.count or part.is_past(batch_idx):
+            return left_out
+        return left_out + self._take_share(part, read(), batch_idx, batches, logits)
+
+    def _open(self) -> int:
+        """Put what earlier runs kept first, and return how many of it are left out."""
+        if self._is_open:
+            return 0
+        self._is_open = True
+        if isinstance(self._part, Choice):
+            self._kept = []
+        self._waiting += [kept for kept in self._kept if kept.numbers]
+        self._taken = sum(kept.size for kept in self._kept)
+        if self._taken < self.total:  # A loader that shuffles brings again what is kept already.
+            self._known = {one for kept in self._kept for one in kept.digests}
+        return sum(kept.left_out for kept in self._kept)
+
+    def _take_share(
+        self, part: Share, batch: Batch, batch_idx: int, batches: float,
+        logits: Callable[[list[int]], Tensor | None],
+    ) -> int:  # fmt: skip
+        """Take what is due, and set aside what later batches may fail to give."""
+        size = len(batch) if batch.count is None else batch.count
+        count = max(0, min(part.due(batch_idx, batches) - self._taken, size))
+        places = spread_in_batch(count, size, batch_idx)
+        left_out = 0
+        if count:
+            kept = self._unknown(_chosen(batch, dict(zip(places, self._free(), strict=False))))
+            left_out = self._keep(replace(kept, validated=logits(kept.places)))
+        others = [place for place in range(size) if place not in places]
+        spare = min(part.count - self._taken - sum(kept.size for kept in self._reserve), len(others))
+        if spare > 0:
+            which = [others[i * len(others) // spare] for i in range(spare)]
+            kept = self._unknown(_chosen(batch, {place: -1 - place for place in which}))
+            kept = replace(kept, validated=logits(kept.places))
+            self._reserve += kept.images()
+        return left_out
+
+    def _free(self) -> list[int]:
+        """Return the numbers that no sample has yet."""
+        taken = {number for kept in self._kept for number in kept.numbers}
+        return [number for number in self._part.numbers if number not in taken] if self._part else []
+
+    def _unknown(self, kept: Kept) -> Kept:
+        """Return those of the samples that earlier runs have not kept."""
+        if not self._known:
+            return kept
+        rows = [row for row, one in enumerate(kept.digests) if one not in self._known]
+        return replace(kept.take(rows), places=[kept.places[row] for row in rows])
+
+    def _keep(self, kept: Kept) -> int:
+        """Keep samples for later runs, and have them wait to be explained in this one."""
+        if not kept.size:
+            return 0
+        self._kept.append(replace(kept, places=[], validated=None, chosen=kept.size))
+        self._taken += kept.size
+        if kept.numbers:
+            self._waiting.append(kept)
+        return kept.left_out
+
+    def waiting(self) -> list[Kept]:
+        """Return what was taken since the last call, in parts that can be explained at once.
+
+        Samples of one kind go together, but those whose call takes more than images. What batches failed to
+        give is made up for by what was set aside: call it before the last batch's weights are gone.
+        """
+        reserve, self._reserve = self._reserve, []
+        missing = self.total - self._taken
+        for kept, number in zip(reserve[: max(missing, 0)], self._free(), strict=False):
+            self._keep(replace(kept, numbers=[number] * len(kept.numbers)))
+        waiting, self._waiting = self._waiting, []
+        kinds: dict[Any, list[Kept]] = {}
+        for kept in waiting:
+            kinds.setdefault(kept.samples.kind, []).append(kept)
+        return [part for alike in kinds.values() for part in _joined(alike).parts()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the samples themselves where nothing else would find them again, else nothing."""
+        if isinstance(self._part, Choice):
+            return {}
+        kept = self._kept if self._part is not None and self._restores else self._carried
+        if not kept:  # What a checkpoint brought is not settled yet.
+            return {name: self._loaded[name] for name in ("kept", "chosen") if name in self._loaded}
+        return {
+            "kept": {i: (vars(one.samples), one.numbers) for i, one in enumerate(kept)},
+            "chosen": {i: one.chosen for i, one in enumerate(kept)},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> str:
+        """Note what a checkpoint holds, for ``settle``."""
+        self._loaded = {name: state[name] for name in ("kept", "chosen") if name in state}
+        return ""
+
+
+def _chosen(batch: Batch, numbers: Mapping[int, int]) -> Kept:
+    """Return the images at some places of a batch, those that can be explained.
+
+    Args:
+        batch: As it was read.
+        numbers: Place -> which of all samples it is.
+    """
+    items = list(range(len(batch))) if batch.items is None else batch.items
+    count = len(batch) if batch.count is None else batch.count
+    samples = batch.take([row for row, item in enumerate(items) if item in numbers]).to("cpu")
+    places = [item for item in items if item in numbers]
+    finite = samples.images.isfinite().flatten(1).all(1).nonzero()[:, 0].tolist()
+    samples, places = samples.take(finite), [places[row] for row in finite]
+    if places:
+        check_inputs("SESSCallback", samples.images.float(), samples.labels)
+        check_boxes(samples)
+    samples = replace(samples, items=None, count=None, activation=None)  # Of the batch, not of these.
+    chosen = sum(place < count for place in numbers)
+    return Kept(samples, [numbers[place] for place in places], places, chosen=chosen)
+
+
+def _joined(waiting: Sequence[Kept]) -> Kept:
+    validated = [kept.validated for kept in waiting if kept.validated is not None]
+    return Kept(
+        Batch.joined([kept.samples for kept in waiting]),
+        [number for kept in waiting for number in kept.numbers],
+        validated=torch.cat(validated) if len(validated) == len(waiting) else None,
+    )
+
+
+def _restored(state: Mapping[str, Any]) -> list[Kept]:
+    """Return a checkpoint's samples."""
+    chosen = state.get("chosen", {})
+    return [
+        Kept(Batch(**fields), list(numbers), chosen=chosen.get(i))
+        for i, (fields, numbers) in state.get("kept", {}).items()
+    ]
+
+
+def _numbered(kept: Sequence[Kept], share: Share) -> list[Kept]:
+    """Return samples under the numbers of this run: their own where they may have them, as many as there are.
+
+    Those that cannot be explained have no number, but take a place.
+    """
+    mine, room = set(share.numbers), share.count
+    taken = {number for one in kept for number in one.numbers}
+    spare = iter([number for number in share.numbers if number not in taken])
+    found = []
+    for one in kept:
+        lost = min(one.left_out, room)
+        images = []
+        for image in one.images()[: room - lost]:
+            number = image.numbers[0] if image.numbers[0] in mine else next(spare)
+            images.append(replace(image, numbers=[number] * len(image.numbers)))
+        room -= lost + len(images)
+        found.append(replace(_joined(images) if images else one.take([]), chosen=len(images) + lost))
+    return found

@@ -1,0 +1,79 @@
+"""Which training this is, and what of it outlives a fit, validate or test."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import ref
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from sess_lightning.callback.guard import RunGuard
+from sess_lightning.callback.history import RunHistory
+from sess_lightning.callback.keeping import SampleKeeper
+from sess_lightning.callback.runs import age
+
+
+class Remembering(Callback):
+    """Remembers a training through validate, fit, test and resumed fits of one module, and in checkpoints.
+
+    A fit of another module, or another fit of the same one from its first step on, is another training:
+    nothing of the one before enters its figures.
+    """
+
+    guard: RunGuard
+    history: RunHistory
+    keeper: SampleKeeper
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loaded: dict[str, int] | None = None
+        self._module: ref[LightningModule] | None = None
+        self._has_fitted = False
+        self._before: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None}  # A copy in another process has another module.
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to fit, validate or test: go on with the training of before, or begin another one."""
+        self._loaded, self._before = None, {}
+        is_same = self._module is None or self._module() is pl_module
+        begins = stage == "fit" and trainer.global_step == 0
+        goes_on = is_same and not (begins and self._has_fitted)
+        if not goes_on:
+            self._before = self.state_dict() if is_same else {}  # A checkpoint may be about to be resumed.
+            self.guard.failed = 0
+            self.history.forget()
+        self.keeper.forget(goes_on)
+        if begins:
+            self.history.start_training()
+        self._has_fitted = stage == "fit" or (goes_on and self._has_fitted)
+        self._module = ref(pl_module)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note how old the weights are that ``validate`` or ``test`` was given."""
+        with self.guard.protect("epoch is missing"):
+            self._loaded = age(checkpoint)
+        if self._before and trainer.state.fn == "fit":
+            self.load_state_dict(self._before)  # What the checkpoint itself holds comes next.
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, of types that weights-only loading accepts."""
+        state: dict[str, Any] = {}
+        for part in (self.guard, self.history, self.keeper):
+            with self.guard.protect("state is missing in the checkpoint"):
+                state |= part.state_dict()
+        return state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint holds; what another version has left out or added costs a line."""
+        for part in (self.guard, self.history, self.keeper):
+            with self.guard.protect("state in the checkpoint is left out"):
+                if text := part.load_state_dict(state_dict):
+                    self.guard.warn(text)
