@@ -1,4 +1,4 @@
-"""Hearing a module's calls, and answering them: nothing of it is left on the module afterwards."""
+"""Listening to a module's calls, and answering them; nothing is left on the module afterwards."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ After = Callable[[Any], None]
 
 
 def hooked(stack: ExitStack, root: nn.Module, name: str, before: Before, after: After) -> None:
-    """Have functions called before and after a module's call, until the stack is closed.
+    """Call functions before and after every call of a module, until the stack is closed.
 
-    After a call that failed, with None. Not while the module is being explained: another callback's windows
-    are no part of the step.
+    ``after`` gets None if the call failed. Neither is called while the module is being explained: another
+    callback's windows are not part of the step.
     """
 
     def begin(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -40,12 +40,12 @@ def hooked(stack: ExitStack, root: nn.Module, name: str, before: Before, after: 
 
 
 _LISTENERS: dict[nn.Module, tuple[list[tuple[Before, After]], ExitStack]] = {}
-"""Who listens to a module's forward: two callbacks may watch one step, and leave in any order."""
+"""The listeners of a module's forward: two callbacks may watch one step, and leave in any order."""
 
 
 @contextmanager
 def _forward_hooked(root: nn.Module, before: Before, after: After) -> Iterator[None]:
-    # An attribute: `self.forward(x)` runs no hook.
+    # An attribute, because `self.forward(x)` runs no hooks.
     listener = (before, after)
     if root not in _LISTENERS:
         _LISTENERS[root] = _listened(root)
@@ -81,7 +81,7 @@ def _listened(root: nn.Module) -> tuple[list[tuple[Before, After]], ExitStack]:
 
 @contextmanager
 def calling(root: nn.Module, call: Callable[[nn.Module, Tensor], Any]) -> Iterator[None]:
-    """Have ``root(images)`` return ``call(root, images)``; inside the call ``root`` is as it always was."""
+    """Make ``root(images)`` return ``call(root, images)``; inside the call, ``root`` is unchanged."""
 
     def forward(images: Tensor) -> Any:
         with _attribute(root, "forward", before) if had else _without(root, "forward"):

@@ -1,4 +1,4 @@
-"""What tensors hold, copied and put back in place: by storage, so that views and tied weights count once."""
+"""Copies of tensors' storages, put back in place; views and tied weights are copied once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from sess_lightning.types import SESSWarning
 
 LARGE = 1 << 20
-"""From this many bytes on, a storage on the CPU is compared by itself, without another copy."""
+"""From this many bytes on, a storage on the CPU is compared without a further copy."""
 
 
 class Copies:
     """Copies of tensors of any layout, type and device.
 
-    Storages are copied as plain words, and written back past their tensors: no version moves, so that a graph
-    that was recorded before may still be differentiated. On a GPU nothing waits for the device. Meta tensors
-    hold nothing to copy.
+    Storages are copied as plain words, and written back without the tensors' knowledge: no version changes,
+    so that a graph recorded before can still be differentiated. On a GPU nothing waits for the device. Meta
+    tensors hold nothing to copy.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -32,7 +32,7 @@ class Copies:
             for part in _parts(tensor):
                 try:
                     storage = part.untyped_storage()
-                except NotImplementedError:  # Sparse and opaque tensors have none.
+                except NotImplementedError:  # Sparse and opaque tensors have no storage.
                     self._opaque.append((part, part.detach().clone()))
                     continue
                 if storage._cdata not in self._places and storage.device.type != "meta" and storage.nbytes():
@@ -43,7 +43,7 @@ class Copies:
         self._groups = [(words, torch.cat(words)) for words in groups.values()]
 
     def put_back(self) -> set[int]:
-        """Put back what was changed, and return which tensors on the CPU that were, by their places."""
+        """Put back what has changed, and return the indices of the CPU tensors that had."""
         changed = set()
         for group, flat in self._groups:
             copies = flat.split([words.numel() for words in group])
@@ -80,19 +80,19 @@ def _words(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _is_held(words: Tensor) -> bool:
-    # Sharded models free what they gathered.
+    # Sharded models free the storages that they gathered.
     return words.untyped_storage().nbytes() >= words.nbytes
 
 
 def _same(words: Tensor, copy: Tensor) -> bool:
-    # By NumPy, since torch's own comparison cannot be told from one that waits for a device; through copies,
-    # since what NumPy has seen can never be resized again.
+    # By NumPy: a test that nothing waits for a device could not tell torch's comparison from one that does.
+    # Through copies: a storage that NumPy has seen can never be resized.
     chunks = zip(words.split(LARGE // 8), copy.split(LARGE // 8), strict=True)
     return all((chunk.clone().numpy() == kept.numpy()).all() for chunk, kept in chunks)
 
 
 def note_memory(tensors: list[Tensor]) -> Callable[[], None]:
-    """Note which memory tensors show and whether they require gradients; return what puts that back."""
+    """Note tensors' memory and whether they require gradients; return a function that puts both back."""
     memory = [tensor.data for tensor in tensors]
     recorded = [tensor.requires_grad for tensor in tensors]
 
@@ -116,7 +116,7 @@ def _is_same_memory(tensor: Tensor, data: Tensor) -> bool:
 
 
 def take_gradients(parameters: list[Tensor]) -> Callable[[], None]:
-    """Take gradients off, so that a forward's `backward` adds to none; return what puts them back."""
+    """Remove gradients, so that a forward pass's `backward` adds to none; return what restores them."""
     leaves = [parameter for parameter in parameters if parameter.is_leaf]
     gradients = [parameter.grad for parameter in leaves]
     for parameter, gradient in zip(leaves, gradients, strict=True):
@@ -132,13 +132,13 @@ def take_gradients(parameters: list[Tensor]) -> Callable[[], None]:
 
 
 _WRITTEN = WeakIdKeyDictionary()
-"""Model -> how many parameters it has, and the places of those that an explanation's forward wrote to."""
+"""Model -> number of its parameters, and the indices of those that explaining it wrote to."""
 
 
 def watch(model: nn.Module, parameters: list[Tensor]) -> Callable[[], None]:
-    """Copy parameters: all at first, then those that were seen to change; return what puts them back.
+    """Copy parameters, at first all, later those that have changed before; return what puts them back.
 
-    On a CPU, copying all of them each time would take a good part of a forward pass.
+    On a CPU, copying all of them every time would take a good part of a forward pass.
     """
     count, written = _WRITTEN.get(model, (0, frozenset()))
     places = sorted(written) if count == len(parameters) else range(len(parameters))

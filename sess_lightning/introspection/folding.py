@@ -1,4 +1,4 @@
-"""Lending: a model is borrowed for an explanation, and every change is given back."""
+"""Folding batch norms into convolutions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode whose batch norms are folded into the convolutions before them.
+    """Return a copy in evaluation mode whose batch norms are folded into the convolutions before them.
 
     Its outputs agree to rounding. Modules keep their names; a folded batch norm is an ``nn.Identity``.
 
     Raises:
-        ValueError: If the model's forward cannot be traced, so that nothing says what follows what.
+        ValueError: If the model's forward cannot be traced, so that the order of its layers is unknown.
     """
     model = copy.deepcopy(model).eval()
     try:

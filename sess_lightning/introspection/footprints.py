@@ -1,4 +1,4 @@
-"""Whether features lie on the image as they are read: by the pixels that their cells hang on."""
+"""Whether features lie on the image as they are read, checked by the pixels that their cells depend on."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from sess_lightning.introspection.grids import (
 from sess_lightning.ops import size_of
 
 CELLS = 12
-"""How many cells are asked."""
+"""How many cells are differentiated."""
 _SAMPLES = 48
 
 
 def read_grid(features: Tensor, image: Float[Tensor, "1 C H W"]) -> Grid | None:
-    """Read features as a grid, and check that each cell hangs mainly on its own pixels.
+    """Read features as a grid, and check that each cell depends mainly on its own pixels.
 
-    A dozen cells are differentiated by the pixels. A reading that agrees with where their gradients lie is
-    taken, the usual one (``find_grid``) first. Planes with channels may be too blurred to tell: then their
-    shape decides. Tokens that follow no place are no grid.
+    A dozen cells are differentiated with respect to the pixels. The first reading that agrees with the places
+    of their gradients is taken, beginning with the usual one (``find_grid``). Planes with channels may be too
+    blurred to decide: then their shape decides. Tokens that follow no place are no grid.
 
     Args:
-        features: Of one image, with a graph back to it.
-        image: What was differentiated by, a leaf of that graph.
+        features: Features of one image, with a graph back to it.
+        image: The image, a leaf of that graph.
     """
     usual = find_grid(tuple(features.shape), size_of(image))
     if features.device.type == "meta":
@@ -73,7 +73,7 @@ def _read_tokens(features: Tensor, image: Tensor, usual: Grid | None) -> Grid | 
         if usual is not None and layout == "tokens":
             readings = [*turned(usual), *readings]
         fits = footprints.fits({grid: _places(asked, grid) for grid in readings})
-        # Among some hundred readings one may fit by chance.
+        # Among hundreds of readings one may fit by chance.
         good = [grid for grid, fit in fits.items() if (fit.holds if grid == usual else fit.stands_out)]
         if good:
             return max(good, key=lambda grid: fits[grid].contrast * (1.05 if grid == usual else 1))
@@ -81,17 +81,17 @@ def _read_tokens(features: Tensor, image: Tensor, usual: Grid | None) -> Grid | 
 
 
 def _places(asked: Sequence[int], grid: Grid) -> dict[int, tuple[int, int]]:
-    """Return row and column of those of the tokens that are places."""
+    """Return row and column of the tokens that are places."""
     numbers = {k: token - grid.extra for k, token in enumerate(asked)}
     return {k: divmod(n, grid.width) for k, n in numbers.items() if 0 <= n < grid.height * grid.width}
 
 
 def spread_cells(height: int, width: int) -> list[tuple[int, int]]:
-    """Return some distinct cells, spread over the grid in no order; all of them where there are few."""
+    """Return some distinct cells, spread over the grid without order; all of them if there are few."""
     if height * width <= CELLS:
         return [(row, column) for row in range(height) for column in range(width)]
     cells: dict[tuple[int, int], None] = {}
-    for i in range(1, 100 * CELLS):  # Multiples of the plastic number's powers: a sequence without lumps.
+    for i in range(1, 100 * CELLS):  # Multiples of the plastic number's powers: an evenly spread sequence.
         cells[int((0.5 + 0.754878 * i) % 1 * height), int((0.5 + 0.569840 * i) % 1 * width)] = None
         if len(cells) == CELLS:
             break
@@ -99,13 +99,13 @@ def spread_cells(height: int, width: int) -> list[tuple[int, int]]:
 
 
 class Fit(NamedTuple):
-    """How well a reading agrees with what cells hang on.
+    """How well a reading agrees with the pixels that cells depend on.
 
     Attributes:
         follows: Correlation of where cells should lie with where their gradients lie, on the worse axis.
-        contrast: How much more a cell hangs on its own pixels than other cells do.
-        wins: Cells that hang on their own pixels more than any other cell does.
-        cells: Cells that were asked.
+        contrast: How much more a cell depends on its own pixels than other cells do.
+        wins: Number of cells that depend on their own pixels more than any other cell does.
+        cells: Number of cells that were differentiated.
     """
 
     follows: float
@@ -115,35 +115,35 @@ class Fit(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether this is no chance: noise reaches 1.13 in contrast, blurred features lie above 1.2."""
+        """Whether this is more than chance: noise reaches a contrast of 1.13, blurred features exceed 1.2."""
         return (self.follows > 0.5 and self.contrast > 1.15) or self._is_sharp
 
     @property
     def stands_out(self) -> bool:
-        """Whether this is no chance even among many readings."""
+        """Whether this is more than chance even among many readings."""
         return (self.follows > 0.7 and self.contrast > 1.3) or self._is_sharp
 
     @property
     def _is_sharp(self) -> bool:
-        # Where attention picks single patches, centres of gravity say little.
+        # Where attention picks single patches, centres of mass say little.
         return self.contrast > 1.5 and self.wins >= max(6, 0.75 * self.cells)
 
 
 class Footprints:
-    """Where on the image some cells of a layer lie, told by the gradient of each to the pixels."""
+    """The places on the image of some of a layer's cells, by their gradients with respect to the pixels."""
 
     def __init__(self, strengths: Float[Tensor, "K h w"]) -> None:
-        """Take the strength of each cell's gradient at each pixel, or block of pixels."""
+        """Take the magnitude of each cell's gradient at each pixel, or block of pixels."""
         self.alive = strengths.sum((1, 2)) > 0
         mean = strengths.mean((1, 2), keepdim=True)
         strengths = strengths / torch.where(mean > 0, mean, 1)
-        # What all cells hang on says nothing of any of them.
+        # Pixels that all cells depend on say nothing about any of them.
         shared = strengths.sum(0) / self.alive.sum().clamp(min=1)
         self.strengths = strengths / (shared + shared.mean()).clamp(min=1e-30)
 
     @classmethod
     def of(cls, cells: Iterable[Float[Tensor, " K"]], image: Float[Tensor, "1 C H W"]) -> Footprints | None:
-        """Differentiate cells by the pixels; None if they do not depend on them at all."""
+        """Differentiate cells with respect to the pixels; None if they do not depend on them at all."""
         chance = torch.Generator().manual_seed(0)
         samples = min(_SAMPLES, image.shape[2]), min(_SAMPLES, image.shape[3])
         strengths, depends = [], False
@@ -157,16 +157,16 @@ class Footprints:
         return cls(torch.cat(strengths).cpu()) if depends else None
 
     def centroids(self, axis: int) -> Float[Tensor, " K"]:
-        """Return where each footprint lies along the height (0) or the width (1), as a share of it."""
+        """Return each footprint's place along the height (0) or the width (1), as a fraction of it."""
         length = self.strengths.shape[1 + axis]
         profile = self.strengths.sum(2 - axis)
         return profile @ _middles(length) / profile.sum(1).clamp(min=1e-30)
 
     def fits(self, readings: dict[Grid, dict[int, tuple[int, int]]]) -> dict[Grid, Fit]:
-        """Compare footprints with where several readings have the cells.
+        """Compare footprints with the places that several readings give the cells.
 
         Args:
-            readings: For each, row and column of the cells that it takes for places, by number.
+            readings: For each reading, row and column of the cells that it takes for places, by index.
         """
         count = len(self.strengths)
         fits: dict[Grid, Fit] = {}
@@ -210,7 +210,7 @@ class Footprints:
 
 
 def _middles(length: int) -> Float[Tensor, " {length}"]:
-    # Named, because a Trainer in another precision changes the default.
+    # Given explicitly: a Trainer in another precision changes the default.
     return (torch.arange(length, dtype=torch.float32) + 0.5) / length
 
 
@@ -229,9 +229,9 @@ def _correlation(
 def coverage(
     features: Float[Tensor, "1 K h w"], image: Float[Tensor, "1 C H W"]
 ) -> list[tuple[float, float]] | None:
-    """Return what part of the image a layer's cells span: (start, end) of its height and of its width.
+    """Return the part of the image that a layer's cells span: (start, end) of its height and of its width.
 
-    As shares of the sides. None where cells see too much of the image to tell, as they do in later layers.
+    As fractions of the sides. None if cells see too much of the image to decide, as in later layers.
     """
     cells = spread_cells(*features.shape[2:])
     footprints = Footprints.of([features[0, :, row, column] for row, column in cells], image)

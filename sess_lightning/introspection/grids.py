@@ -1,4 +1,4 @@
-"""How a layer's features lie on the image, as far as their shape tells."""
+"""How a layer's features lie on the image, judged by their shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKEN_AXES: dict[Layout, int] = {"tokens": 1, "tokens_last": 2, "sequence_first"
 class Grid:
     """How a layer's features lie on the image.
 
-    Of tokens, those of places stand row by row, ``extra`` others before them and ``after`` others behind.
+    Tokens of places come row by row, with ``extra`` other tokens before them and ``after`` behind.
 
     Attributes:
         layout: ``"channels"`` (B, C, h, w), ``"channels_last"`` (B, h, w, C), ``"tokens"`` (B, N, C),
@@ -43,7 +43,7 @@ class Grid:
     flipped: tuple[bool, bool] = (False, False)
 
     def fits(self, shape: tuple[int, ...], batch: int) -> bool:
-        """Return whether features of ``shape``, of ``batch`` images, can be read so."""
+        """Return whether features of ``shape``, of ``batch`` images, can be read as this grid."""
         if self.is_plane:
             places = (2, 3) if self.layout == "channels" else (1, 2)
             return len(shape) == 4 and shape[0] == batch and [shape[i] for i in places] == [*self._sides]
@@ -78,7 +78,7 @@ class Grid:
         return maps.flip(self._flips) if self._flips else maps
 
     def centre(self, row: int, column: int) -> tuple[float, float]:
-        """Return where on the image a place lies, (y, x) as shares of its sides."""
+        """Return a cell's place on the image, (y, x) as fractions of its sides."""
         height, width = self.shape
         row, column = (column, row) if self.transposed else (row, column)
         y, x = (row + 0.5) / height, (column + 0.5) / width
@@ -109,15 +109,15 @@ def as_tokens(features: Tensor, layout: Layout) -> Float[Tensor, "B N C"]:
 
 
 def _from_tokens(tokens: Float[Tensor, "B N C"], layout: Layout) -> Tensor:
-    return as_tokens(tokens, layout)  # Each is its own inverse.
+    return as_tokens(tokens, layout)  # Each flip is its own inverse.
 
 
 def find_grid(shape: tuple[int, ...], size: tuple[int, int]) -> Grid | None:
-    """Read a feature shape as a grid over an image of ``size``, or return None if it is none.
+    """Read a feature shape as a grid over an image of ``size``; return None if it is none.
 
-    Channels may come first or last: the reading whose proportions fit the image's wins, if they fit at all.
-    Tokens (B, N, C) are read with the patch size that leaves the fewest tokens over, all of them in front. A
-    guess, which ``read_grid`` checks.
+    Channels may come first or last: the reading whose proportions fit the image's best is taken, if any fits.
+    Tokens (B, N, C) are read with the patch size that leaves the fewest extra tokens, all of them in front.
+    This is a guess, which ``read_grid`` checks.
     """
     height, width = size
     if len(shape) == 4:
@@ -136,7 +136,7 @@ def find_grid(shape: tuple[int, ...], size: tuple[int, int]) -> Grid | None:
 
 
 def is_certain(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
-    """Return whether a shape leaves no choice: channels first, and a plane in proportion to the image."""
+    """Return whether a shape is unambiguous: channels first, and a plane in proportion to the image."""
     if len(shape) != 4:
         return False
     first, last = (
@@ -159,7 +159,7 @@ def _planes(shape: tuple[int, ...]) -> list[Grid]:
 
 
 def _misfit(grid: Grid, height: int, width: int) -> float:
-    """How many times longer or flatter the grid is than the image; infinite where it is no grid over it."""
+    """How many times longer or flatter the grid is than the image; infinite if it is no grid over it."""
     if grid.height * grid.width == 1 or grid.height > height or grid.width > width:
         return float("inf")
     ratio = grid.height * width / (grid.width * height)
@@ -167,14 +167,14 @@ def _misfit(grid: Grid, height: int, width: int) -> float:
 
 
 def plane_readings(shape: tuple[int, ...], size: tuple[int, int]) -> list[Grid]:
-    """Return how four axes may be read, the usual way first."""
+    """Return the possible readings of four axes, the usual one first."""
     usual = find_grid(shape, size)
     readings = [grid for grid in _planes(shape) if _may_be_places(grid.height, grid.width, size)]
     return sorted(readings, key=lambda grid: grid != usual)
 
 
 def token_readings(layout: Layout, count: int, channels: int, size: tuple[int, int]) -> list[Grid]:
-    """Return every grid that ``count`` tokens may be, with up to half of them of no place."""
+    """Return every grid that ``count`` tokens may form, with up to half of them outside it."""
     return [
         Grid(layout, height, places // height, channels, before, count - places - before)
         for places in range(count, count - min(count // 2, 128) - 1, -1)
@@ -185,7 +185,7 @@ def token_readings(layout: Layout, count: int, channels: int, size: tuple[int, i
 
 
 def turned(grid: Grid) -> list[Grid]:
-    """Return a grid in all eight positions, as it is first."""
+    """Return a grid in all eight orientations, its own first."""
     sides = (False, True)
     return [
         replace(grid, transposed=transposed, flipped=(rows, columns))
@@ -196,6 +196,6 @@ def turned(grid: Grid) -> list[Grid]:
 
 
 def _may_be_places(height: int, width: int, size: tuple[int, int]) -> bool:
-    # Strides may differ by axis, and images be squared inside: anything up to eight times as flat or long.
+    # Strides may differ by axis, and models may square images: up to eight times as flat or long is allowed.
     ratio = height * size[1] / (width * size[0])
     return height * width > 1 and 1 / 8 <= ratio <= 8

@@ -1,4 +1,4 @@
-"""Values of any type and what they hold: noted, and put back by value and in place."""
+"""Values of any type and their contents: noted, and put back by value and in place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 
 class Ledger:
-    """Notes values, and whatever they hold, however deep, and puts them back.
+    """Notes values and their contents, however deep, and puts them back.
 
     Lists, dicts, sets, deques, arrays, random generators, closures and plain objects; what belongs to torch,
     Lightning or Python's own library is left as it is. Tensors are noted for a subclass to copy.
@@ -37,11 +37,11 @@ class Ledger:
         self._undo.callback(self._put_back_dicts)
 
     def put_back(self) -> None:
-        """Put everything back; what fails does not keep the rest from it."""
+        """Put everything back; a failure does not keep the rest from being put back."""
         self._undo.close()
 
     def note(self, *values: Any) -> None:
-        """Note values of any type, and what they hold."""
+        """Note values of any type, and their contents."""
         self._queue.extend(values)
         while self._queue:
             value = self._queue.pop()
@@ -53,27 +53,27 @@ class Ledger:
                 _note.dispatch(type(value))(value, self)
 
     def on_exit(self, undo: Callable[..., object], *args: Any) -> None:
-        """Call this when the state is put back."""
+        """Register a call for when the state is put back."""
         self._undo.callback(undo, *args)
 
     def leave(self, values: Iterable[Any]) -> None:
-        """Leave these values as they are, and what only they hold."""
+        """Leave these values, and what only they hold, as they are."""
         self._seen.update((id(value), value) for value in values)
 
     def keep(self, store: dict[Any, Any]) -> dict[Any, Any]:
-        """Note a dict's entries, not what they hold, and return a copy."""
-        # Two lists, as thousands of pairs would set off the garbage collector.
+        """Note a dict's entries, without their contents, and return a copy."""
+        # Two lists: thousands of pairs would trigger the garbage collector.
         self._stores.append(store)
         self._befores.append(before := dict(store))
         return before
 
     def note_dict(self, store: dict[Any, Any]) -> None:
-        """Note a dict's entries, and what they hold."""
+        """Note a dict's entries, and their contents."""
         before = self.keep(store)
         self.lend_items(before.items(), store)
 
     def lend_items(self, items: Iterable[tuple[Any, Any]], store: Any = None) -> None:
-        """Note values, given with their places; ``store`` then holds what is lent in their stead."""
+        """Note values, given with their keys; ``store`` then holds what is lent in their place."""
         for place, value in items:
             if type(value) not in ATOMIC:
                 lent = self.lent(value)
@@ -81,8 +81,8 @@ class Ledger:
                     store[place] = lent
 
     def lent(self, value: Any) -> Any:
-        """Note a value and return it, or a copy of what comes out of inference mode."""
-        # What was made there (lazy caches, re-assigned buffers) cannot enter autograd.
+        """Note a value and return it, or a copy if it was made in inference mode."""
+        # Tensors made there (lazy caches, re-assigned buffers) cannot enter autograd.
         if type(value) is tuple:
             if ATOMIC.issuperset(map(type, value)):
                 return value
@@ -118,20 +118,20 @@ ATOMIC = frozenset({
 
 
 def is_inferred(value: Any) -> bool:
-    """Return whether a value is a tensor of inference mode."""
+    """Return whether a value is a tensor made in inference mode."""
     return issubclass(type(value), Tensor) and value.is_inference()
 
 
 @singledispatch
 def _note(value: Any, ledger: Ledger) -> None:
-    """Note a plain object's attributes, slots included."""
+    """Note a plain object's attributes, including slots."""
     kind: Any = type(value)
     if not _is_foreign_kind(kind):
         note_attributes(value, ledger)
 
 
 def note_attributes(value: Any, ledger: Ledger) -> None:
-    """Note an object's attributes, slots included, whatever its class."""
+    """Note an object's attributes, including slots, whatever its class."""
     kind: Any = type(value)
     if kind.__dictoffset__:
         ledger.note_dict(vars(value))
@@ -257,14 +257,14 @@ def _(function: Any, ledger: Ledger) -> None:
 def _(cell: CellType, ledger: Ledger) -> None:
     try:
         contents = cell.cell_contents
-    except ValueError:  # Nothing was assigned yet.
+    except ValueError:  # Nothing has been assigned yet.
         return
     ledger.on_exit(setattr, cell, "cell_contents", contents)
     cell.cell_contents = ledger.lent(contents)
 
 
 DICTS = frozenset({dict, OrderedDict})
-# Of Python's own library, only what users build their classes on.
+# All of Python's own library but the modules whose classes users derive from.
 _FOREIGN = sys.stdlib_module_names - {"abc", "argparse", "collections", "dataclasses", "types", "typing"} | {
     "accelerate", "lightning", "lightning_fabric", "pytorch_lightning", "sess_lightning", "tensorboard",
     "torch", "torchmetrics", "wandb",
@@ -272,7 +272,7 @@ _FOREIGN = sys.stdlib_module_names - {"abc", "argparse", "collections", "datacla
 
 
 def is_foreign(module: str | None) -> bool:
-    """Whether a module is no user's but torch's, Lightning's or Python's own."""
+    """Whether a module belongs to torch, Lightning or Python rather than to a user."""
     return (module or "").partition(".")[0] in _FOREIGN
 
 
@@ -286,14 +286,14 @@ def _slots(kind: type) -> tuple[MemberDescriptorType, ...]:
     return tuple(
         value
         for base in kind.__mro__
-        if "__slots__" in vars(base)  # What a class in C has for members may be read only.
+        if "__slots__" in vars(base)  # Members of classes in C may be read-only.
         for value in vars(base).values()
         if isinstance(value, MemberDescriptorType)
     )
 
 
 def _put_back_dict(store: dict[Any, Any], before: dict[Any, Any]) -> None:
-    # By the base's own verbs: a Counter's update adds.
+    # By the base class's methods: a Counter's update adds.
     base = OrderedDict if isinstance(store, OrderedDict) else dict
     if len(store) != len(before) or not all(map(is_, base.__iter__(store), before)):
         base.clear(store)

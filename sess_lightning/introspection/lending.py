@@ -1,4 +1,4 @@
-"""Lending: a model is borrowed for an explanation, and every change is given back."""
+"""Lending: a model is borrowed for an explanation, and given back unchanged."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from sess_lightning.introspection.state import State
 
 _LENT: ContextVar[frozenset[int]] = ContextVar("_LENT", default=frozenset())
-"""The modules, by their ids, that are lent right now."""
+"""The ids of the modules that are lent right now."""
 
 
 @contextmanager
 def explaining(model: nn.Module) -> Iterator[nn.Module]:
-    """Borrow a model: eval mode, gradients on, inference mode off, eager; all is given back whatever happens.
+    """Borrow a model: evaluation mode, gradients on, inference mode off, eager; then restore everything.
 
-    Inside, Lightning's inference mode is off, so clone what came out of it before use (``borrowed``). On the
-    way out, everything that the model holds is as it was (``State`` says what that is), and so are the random
-    generators. What is lent already, or a part of that, is not borrowed again.
+    Inside, Lightning's inference mode is off, so clone tensors made in it before use (``borrowed``). On exit,
+    everything that the model holds is as before (``State`` defines what that is), and so are the random
+    generators. A model that is lent already, or a part of one, is not borrowed again.
     """
     with torch.inference_mode(False), torch.enable_grad():
         if id(model) in _LENT.get():
@@ -57,7 +57,7 @@ def borrowed(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    # Not `model.eval()`: an override of `train` may do more than can be undone, such as merging LoRA weights.
+    # Not `model.eval()`: an overridden `train` may do what cannot be undone, such as merging LoRA weights.
     training = [module for module in modules if module.training]
     recurrent: list[Any] = [module for module in modules if type(module) in _RECURRENT]
     dropouts = [module.dropout for module in recurrent]
@@ -65,7 +65,7 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
         for module in training:
             module.training = False
         for module in recurrent:
-            # In eval mode cuDNN refuses their gradients; dropout is all that is different in train mode.
+            # In evaluation mode cuDNN refuses their gradients; only dropout differs in train mode.
             module.training, module.dropout = True, 0.0
         yield
     finally:
@@ -80,7 +80,7 @@ _RECURRENT = frozenset({nn.RNN, nn.LSTM, nn.GRU})
 
 @contextmanager
 def _unwrapped(modules: list[nn.Module]) -> Iterator[None]:
-    """Have wrappers of trainings run the module inside: no processes wait, no gradients are refused."""
+    """Make training wrappers run the module inside: no processes wait, no gradients are refused."""
     wrappers = [module for module in modules if type(module).__name__ in _INSTEAD]
     try:
         for wrapper in wrappers:
@@ -102,7 +102,7 @@ _INSTEAD: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 @contextmanager
 def keep_rng(devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Give Python's, NumPy's and torch's generators their state back, and those of the CUDA devices named."""
+    """Restore the state of Python's, NumPy's and torch's generators, and of the given CUDA devices'."""
     # Lightning's isolate_rng restores nothing after an error.
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}

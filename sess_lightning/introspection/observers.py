@@ -1,4 +1,4 @@
-"""Observers: a model's hooks that record, count or log are not fed by an explanation's windows."""
+"""Observers: hooks that record, count or log do not see the windows of an explanation."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _RECORDERS = (
 
 @contextmanager
 def unobserved(model: nn.Module) -> Iterator[None]:
-    """Keep what passes through a model from those who watch it.
+    """Hide what passes through a model from its observers.
 
     Hooks of known recorders do not run: those of ``wandb.watch``, of profilers, model summaries and FLOP
-    counters. All others do, since a hook may be a part of what the model computes (it may return another
-    output, or keep features for the forward to use); what they hold is put back afterwards: closures, their
-    objects' attributes, the globals that they name. What they send elsewhere by themselves is sent.
+    counters. All others run, since a hook may be part of the model's computation (it may return another
+    output, or keep features for the forward pass); what they hold is put back afterwards: closures, their
+    objects' attributes, the globals that they name. What they send elsewhere cannot be undone.
     """
     state = State()
     state.leave(model.modules())
@@ -63,7 +63,7 @@ def _note_hooks(hooks: dict[int, Any], state: State) -> None:
         state.note(hook)
         if isinstance(function, FunctionType) and not is_foreign(function.__module__):
             for owner in (getattr(hook, "__self__", None), *_enclosed(function)):
-                # A user's own Callback, too, though in general Lightning's objects are left alone.
+                # This includes a user's own Callback, although Lightning's objects are generally left alone.
                 if not is_foreign(type(owner).__module__):
                     note_attributes(owner, state)
             _note_globals(function, state)
@@ -77,7 +77,7 @@ def _function(hook: Any) -> Any:
 
 def _enclosed(function: FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
-        with suppress(ValueError):  # Nothing was assigned yet.
+        with suppress(ValueError):  # Nothing has been assigned yet.
             yield cell.cell_contents
 
 

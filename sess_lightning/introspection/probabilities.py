@@ -1,4 +1,4 @@
-"""Models that end in a softmax or a sigmoid: what they return is taken back to logits."""
+"""Models that end in a softmax or a sigmoid: their outputs are turned back into logits."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ _KINDS: dict[str, Kind] = {
     "special_log_softmax": "log_softmax", "sigmoid": "sigmoid", "special_expit": "sigmoid",
 }  # fmt: skip
 SUMS_TO_ONE = 1e-3
-"""How far the probabilities of an image may be from 1 together; those of half precision ten times as far."""
+"""How far an image's probabilities may be from a sum of 1; ten times as far in half precision."""
 ALIKE = 1e-6
-"""How far outputs may be from a softmax's results and still be these: cast, or kept from 0."""
+"""How far outputs may be from a softmax's results and still count as these: cast, or clamped away from 0."""
 
 
 class Ending(NamedTuple):
-    """What a model's outputs went through last.
+    """The last function that a model's outputs went through.
 
     Attributes:
         kind: A softmax, its logarithm, or a sigmoid.
-        number: Which of the forward pass's it is, -1 being the last; None where that is not known.
+        number: Its index among those of the forward pass, -1 for the last; None if unknown.
     """
 
     kind: Kind
     number: int | None = None
 
     def __str__(self) -> str:
-        """Return what is to be said of such outputs."""
+        """Return the remark on such outputs."""
         kind = "log-probabilities" if self.kind == "log_softmax" else f"probabilities of a {self.kind}"
         return f"its outputs are {kind}, taken back to logits"
 
 
 class Endings(TorchFunctionMode):
-    """Notes what the softmaxes and sigmoids of a forward pass are given, and what they return.
+    """Records the arguments and results of the softmaxes and sigmoids of a forward pass.
 
     Attributes:
-        passed: Those so far: kind, argument, result.
+        passed: The calls so far: kind, argument, result.
     """
 
     def __init__(self) -> None:
@@ -56,13 +56,13 @@ class Endings(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         kind = _KINDS.get(getattr(func, "__name__", ""))
         given = args[0] if args else (kwargs or {}).get("input")
-        # Those of attention have more axes, and would fill the memory.
+        # Attention's softmaxes have more axes, and would fill the memory.
         if kind is not None and isinstance(given, Tensor) and isinstance(output, Tensor) and given.ndim < 3:
             self.passed.append((kind, given, output))
         return output
 
     def of(self, outputs: Tensor, part: slice = slice(None)) -> Ending | None:
-        """Return what outputs went through last, of what passed in a part of the time; None if nothing.
+        """Return the last function that outputs went through, among some of the calls; None if there is none.
 
         Reads values: it waits for the device.
         """
@@ -73,7 +73,7 @@ class Endings(TorchFunctionMode):
         return None
 
     def given(self, outputs: Tensor, ending: Ending) -> Tensor | None:
-        """Return the logits that outputs were made of, shaped alike, if they are known."""
+        """Return the logits that outputs were computed from, in the same shape, if they are known."""
         if ending.number is not None and len(self.passed) >= -ending.number:
             _, given, result = self.passed[ending.number]
             return given.reshape(outputs.shape) if result.numel() == outputs.numel() else None
@@ -82,7 +82,7 @@ class Endings(TorchFunctionMode):
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are one, or views of the same values."""
+    """Return whether two tensors are the same, or views of the same values."""
     return one is other or (one.data_ptr() == other.data_ptr() and one.numel() == other.numel())
 
 
@@ -94,12 +94,12 @@ def _are_alike(result: Tensor, outputs: Tensor) -> bool:
 
 
 def ending_of(outputs: Float[Tensor, "B N"], takes_probabilities: bool = False) -> Ending | None:
-    """Return what outputs must have gone through, by their values; None if they may be logits.
+    """Return the function that outputs must have gone through, by their values; None if they may be logits.
 
     Reads values: it waits for the device.
 
     Args:
-        outputs: Of some images.
+        outputs: The outputs for some images.
         takes_probabilities: Whether a loss computed from them takes probabilities, as ``BCELoss`` does.
     """
     values = outputs.detach().float()
@@ -113,7 +113,7 @@ def ending_of(outputs: Float[Tensor, "B N"], takes_probabilities: bool = False) 
 
 @contextmanager
 def noting(ending: Ending | None) -> Iterator[Endings | None]:
-    """Note what the endings of a forward pass are given, if there is one to undo."""
+    """Record the arguments of softmaxes and sigmoids in a forward pass, if there is one to undo."""
     if ending is None:
         yield None
         return
@@ -124,15 +124,15 @@ def noting(ending: Ending | None) -> Iterator[Endings | None]:
 def to_logits(
     outputs: Float[Tensor, "B N"], ending: Ending | None, endings: Endings | None = None
 ) -> Float[Tensor, "B N"]:
-    """Return logits of which a softmax or sigmoid makes the probabilities that a model returned.
+    """Return logits from which a softmax or sigmoid makes the probabilities that a model returned.
 
-    They are what the model's own softmax or sigmoid was given, where that was noted; else logarithms, of the
-    odds for a sigmoid. Log-probabilities are logits as they are.
+    They are the arguments of the model's own softmax or sigmoid if these were recorded; otherwise logarithms,
+    of the odds for a sigmoid. Log-probabilities are logits already.
 
     Args:
         outputs: What the model returned.
-        ending: What they went through; None for logits.
-        endings: Those of the forward pass that made them.
+        ending: The function they went through; None for logits.
+        endings: The recorded calls of the forward pass that made them.
     """
     if ending is None:
         return outputs

@@ -1,4 +1,4 @@
-"""Looking for the last layer of a model whose features lie on the image, by one traced forward pass."""
+"""Finding the last layer of a model whose features lie on the image, by one traced forward pass."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Passage(NamedTuple):
     """One call of a layer.
 
     Attributes:
-        name: Of the layer.
-        features: What it gave.
-        given: The first tensor it was given, where there is one.
+        name: Name of the layer.
+        features: Its output.
+        given: Its first tensor argument, if there is one.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Trace(NamedTuple):
     """One forward pass of one image, with its graph.
 
     Attributes:
-        image: The leaf that the graph begins with.
-        logits: What it ends with.
-        passages: The layers' calls in order; those that only pool or pass on are left out.
+        image: The leaf at the beginning of the graph.
+        logits: The end of the graph.
+        passages: The layers' calls in order, without those that only pool or pass on.
     """
 
     image: Float[Tensor, "1 C H W"]
@@ -45,7 +45,7 @@ class Trace(NamedTuple):
     passages: list[Passage]
 
     def calls(self, name: str) -> list[int]:
-        """Return the numbers of the passages through one layer."""
+        """Return the indices of the passages through one layer."""
         return [i for i, passage in enumerate(self.passages) if passage.name == name]
 
 
@@ -55,7 +55,7 @@ _PASS_THROUGH = (
     nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Softmax, nn.LogSoftmax,
 )  # fmt: skip
 _TRIES = 4
-"""How often features of one shape may turn out to lie on no grid."""
+"""How many times features of one shape may be found to lie on no grid before that shape is given up."""
 
 
 def trace(model: nn.Module, image: Float[Tensor, "1 C H W"], wanted: nn.Module | None = None) -> Trace:
@@ -64,11 +64,11 @@ def trace(model: nn.Module, image: Float[Tensor, "1 C H W"], wanted: nn.Module |
     Args:
         model: As ``explaining`` lends it.
         image: A copy that may become a leaf.
-        wanted: A layer that is noted even if it only passes on.
+        wanted: A layer that is recorded even if it only passes on.
     """
     names = {module: name for name, module in model.named_modules() if name}
     passages: list[Passage] = []
-    passed: list[tuple[Tensor, int]] = []  # Held, so that no tensor's identity is used twice.
+    passed: list[tuple[Tensor, int]] = []  # Kept alive, so that no tensor's id is used twice.
 
     def note(module: nn.Module, inputs: Any, output: Any) -> Any:
         try:
@@ -78,19 +78,19 @@ def trace(model: nn.Module, image: Float[Tensor, "1 C H W"], wanted: nn.Module |
         if isinstance(module, _PASS_THROUGH) and module is not wanted:
             passed.append((features, features._version))
             return output
-        # Written to since it passed, as by an activation in place, it is features again.
+        # If it was written to afterwards, as by an in-place activation, it is features again.
         merely_passed = any(features is tensor and features._version == v for tensor, v in passed)
         if (merely_passed and module is not wanted) or not features.requires_grad:
             return output
-        # A copy is reached by what reads the layer's output only, not by what the layer itself made of it:
-        # Hugging Face's backbones give features and a pooled output, and the head reads the latter.
+        # The copy is read by what follows the layer, not by what the layer itself computes from it: Hugging
+        # Face's backbones return features and a pooled output, and the head reads the latter.
         features = features.clone()
         given = next((each for each in inputs if isinstance(each, Tensor) and each.requires_grad), None)
         passages.append(Passage(names[module], features, given))
         return with_first_tensor(output, features)
 
     def record(_module: nn.Module, _inputs: Any) -> None:
-        torch.set_grad_enabled(True)  # Even where the model's own `no_grad` wraps a frozen backbone.
+        torch.set_grad_enabled(True)  # Even where the model's own `no_grad` surrounds a frozen backbone.
 
     with ExitStack() as stack:
         for module in names:
@@ -102,17 +102,17 @@ def trace(model: nn.Module, image: Float[Tensor, "1 C H W"], wanted: nn.Module |
 def search(
     model: nn.Module, image: Float[Tensor, "1 C H W"], stated: Grid | None = None
 ) -> tuple[str, dict[int, Grid]]:
-    """Find the last layer whose features still lie on a grid, and how its calls do, by number.
+    """Find the last layer whose features still lie on a grid; return its name and its calls' grids, by index.
 
     For a CNN that is the block before global pooling (ResNet's ``layer4``, VGG-16's last ReLU before its last
     pooling). For a transformer it is the last layer, keys and values aside, whose patch tokens still reach
-    the logits: a class token is read at the end, so the very last layers tell nothing about place (ViT's last
+    the logits: the head reads a class token, so the very last layers say nothing about place (ViT: the last
     block's ``norm1``).
 
     Args:
         model: As ``explaining`` lends it.
         image: A copy that may become a leaf.
-        stated: The grid that it must have, unchecked.
+        stated: The grid that the layer must have, which is not checked.
 
     Raises:
         ValueError: If no layer keeps a grid, or the model crops or pads the image inside.
@@ -137,10 +137,10 @@ def search(
 def place_layer(
     model: nn.Module, layer: nn.Module, image: Float[Tensor, "1 C H W"], stated: Grid | None = None
 ) -> dict[int, Grid]:
-    """Return how a layer's calls lie on the image, by number; empty if they do not.
+    """Return the grids of a layer's calls, by index; empty if they lie on none.
 
-    Of calls that follow one another the last that reaches the logits is read; calls beside each other, as of
-    a model that sums several views of the image, are read all.
+    Of calls in sequence, the last that reaches the logits is read; of calls in parallel, as in a model that
+    sums several views of the image, all are read.
     """
     reader = _Reader(trace(model, image, layer), stated)
     if stated is None:
@@ -149,13 +149,13 @@ def place_layer(
     for place in reversed(places):
         if reader.reached(place) is not None:
             return reader.grids(place)
-    # Of a model that says nothing, as with a head of zeros: its map is flat wherever it is read.
+    # A model without gradients, as with a head of zeros: its map is flat wherever it is read.
     grid = reader.read(places[-1]) if places else None
     return {} if grid is None else {places[-1]: grid}
 
 
 class _Reader:
-    """Reads grids off a trace; each passage once."""
+    """Reads grids off a trace, each passage once."""
 
     def __init__(self, traced: Trace, stated: Grid | None) -> None:
         self.traced, self.stated = traced, stated
@@ -165,12 +165,12 @@ class _Reader:
         self._failures: Counter[torch.Size] = Counter()
 
     def reached(self, place: int) -> Tensor | None:
-        """Return how the logits hang on a passage, or None if they do not."""
+        """Return the gradient of the logits at a passage, or None if they do not depend on it."""
         found = try_gradient(self.probe, self.passages[place].features, retain_graph=True)
         return found if found is not None and found.any() else None
 
     def grids(self, place: int) -> dict[int, Grid]:
-        """Return how a passage, and those of its layer beside it, lie on the image, by the call's number."""
+        """Return the grids of a passage and of the parallel ones through its layer, by the call's index."""
         if self._grid(place) is None:
             return {}
         calls = self.traced.calls(self.passages[place].name)
@@ -196,12 +196,12 @@ class _Reader:
     def _read_reached(self, place: int, reached: Tensor) -> Grid | None:
         usual = find_grid(tuple(reached.shape), size_of(self.image))
         if self.stated is None and usual is not None and not usual.to_maps(reached).any():
-            return None  # As of a class token that alone is read: no need to look further.
+            return None  # As where only a class token is read: no need to look further.
         grid = self.read(place)
         return grid if grid is not None and grid.to_maps(reached).any() else None
 
     def read(self, place: int) -> Grid | None:
-        """Return how a passage lies on the image, whether the logits hang on it or not."""
+        """Return the grid of a passage, whether or not the logits depend on it."""
         features = self.passages[place].features
         if self.stated is not None:
             return self.stated if self.stated.fits(tuple(features.shape), 1) else None
@@ -212,10 +212,10 @@ class _Reader:
         return grid
 
     def is_side_road(self, place: int, module: nn.Module) -> bool:
-        """Return whether places reach the logits past this layer, too, as they do past keys or values.
+        """Return whether places also reach the logits past this layer, as they do past keys or values.
 
-        Those are parts of the attention that reads a place, not its features. A linear layer on tokens, be it
-        wrapped by an adapter, is taken for one of them.
+        Keys and values are parts of the attention that reads a place, not its features. A linear layer on
+        tokens, even if an adapter wraps it, is taken for one of them.
         """
         grid, (_, features, given) = self._known[place], self.passages[place]
         if grid is None or grid.is_plane:
@@ -232,7 +232,7 @@ class _Reader:
         return bool(past > 1e-4 * grid.to_maps(all_ways).abs().amax())  # Beyond rounding.
 
     def is_class_map(self, place: int) -> bool:
-        """Return whether features are the logits before pooling: each logit then hangs on its own channel."""
+        """Return whether features are the logits before pooling: each logit then depends on its own channel."""
         grid, logits = self._known[place], self.traced.logits
         if grid is None or grid.channels != logits.shape[1]:
             return False
@@ -240,9 +240,9 @@ class _Reader:
         return reached is not None and not grid.to_maps(reached)[:, 1:].any()
 
     def check_coverage(self) -> None:
-        """Refuse a model that shows its layers a part of the image, or the image on a larger ground.
+        """Refuse a model that crops the image, or pads it with a margin.
 
-        The first layer tells: its cells see few pixels.
+        The first layer shows it, since its cells see few pixels.
 
         Raises:
             ValueError: If its cells do not span the image.
@@ -252,7 +252,7 @@ class _Reader:
         if first is None or spans is None:
             return
         for (start, end), cells in zip(spans, first.features.shape[2:], strict=True):
-            slack = max(1 / 24, 0.5 / cells)  # Small kernels with large strides lie off centre.
+            slack = max(1 / 24, 0.5 / cells)  # Small kernels with large strides are off centre.
             if abs(start) < slack and -2 * slack < end - 1 < slack:
                 continue
             rows, columns = (f"{max(0, start):.0%} to {end:.0%}" for start, end in spans)
@@ -264,7 +264,7 @@ class _Reader:
             )
 
     def nothing_found(self) -> str:
-        """Return why no layer was found, and what helps."""
+        """Return why no layer was found, and a remedy."""
         tried = ", ".join(f"{name} {tuple(features.shape)}" for name, features, _ in self.passages[-6:])
         height, width = size_of(self.image)
         text = (
@@ -290,7 +290,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _probe(traced: Trace) -> Float[Tensor, ""]:
-    """Return a scalar whose gradient tells what can reach the logits."""
+    """Return a scalar whose gradient shows what can reach the logits."""
     logits = traced.logits
     mix = torch.linspace(1, 2, logits.shape[1], device=logits.device, dtype=logits.dtype)
     before_head = [
@@ -300,6 +300,6 @@ def _probe(traced: Trace) -> Float[Tensor, ""]:
         if tensor is not None and tensor.ndim == 2 and tensor.shape[1] != logits.shape[1]
     ]
     if not logits.any() and before_head:
-        # A head of zeros, as an untrained torchvision ViT has, stops every gradient: look in front of it.
+        # A head of zeros, as in an untrained torchvision ViT, stops every gradient: look in front of it.
         return before_head[-1].cumsum(1).sum()
     return (logits * mix).sum()

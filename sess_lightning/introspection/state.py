@@ -1,4 +1,4 @@
-"""All that a model holds: noted before an explanation, put back after it."""
+"""Everything that a model holds: noted before an explanation, put back after it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sess_lightning.ops import is_out_of_memory
 
 
 class State(Ledger):
-    """Notes what a model's forward may change, and puts it back: by value, and in place.
+    """Notes what a model's forward pass may change, and puts it back: by value, and in place.
 
-    Noted are the attributes, buffers, parameters, gradients and hooks of every module, and whatever they
-    hold, however deep: lists, dicts, sets, deques, arrays, random generators, closures, plain objects.
+    That is the attributes, buffers, parameters, gradients and hooks of every module, and whatever they hold,
+    however deep: lists, dicts, sets, deques, arrays, random generators, closures, plain objects.
 
-    Left as it is: what belongs to torch, Lightning or Python's own library (a Trainer, an optimizer, an open
-    file, a lock, an iterator), this package's metrics, which are updated with the model, modules that wait
-    for their first forward, and the parameters of sharded models, which their forward swaps.
+    Not noted are objects of torch, Lightning or Python's own library (a Trainer, an optimizer, an open file,
+    a lock, an iterator), this package's metrics, which are updated with the model, lazy modules before their
+    first forward pass, and the parameters of sharded models, which their forward pass swaps.
 
     Attributes:
-        devices: Where the model's parameters and buffers are.
+        devices: The devices of the model's parameters and buffers.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class State(Ledger):
         self._swapped: set[int] = set()
 
     def note_model(self, model: nn.Module) -> list[nn.Module]:
-        """Note a model and all that it holds; return its modules."""
+        """Note a model and everything that it holds; return its modules."""
         modules = self.note_modules(model)
         self.note()
         watched = [parameter for parameter in self._parameters if parameter.is_cpu]
@@ -134,7 +134,7 @@ def _stores_of(attributes: Mapping[str, Any]) -> list[Any]:
 
 @cache
 def _is_left(kind: type) -> bool:
-    """Whether a module is nobody's model: machinery, one that waits for its first forward, or our metric."""
+    """Whether a module is not noted: a training wrapper, a lazy module, or this package's metric."""
     if issubclass(kind, LazyModuleMixin):
         return True
     if issubclass(kind, Metric):

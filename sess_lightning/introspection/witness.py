@@ -1,7 +1,7 @@
 """What a validation step called, and how to call it again on other images.
 
 While the first step runs, hooks see every call that takes images, and which of its outputs a loss or argmax
-reads. From then on the same call is replayed: what is explained is what was validated.
+reads. From then on the same call is replayed, so that what is explained is what was validated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sess_lightning.introspection.probabilities import (
 from sess_lightning.types import Activation
 
 MOST_CHANNELS = 16
-"""Channels that a tensor may have to be taken for images, where a batch does not say."""
+"""The most channels of a tensor that is taken for images, where a batch does not say."""
 DEEPEST = 3
 """How deep outputs are searched."""
 LOSSES: dict[str, Activation | None] = {
@@ -38,12 +38,12 @@ LOSSES: dict[str, Activation | None] = {
     "binary_cross_entropy": "sigmoid", "binary_cross_entropy_with_logits": "sigmoid",
     "multilabel_margin_loss": "sigmoid", "multilabel_soft_margin_loss": "sigmoid", "soft_margin_loss": None,
 }  # fmt: skip
-"""Functions whose first argument is what a loss is computed from, and how that becomes probabilities."""
+"""Loss functions, and how their first argument becomes probabilities."""
 READINGS = frozenset({"argmax", "topk", "softmax", "sigmoid"})
 """Functions by which predictions are read off logits."""
 
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-"""Modules that take no images, and compute otherwise where one of them has a hook."""
+"""Modules that take no images, and compute differently when one of them has a hook."""
 
 Step = tuple[str, Any]
 """One step into an output: ``("item", key)`` or ``("attribute", name)``."""
@@ -54,17 +54,17 @@ class Call:
     """How a module is called on images, and which of its outputs are the logits.
 
     Attributes:
-        module: Name of the module within the one that was watched; empty is that one itself.
-        leaves: Arguments, flattened; the images are left out.
-        spec: How they are unflattened into (args, kwargs).
-        place: Which leaf is the images.
-        rows: Which leaves have a row for each image.
-        path: Where in the output the logits are.
-        text: The call in words.
-        doubts: What was assumed, empty where nothing was.
-        activation: How the logits become probabilities, by the loss that was computed from them.
-        turn: Which of the module's calls of this form in one step it is, from 0.
-        ending: What the model makes of its logits before it returns them: a softmax, a sigmoid.
+        module: Name of the module within the watched one; empty for the watched one itself.
+        leaves: Arguments, flattened, without the images.
+        spec: How to unflatten them into (args, kwargs).
+        place: Index of the leaf that is the images.
+        rows: Indices of the leaves with a row for each image.
+        path: The way to the logits in the output.
+        text: The call as text.
+        doubts: What was assumed; empty if nothing was.
+        activation: How the logits become probabilities, according to the loss computed from them.
+        turn: Index of the call among the module's calls of this form in one step.
+        ending: What the model applies to its logits before it returns them: a softmax or a sigmoid.
     """
 
     module: str
@@ -85,7 +85,7 @@ class Call:
 
     @contextmanager
     def bound(self, root: nn.Module, rows: tuple[Tensor, ...] = ()) -> Iterator[None]:
-        """Have ``root(images)`` make this call, and return the logits.
+        """Make ``root(images)`` make this call and return the logits.
 
         Args:
             root: The module that was watched.
@@ -93,7 +93,7 @@ class Call:
         """
 
         def call(module: nn.Module, images: Tensor) -> Tensor:
-            # Copies: what was seen in Lightning's inference mode cannot enter autograd.
+            # Copies: tensors from Lightning's inference mode cannot enter autograd.
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
             leaves[self.place] = images
             for leaf, row in zip(self.rows, rows, strict=False):
@@ -112,7 +112,7 @@ class Call:
     def watching(self, root: nn.Module) -> Iterator[Seen]:
         """See the arguments and the logits of this call while a step runs."""
         seen, turns = Seen(), count()
-        is_it: list[bool] = []  # Of each call that has begun and not ended, whether it is this one.
+        is_it: list[bool] = []  # For each open call, whether it is this one.
 
         def before(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             leaves, spec = tree_flatten((args, dict(kwargs)))
@@ -136,9 +136,9 @@ class Seen:
     """One step's call.
 
     Attributes:
-        images: As the module got them; None before the call.
+        images: The images as the module got them; None before the call.
         rows: The other arguments with a row for each image.
-        logits: What it made of them.
+        logits: Its logits.
     """
 
     images: Float[Tensor, "B C H W"] | None = None
@@ -172,7 +172,7 @@ _Candidate = tuple[_Record, tuple[Step, ...], Tensor]
 
 
 class _Reading(Endings):
-    """Notes which tensors losses are computed from, and which classes are read off.
+    """Notes the tensors that losses are computed from, or that classes are read off.
 
     Args:
         open_: The calls that have begun: what these read off themselves, as gates do, says nothing.
@@ -211,9 +211,9 @@ class Witness:
         self._open: list[_Record] = []
         self._reading = _Reading(self._open)
         self._stack = ExitStack()
-        if is_compiled(root):  # Hooks and modes would have it compiled anew, or not be seen.
+        if is_compiled(root):  # Hooks and modes would cause a recompilation, or would not be seen.
             return
-        # Under a hook or a mode, attention leaves its fused path, and validation's last digits move.
+        # Under a hook or a mode, attention leaves its fused path, and validation's last digits change.
         fused = {part for module in root.modules() if isinstance(module, FUSED) for part in module.modules()}
         with ExitStack() as stack:
             for name, module in root.named_modules():
@@ -251,11 +251,11 @@ class Witness:
             record.output, record.passed = output, (record.passed[0], len(self._reading.passed))
 
     def call(self, labels: Tensor | None = None) -> Call | None:
-        """Return the call that made the logits; None if no call took images and gave a score per class.
+        """Return the call that made the logits; None if no call took images and returned a score per class.
 
-        Preferred is what a loss was computed from, then what classes were read off, then what fits the labels
-        best; of several calls that return it, the outermost. Labels that fit nothing say nothing: they may be
-        unknown ones, such as 255, or count from 1.
+        An output that a loss was computed from is preferred, then one that classes were read off, then the
+        one that fits the labels best; of several calls that return it, the outermost. Labels that fit nothing
+        are ignored: they may be unknown ones, such as 255, or count from 1.
 
         Args:
             labels: Class of each image; None where a batch does not say.
@@ -338,7 +338,7 @@ def is_compiled(root: nn.Module) -> bool:
 
 
 def _outputs(output: Any, path: tuple[Step, ...] = ()) -> Iterator[tuple[tuple[Step, ...], Tensor]]:
-    """Yield every tensor in an output, and the way to it."""
+    """Yield every tensor in an output, with the way to it."""
     if isinstance(output, Tensor):
         yield path, output
     elif len(path) < DEEPEST:
@@ -363,7 +363,7 @@ def _fits(logits: Tensor, count: int, labels: Tensor | None) -> bool:
 
 
 def _agreement(logits: Tensor, labels: Tensor | None) -> float:
-    """Return the share of images whose label is predicted; 0 where nothing can be said."""
+    """Return the share of images whose label is predicted; 0 if unknown."""
     if labels is None or labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(logits):
         return 0.0
     column = logits if logits.ndim == 2 else logits[:, None]
