@@ -19,8 +19,10 @@ from sess_lightning.callback.settings import Settings
 from sess_lightning.callback.watching import Watcher
 from sess_lightning.introspection.lending import borrowed, explaining, muted
 from sess_lightning.introspection.logits import UnknownClassError, classify, predict
+from sess_lightning.introspection.sizes import note_fed
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN, Summary
+from sess_lightning.ops import size_of
 from sess_lightning.types import Activation, Batch
 
 GRID = 16
@@ -130,6 +132,7 @@ class Examiner:
 
     def settle(self, trainer: Trainer, model: LightningModule, batch: Batch, batch_idx: int) -> RunPlan:
         """Settle what runs do, from the first batch that passes."""
+        note_fed(model, size_of(batch.images))
         owners = None if self._loaders is None else self._loaders.structure
         self.plan = plan_run(
             self._settings, trainer, model, batch, batch_idx, self._source(), owners, self._activation,
@@ -177,6 +180,7 @@ class Examiner:
 
     def _explained(self, trainer: Trainer, model: LightningModule, kept: Kept) -> SESSMetric:
         metric, samples = self.metric(model), kept.samples.to(model.device)
+        note_fed(model, size_of(samples.images))
         metric.tolerance = self._settings.tolerance_on(samples)
         if self.plan is not None:
             metric.limits = dict(self.plan.limits)

@@ -74,13 +74,13 @@ class WindowExtractor:
         """Score and explain all windows; those of a single image pass once for all targets."""
         stream, limit = self._stream()
         if len(self.images) == len(self.targets):
-            of_window, side = stream.spread(self.targets), self.plan.window
+            of_window = stream.spread(self.targets)
             parts = in_batches(
                 lambda _, which: method.extract_part(model, stream.take(which), of_window[which]),
                 range(len(stream)),
                 limit,
             )
-            joined = method.join_parts([*parts], of_window, (side, side))
+            joined = method.join_parts([*parts], of_window, self.plan.window_size)
             maps, logs = (stream.gathered(values) for values in (self.maps_of(joined), joined.log_scores))
             return Scored(self.numbers, logs, maps)
         shared = [
@@ -114,7 +114,7 @@ class WindowExtractor:
         limit = batch_limit(self.batch_size, self.images)
         return WindowStream(self.images, self.plan, self.antialias, limit), limit
 
-    def _cut(self, which: Int[Tensor, "T K"], limit: int) -> Iterator[Float[Tensor, "C w w"]]:
+    def _cut(self, which: Int[Tensor, "T K"], limit: int) -> Iterator[Float[Tensor, "C h w"]]:
         images = self.images.expand(len(self.targets), -1, -1, -1)
         if which.shape[1] == len(self.plan):
             return windows(images, self.plan, self.antialias)

@@ -78,9 +78,9 @@ def canvas_strips(plan: Plan, grid: tuple[int, int], device: torch.device) -> tu
 
     def strips(axis: int) -> Strips:
         distinct, index = _positions(plan, axis)
-        draw = resize_matrix(grid[axis], plan.window, device)
+        draw = resize_matrix(grid[axis], plan.window_size[axis], device)
         canvas = [resize_matrix(scale[axis], plan.size[axis], device) for scale in plan.scales]
-        matrices = [(canvas[s][:, start : start + plan.window] @ draw).T for s, start in distinct]
+        matrices = [(canvas[s][:, start : start + plan.window_size[axis]] @ draw).T for s, start in distinct]
         return Strips(torch.stack(matrices), torch.tensor(index, device=device))
 
     with torch.no_grad(), full_precision(device):
@@ -95,7 +95,7 @@ def crop_strips(plan: Plan, antialias: bool, device: torch.device) -> tuple[Stri
     def strips(axis: int) -> Strips:
         distinct, index = _positions(plan, axis)
         scaled = [resize_matrix(plan.size[axis], scale[axis], device, antialias) for scale in plan.scales]
-        matrices = [scaled[s][start : start + plan.window] for s, start in distinct]
+        matrices = [scaled[s][start : start + plan.window_size[axis]] for s, start in distinct]
         return Strips(torch.stack(matrices), torch.tensor(index, device=device))
 
     return strips(0), strips(1)
@@ -103,7 +103,7 @@ def crop_strips(plan: Plan, antialias: bool, device: torch.device) -> tuple[Stri
 
 def crop(
     image: Float[Tensor, "C H W"], rows: Strips, columns: Strips, which: Int[Tensor, " K"]
-) -> Float[Tensor, "K C w w"]:
+) -> Float[Tensor, "K C h w"]:
     """Cut windows ``which`` out of an image; their numbers may live on the device.
 
     Agrees with ``windows`` to the rounding of the resize kernel.

@@ -19,6 +19,8 @@ from sess_lightning.batching import stacked
 from sess_lightning.ops import resize
 
 Box: TypeAlias = tuple[int, int, int, int]
+WindowSize: TypeAlias = int | tuple[int, int]
+"""(height, width), or the side of a square, px."""
 
 
 class Plan(NamedTuple):
@@ -26,22 +28,32 @@ class Plan(NamedTuple):
 
     Attributes:
         size: (height, width) of the image.
-        window: Side of a window, px.
+        window_size: (height, width) of a window, px.
         scales: (height, width) of each scaled image.
         boxes: Per scale, the windows' (x0, y0, x1, y1), half-open.
     """
 
     size: tuple[int, int]
-    window: int
+    window_size: tuple[int, int]
     scales: tuple[tuple[int, int], ...]
     boxes: tuple[tuple[Box, ...], ...]
 
     def __len__(self) -> int:
         return sum(map(len, self.boxes))
 
+    @property
+    def window(self) -> int:
+        """The shorter side of a window, px."""
+        return min(self.window_size)
+
+    @property
+    def begins_whole(self) -> bool:
+        """Whether the first window is the whole image, though it may have been resized."""
+        return self.scales[0] == self.window_size
+
     def first(self, scales: int) -> Plan:
         """Return the part that the first ``scales`` are; its windows come first in the whole as well."""
-        return Plan(self.size, self.window, self.scales[:scales], self.boxes[:scales])
+        return Plan(self.size, self.window_size, self.scales[:scales], self.boxes[:scales])
 
 
 def scale_sides(window: int, num_scales: int) -> list[int]:
@@ -62,58 +74,96 @@ def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return short_side * height // width, short_side
 
 
+def least_side(size: tuple[int, int], window: tuple[int, int]) -> int:
+    """Return the shorter side of the smallest scale that holds a window.
+
+    Where window and image have one shape, that is the window's own.
+
+    Args:
+        size: (height, width) of the image.
+        window: (height, width) of the window.
+    """
+    short = min(window)
+    while any(side < least for side, least in zip(scaled_size(*size, short), window, strict=True)):
+        short += 1
+    return short
+
+
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """Return where windows begin along one axis; the last is pulled inside the border."""
     return [*range(0, length - window, stride), length - window]
 
 
-def window_boxes(height: int, width: int, window: int, stride: int) -> Int[Tensor, "P 4"]:
+def window_boxes(height: int, width: int, window: WindowSize, stride: WindowSize) -> Int[Tensor, "P 4"]:
     """Return all windows of an image, row by row, as (x0, y0, x1, y1), half-open.
+
+    Args:
+        height: Of the image, px.
+        width: Of the image, px.
+        window: (height, width), or the side of a square, px.
+        stride: Likewise.
 
     Raises:
         ValueError: If a window does not fit the image, or the stride would leave gaps.
     """
-    return torch.tensor(_boxes(height, width, window, stride))
+    return torch.tensor(_boxes((height, width), both_sides(window), both_sides(stride)))
 
 
-def _boxes(height: int, width: int, window: int, stride: int) -> tuple[Box, ...]:
-    if window < 1 or not 1 <= stride <= window:
+def both_sides(size: WindowSize) -> tuple[int, int]:
+    """Return (height, width), of a square where one number is given."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def _in_words(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def _boxes(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]) -> tuple[Box, ...]:
+    sides = [*zip(size, window, stride, strict=True)]
+    if not all(side >= 1 and 1 <= step <= side for _, side, step in sides):
         raise ValueError(
-            f"SESS: stride {stride} with window {window}; use a window >= 1 and 1 <= stride <= window, "
-            "or the windows do not cover the image."
+            f"SESS: stride {_in_words(stride)} with window {_in_words(window)}; use a window >= 1 and 1 <= "
+            "stride <= window, or the windows do not cover the image."
         )
-    if window > min(height, width):
+    if any(side > length for length, side, _ in sides):
         raise ValueError(
-            f"SESS: window {window} exceeds the {height}x{width} scaled image; use scales >= window."
+            f"SESS: window {_in_words(window)} exceeds the {size[0]}x{size[1]} scaled image; use scales >= "
+            "window."
         )
-    return tuple(
-        (x, y, x + window, y + window)
-        for y in window_starts(height, window, stride)
-        for x in window_starts(width, window, stride)
-    )
+    rows, columns = (window_starts(*one) for one in sides)
+    return tuple((x, y, x + window[1], y + window[0]) for y in rows for x in columns)
 
 
 @lru_cache(maxsize=256)
-def plan_windows(size: tuple[int, int], window: int, stride: int, sides: tuple[int, ...]) -> Plan:
+def plan_windows(
+    size: tuple[int, int], window: WindowSize, stride: WindowSize, sides: tuple[int, ...]
+) -> Plan:
     """Lay windows over every scale of an image of ``size``.
+
+    Args:
+        size: (height, width) of the image, px.
+        window: (height, width), or the side of a square, px.
+        stride: Likewise.
+        sides: The scales' shorter sides, px.
 
     Raises:
         ValueError: If a window does not fit a scale, or the stride would leave gaps.
     """
+    window, stride = both_sides(window), both_sides(stride)
     scales = tuple(scaled_size(*size, side) for side in sides)
-    return Plan(size, window, scales, tuple(_boxes(*scale, window, stride) for scale in scales))
+    return Plan(size, window, scales, tuple(_boxes(scale, window, stride) for scale in scales))
 
 
 def windows(
     images: Float[Tensor, "B C H W"], plan: Plan, antialias: bool = True
-) -> Iterator[Float[Tensor, "C w w"]]:
+) -> Iterator[Float[Tensor, "C h w"]]:
     """Yield the windows image by image, scale by scale, row by row; only one scaled image lives at a time."""
     for image in images.split(1):
         for scale, boxes in zip(plan.scales, plan.boxes, strict=True):
             yield from _views(resize(image, scale, antialias), boxes)
 
 
-def _views(image: Float[Tensor, "1 C _ _"], boxes: Sequence[Box]) -> list[Float[Tensor, "C w w"]]:
+def _views(image: Float[Tensor, "1 C _ _"], boxes: Sequence[Box]) -> list[Float[Tensor, "C h w"]]:
     return [image[0, :, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes]
 
 
@@ -149,7 +199,7 @@ class WindowStream:
     def __len__(self) -> int:
         return len(self._images) * len(self._plan)
 
-    def take(self, which: slice) -> Float[Tensor, "K C w w"]:
+    def take(self, which: slice) -> Float[Tensor, "K C h w"]:
         """Return a batch of windows, channels last, that the caller may write to.
 
         What lies before the beginning of ``which`` cannot be had any more afterwards.

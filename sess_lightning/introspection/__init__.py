@@ -12,7 +12,6 @@ from sess_lightning.introspection.hooks import (
 from sess_lightning.introspection.layers import (
     OnGrid,
     find_target_layer,
-    input_window,
     read_features,
     resolve_layer,
 )
@@ -25,6 +24,7 @@ from sess_lightning.introspection.logits import (
     score,
     target_logits,
 )
+from sess_lightning.introspection.sizes import input_window
 
 __all__ = [
     "Grid",

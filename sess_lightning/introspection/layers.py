@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -201,29 +201,3 @@ def _no_grid(layer: nn.Module, shape: tuple[int, ...], images: tuple[int, ...]) 
         f"{images} images; name an earlier layer, leave it out to have one found, or state how its features "
         "lie: OnGrid(name, Grid(...))."
     )
-
-
-def input_window(model: nn.Module) -> int | None:
-    """Return the side of the square input a model was built for, where it says so; None otherwise.
-
-    Read from torchvision's ``image_size``, timm's ``pretrained_cfg`` and Hugging Face's
-    ``config.image_size``, on the model or on a wrapped one.
-    """
-    for module in model.modules():
-        for size in _stated_sizes(module):
-            side = size[-1] if isinstance(size, (tuple, list)) and size else size
-            if isinstance(side, int) and side > 0:
-                return side
-    return None
-
-
-def _stated_sizes(module: nn.Module) -> Iterator[Any]:
-    if hasattr(module, "encoder"):
-        yield vars(module).get("image_size")
-    cfg = vars(module).get("pretrained_cfg")
-    if isinstance(cfg, Mapping) and cfg.get("fixed_input_size"):
-        yield getattr(getattr(module, "patch_embed", None), "img_size", None)  # Of the model as it was made.
-        yield cfg.get("input_size")
-    config = vars(module).get("config")
-    if config is not None and not isinstance(config, Mapping):
-        yield getattr(config, "image_size", None)

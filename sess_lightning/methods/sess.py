@@ -19,10 +19,21 @@ from sess_lightning.engine.fusion import (
     fuse,
     smooth,
 )
-from sess_lightning.engine.windows import Plan, chunked, descent, kept_count, plan_windows, ranked, sides_of
-from sess_lightning.introspection.layers import input_window
+from sess_lightning.engine.windows import (
+    Plan,
+    WindowSize,
+    both_sides,
+    chunked,
+    descent,
+    kept_count,
+    least_side,
+    plan_windows,
+    ranked,
+    sides_of,
+)
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs
+from sess_lightning.introspection.sizes import input_size
 from sess_lightning.methods.cam import GradCAM
 from sess_lightning.methods.coarse_to_fine import descend
 from sess_lightning.ops import min_max, size_of, upsample
@@ -56,9 +67,9 @@ class SESS(SaliencyMethod):
         prefilter_ratio: Share of windows with the lowest scores to leave out, in [0, 1). Of windows whose
             log-scores differ by less than 1e-4, as those of equal content do, the earlier are kept.
         scales: The shorter sides themselves, px, instead of ``num_scales``; none below the window.
-        window: Side of a window, px; None is the size the model says it was built for, else the image's
-            shorter side.
-        stride: Step between windows, px; None is the window.
+        window: (height, width) of a window, px, or the side of a square; None is the image's own size, or
+            where the model refuses such images, the size that it says it was built for.
+        stride: Step between windows along both axes, px; None is the window.
         antialias: Antialias when a scale is smaller than the image (what torchvision does today); False is
             the published behaviour.
         theta: What a weighted value must exceed to take part in the mean, as a fraction of the top weight; 0
@@ -82,7 +93,7 @@ class SESS(SaliencyMethod):
     num_scales: int = 6
     prefilter_ratio: float = 0.0
     scales: tuple[int, ...] | None = None
-    window: int | None = None
+    window: WindowSize | None = None
     stride: int | None = None
     antialias: bool = True
     theta: float = 0.0
@@ -122,7 +133,15 @@ class SESS(SaliencyMethod):
                 )
             if self.scales is not None and list(self.scales) != sorted(self.scales):
                 raise ValueError(f"SESS: coarse_to_fine needs scales that rise, got {self.scales}.")
-        self.check_counts("window", "stride", "batch_size")
+        if isinstance(self.window, (list, tuple)):
+            object.__setattr__(self, "window", tuple(self.window))
+            if len(self.window) != 2 or min(self.window) < 1:
+                raise ValueError(
+                    f"SESS: window must be a side or (height, width) of at least 1 px, got {self.window}."
+                )
+            self.check_counts("stride", "batch_size")
+        else:
+            self.check_counts("window", "stride", "batch_size")
 
     def _check_strength(self) -> None:
         if self.stretch:
@@ -149,15 +168,17 @@ class SESS(SaliencyMethod):
         Raises:
             ValueError: If the window exceeds a scale, or the stride the window.
         """
-        window = self.window if self.window is not None else input_window(model) or min(size)
+        size = size[0], size[1]  # A torch.Size, too.
+        window = both_sides(self.window) if self.window is not None else input_size(model, size)
         stride = self.stride if self.stride is not None else window
-        return plan_windows(tuple(size), window, stride, sides_of(self.scales, window, self.num_scales))
+        sides = sides_of(self.scales, least_side(size, window), self.num_scales)
+        return plan_windows(size, window, stride, sides)
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return how many forwards of windows one map of an image of ``size`` costs."""
         plan = self.plan(model, size)
         scored, explained = self.counts(plan)
-        return scored + explained * self.base.count_forwards(model, (plan.window, plan.window))
+        return scored + explained * self.base.count_forwards(model, plan.window_size)
 
     def counts(self, plan: Plan) -> tuple[int, int]:
         """Return how many windows are scored, and how many the base then explains by forwards of its own."""
@@ -225,7 +246,7 @@ class SESS(SaliencyMethod):
         if not self.base.single_forward or not other.single_forward or other != self.base:
             return False
         plan = self.plan(model, size)
-        return plan.size == plan.scales[0] == (plan.window, plan.window)
+        return plan.begins_whole and plan.size == plan.window_size
 
     def _finished(
         self, model: nn.Module, images: Tensor, targets: Tensor
@@ -234,8 +255,7 @@ class SESS(SaliencyMethod):
         with explaining(model):
             maps, logs, first = self.fused(model, borrowed(images), borrowed(targets), plan)
         maps = min_max(maps)
-        whole = plan.scales[0] == (plan.window, plan.window)
-        scores = (logs[:, 0] if whole else logs.amax(1)).exp()
+        scores = (logs[:, 0] if plan.begins_whole else logs.amax(1)).exp()
         return Explanation(smooth(maps) if self.smoothing else maps, scores), first
 
     @torch.no_grad()

@@ -107,7 +107,7 @@ def equation_2(maps, weights, plan, which, theta, fusion="mean"):
     for weight, number, coarse in zip(weights.double().numpy(), which, maps.double().numpy(), strict=True):
         scale, (x0, y0, x1, y1) = where[number]
         canvas = np.zeros(scale)
-        canvas[y0:y1, x0:x1] = bilinear(coarse, (plan.window, plan.window))
+        canvas[y0:y1, x0:x1] = bilinear(coarse, plan.window_size)
         values.append(weight * bilinear(canvas, plan.size))
     values = np.stack(values)
     voting = values > np.maximum(theta, 1e-6 * weights.double().numpy())[:, None, None]

@@ -23,6 +23,7 @@ from sess_lightning.engine.windows import (
     chunked,
     descent,
     kept_count,
+    least_side,
     plan_windows,
     prefilter,
     ranked,
@@ -129,6 +130,33 @@ def test_windows_of_the_image_itself_are_the_image_untouched():
     assert torch.equal(right, image[0, :, :, 32:])
 
 
+@pytest.mark.parametrize(
+    ("size", "window", "side"),
+    [
+        ((96, 128), (96, 128), 96), ((128, 96), (128, 96), 96), ((96, 128), (64, 64), 64),
+        ((96, 128), (48, 64), 48), ((96, 128), (90, 300), 225), ((100, 100), (30, 90), 90),
+        ((97, 131), (97, 131), 97), ((10, 17), (3, 6), 4),
+    ],
+)  # fmt: skip
+def test_the_smallest_scale_just_holds_a_window(size, window, side):
+    assert least_side(size, window) == side
+    height, width = scaled_size(*size, side)
+    assert height >= window[0]
+    assert width >= window[1]
+    smaller = scaled_size(*size, side - 1)
+    assert smaller[0] < window[0] or smaller[1] < window[1]
+
+
+def test_rectangular_windows_cover_every_scale_row_by_row():
+    plan = plan_windows((20, 40), (20, 40), (20, 40), (20, 26))
+    assert plan.scales == ((20, 40), (26, 52))
+    assert plan.boxes == (
+        ((0, 0, 40, 20),), ((0, 0, 40, 20), (12, 0, 52, 20), (0, 6, 40, 26), (12, 6, 52, 26)),
+    )  # fmt: skip
+    assert plan.begins_whole
+    assert plan.window == 20
+
+
 def test_windows_come_image_by_image_scale_by_scale():
     images = torch.stack([picture(20, 24, 1), picture(20, 24, 2)])
     plan = plan_windows((20, 24), 16, 8, (16, 20))
@@ -170,9 +198,10 @@ def test_windows_taken_again_after_a_batch_that_failed_are_untouched(together):
 
 
 @pytest.mark.parametrize("antialias", [False, True])
-def test_crop_cuts_the_same_windows_straight_out_of_the_image(antialias):
+@pytest.mark.parametrize("window", [32, (40, 28), (30, 32)])
+def test_crop_cuts_the_same_windows_straight_out_of_the_image(window, antialias):
     image = picture(60, 45, 5)
-    plan = plan_windows((60, 45), 32, 16, (32, 45, 60))
+    plan = plan_windows((60, 45), window, (16, 12), (32, 45, 60))
     which = torch.arange(len(plan)).flip(0)
     got = crop(image, *crop_strips(plan, antialias, CPU), which)
     expected = torch.stack(list(windows(image[None], plan, antialias))).flip(0)
@@ -233,9 +262,9 @@ def test_a_window_without_a_score_weighs_nothing():
     assert channel_weights(torch.tensor([torch.nan, -torch.inf])).tolist() == [0.0, 0.0]
 
 
-@pytest.fixture
-def case():
-    plan = plan_windows((20, 27), 16, 9, (16, 20, 33))
+@pytest.fixture(params=[16, (12, 19)], ids=["squares", "rectangles"])
+def case(request):
+    plan = plan_windows((20, 27), request.param, 9, (16, 20, 33))
     generator = torch.Generator().manual_seed(0)
     which = torch.randperm(len(plan), generator=generator)[: len(plan) // 2]
     # Off zero, so that no pixel sits on the threshold where the last digit decides.

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sess_lightning.introspection.layers import find_grid, input_window
+from sess_lightning.introspection.layers import find_grid
+from sess_lightning.introspection.sizes import input_window
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from torch import nn
 
 from formula import Tiny, fill, picture
 from sess_lightning.introspection.hooks import recording
-from sess_lightning.introspection.layers import find_grid, find_target_layer, input_window
+from sess_lightning.introspection.layers import find_grid, find_target_layer
+from sess_lightning.introspection.sizes import input_window
 from sess_lightning.methods import SESS, GradCAM, HiResCAM
 
 TIMM = {

@@ -2,6 +2,7 @@ import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from formula import TARGET_LAYERS, build, equation_2, picture
 from sess_lightning.engine.fusion import canvas_strips, channel_weights, fuse
 from sess_lightning.engine.windows import prefilter, windows
 from sess_lightning.introspection.lending import explaining
+from sess_lightning.introspection.sizes import note_fed
 from sess_lightning.methods import SESS, CentreGaussian, GradCAM, Gradient, GroupCAM, GuidedBackprop
-from sess_lightning.ops import blur, resize
+from sess_lightning.ops import blur, resize, size_of
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz") if not path.stem.startswith("causal"))
@@ -129,12 +131,13 @@ def test_sess_is_a_base_like_any_other(base, tiny, images, targets):
     ("theta", "fusion", "weighs"),
     [(0.0, "mean", True), (0.3, "max", False), (0.2, "mean", False), (0.0, "average", True)],
 )
-def test_sess_is_equation_2_of_the_bases_maps_of_its_windows(base, theta, fusion, weighs, tiny):
+@pytest.mark.parametrize("window", [64, (80, 56)], ids=["squares", "rectangles"])
+def test_sess_is_equation_2_of_the_bases_maps_of_its_windows(base, theta, fusion, weighs, window, tiny):
     image, target = picture(150, 120, 3)[None], torch.tensor([2])
     method = SESS(
         base,
         scales=(64, 90),
-        window=64,
+        window=window,
         stride=50,
         prefilter_ratio=0.4,
         theta=theta,
@@ -252,18 +255,22 @@ def test_coarse_to_fine_that_scores_all_changes_nothing(base, ratio, tiny, image
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.8])
-@pytest.mark.parametrize("size", [(224, 224), (224, 300)], ids=["square", "wide"])
-def test_coarse_to_fine_descends_where_the_coarser_maps_lie(ratio, size, tiny, targets):
+@pytest.mark.parametrize(
+    ("size", "window"), [((224, 224), None), ((224, 300), 224), ((224, 300), None)],
+    ids=["square", "wide, squares", "wide"],
+)  # fmt: skip
+def test_coarse_to_fine_descends_where_the_coarser_maps_lie(ratio, size, window, tiny, targets):
     image, target = picture(*size, 3)[None], targets[:1]
-    method = SESS(GradCAM("features.5"), num_scales=4, prefilter_ratio=ratio, coarse_to_fine=0.7)
+    settings = {"num_scales": 4, "prefilter_ratio": ratio, "coarse_to_fine": 0.7, "window": window}
+    method = SESS(GradCAM("features.5"), **settings)
     plan = method.plan(tiny, size)
     every = torch.stack(list(windows(image, plan)))
     with explaining(tiny):
         maps, logs, _ = GradCAM("features.5").extract(tiny, every, target.expand(len(plan)))
-    scored, coarse = {224: (9, 5), 300: (13, 6)}[size[1]]  # Of 13 and 18 windows.
+    scored, coarse = (13, 6) if window else (9, 5)  # Of 18 and 13 windows.
 
     def fused(which):
-        strips = canvas_strips(plan, (7, 7), image.device)
+        strips = canvas_strips(plan, size_of(maps), image.device)
         return fuse([maps[None, which]], channel_weights(logs[None, which]), strips, which[None])[0]
 
     pointing, means = fused(torch.arange(coarse)), []
@@ -311,11 +318,75 @@ def test_a_model_that_grad_cam_cannot_explain_is_refused_where_coarse_to_fine_ne
         method(plain, torch.rand(2, 3, 32, 32), targets)
 
 
-def test_the_window_is_the_size_the_model_was_built_for_else_the_shorter_side(tiny):
-    method = SESS(GradCAM("features.5"), num_scales=2)
-    assert method.plan(tiny, (96, 128)).scales == ((96, 128), (123, 164))
-    tiny.pretrained_cfg = {"fixed_input_size": True, "input_size": (3, 224, 224)}
-    assert method.plan(tiny, (96, 128)).scales == ((224, 298), (288, 384))
+class Picky(nn.Module):
+    """Takes images of one size only, and says which, or another one."""
+
+    def __init__(self, net, takes, **states):
+        super().__init__()
+        self.net, self.takes, self.tried = net, takes, 0
+        vars(self).update(states)
+
+    def forward(self, images):
+        Picky.forwards += len(images)
+        if self.takes and size_of(images) != self.takes:
+            raise AssertionError(f"I take {self.takes}")
+        return self.net(images)
+
+    forwards = 0
+
+
+CFG = {"pretrained_cfg": {"fixed_input_size": True, "input_size": (3, 224, 192)}}
+METHOD = SESS(GradCAM(), num_scales=2)
+
+
+@pytest.mark.parametrize(
+    ("takes", "states", "window", "scales"),
+    [
+        (None, {}, (96, 128), ((96, 128), (123, 164))),
+        (None, CFG, (96, 128), ((96, 128), (123, 164))),
+        ((96, 128), CFG, (96, 128), ((96, 128), (123, 164))),
+        ((224, 192), CFG, (224, 192), ((224, 298), (288, 384))),
+        ((192, 224), {"config": SimpleNamespace(image_size=(192, 224))}, (192, 224),
+         ((192, 256), (247, 329))),
+        ((64, 64), {"encoder": nn.Identity(), "image_size": 64}, (64, 64), ((64, 85), (82, 109))),
+        ((90, 300), {"config": SimpleNamespace(image_size=[90, 300])}, (90, 300), ((225, 300), (289, 385))),
+    ],
+)  # fmt: skip
+def test_a_window_is_what_the_model_is_fed_and_a_stated_size_where_it_refuses_that(
+    takes, states, window, scales, tiny
+):
+    model = Picky(tiny, takes, **states)
+    plan = METHOD.plan(model, (96, 128))
+    assert (plan.window_size, plan.scales) == (window, scales)
+    assert METHOD(model, picture(96, 128, 1)[None], torch.tensor([1])).shape == (1, 96, 128)
+
+
+def test_whether_a_model_takes_images_is_tried_once_and_not_where_it_was_fed_them(tiny):
+    one, other = (Picky(tiny, (96, 128), **CFG) for _ in range(2))
+    Picky.forwards = 0
+    for _ in range(3):
+        METHOD.count_forwards(one, (96, 128))
+    assert Picky.forwards == 1
+    note_fed(other, (96, 128))
+    METHOD.count_forwards(other, (96, 128))
+    METHOD.count_forwards(Picky(tiny, (96, 128)), (96, 128))
+    assert Picky.forwards == 1
+
+
+def test_a_stated_size_leaves_the_figures_of_a_model_that_takes_any(tiny, targets):
+    image, target = picture(96, 96, 1)[None], targets[:1]
+    for states in (CFG, {"config": SimpleNamespace(image_size=518)}):
+        stating = Picky(tiny, None, **states)
+        assert torch.equal(METHOD(stating, image, target), METHOD(tiny, image, target))
+
+
+@pytest.mark.parametrize("size", [(150, 225), (225, 150)])
+@base_cases
+def test_one_full_size_scale_of_a_rectangle_is_the_base(base, size, tiny, targets):
+    image, target = picture(*size, 1)[None], targets[:1]
+    got, expected = (m.explain(tiny, image, target) for m in (SESS(base, num_scales=1), base))
+    torch.testing.assert_close(got.maps, expected.maps, **AGREEMENT)
+    torch.testing.assert_close(got.scores, expected.scores, **AGREEMENT)
 
 
 def test_scores_are_the_whole_images_where_a_window_is_the_whole_image_else_the_best_windows(tiny, targets):
@@ -323,8 +394,10 @@ def test_scores_are_the_whole_images_where_a_window_is_the_whole_image_else_the_
     probabilities = tiny(square).softmax(1)[[0, 1], targets]
     scores = SESS(GradCAM("features.5"), num_scales=2).explain(tiny, square, targets).scores
     torch.testing.assert_close(scores, probabilities)
+    scores = SESS(GradCAM("features.5"), num_scales=2).explain(tiny, wide, targets[:1]).scores
+    torch.testing.assert_close(scores, tiny(wide).softmax(1)[:, targets[0]])
     best = torch.cat([tiny(wide[..., :224]), tiny(wide[..., 176:])]).softmax(1)[:, targets[0]].amax()
-    scores = SESS(GradCAM("features.5"), num_scales=1).explain(tiny, wide, targets[:1]).scores
+    scores = SESS(GradCAM("features.5"), num_scales=1, window=224).explain(tiny, wide, targets[:1]).scores
     torch.testing.assert_close(scores, best[None])
 
 
@@ -337,6 +410,7 @@ def test_methods_print_compare_hash_and_pickle():
     assert method == SESS(GradCAM("layer4"), scales=(224, 320), prefilter_ratio=0.5)
     assert method != SESS(GradCAM("layer3"), scales=(224, 320), prefilter_ratio=0.5)
     assert hash(method) == hash(pickle.loads(pickle.dumps(method)))
+    assert SESS(GradCAM(), window=[96, 128]) == SESS(GradCAM(), window=(96, 128))
     with pytest.raises(AttributeError):
         method.theta = 0.5
 
@@ -369,6 +443,12 @@ def test_methods_print_compare_hash_and_pickle():
         ({"coarse_to_fine": 0.5, "scales": (300, 224)}, ValueError, "coarse_to_fine needs scales that rise"),
         ({"stride": 0}, ValueError, "SESS: stride must be at least 1, got 0"),
         ({"window": 0}, ValueError, "SESS: window must be at least 1, got 0"),
+        ({"window": (0, 9)}, ValueError, r"window must be a side or \(height, width\) .*, got \(0, 9\)"),
+        (
+            {"window": (9, 9, 9)},
+            ValueError,
+            r"window must be a side or .*, got \(9, 9, 9\)",
+        ),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -385,6 +465,8 @@ def test_a_setting_that_cannot_be_is_refused_at_once(wrong, error, message):
             "window 224 exceeds the 200x200 scaled image; use scales >= window",
         ),
         ({"scales": (200,)}, "window 224 exceeds the 200x200 scaled image; use scales >= window"),
+        ({"scales": (200,), "window": (100, 201)}, "window 100x201 exceeds the 200x200 scaled image"),
+        ({"stride": 101, "window": (100, 201)}, "stride 101 with window 100x201; use a window >= 1"),
         ({"stride": 225}, "stride 225 with window 224; use a window >= 1 and 1 <= stride <= window"),
     ],
 )

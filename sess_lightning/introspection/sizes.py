@@ -1,0 +1,83 @@
+"""Which images a model takes: those it was fed, and the size it says it was built for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from sess_lightning.introspection.lending import explaining
+
+Size = tuple[int, int]
+
+_TAKES: WeakKeyDictionary[nn.Module, dict[Size, bool]] = WeakKeyDictionary()
+
+
+def note_fed(model: nn.Module, size: Size) -> None:
+    """Note that a model has taken images of a size, (height, width): it need not be tried."""
+    _TAKES.setdefault(model, {})[size] = True
+
+
+def input_size(model: nn.Module, size: Size) -> Size:
+    """Return which (height, width) windows should have, so that a model takes them as it does images.
+
+    That of the images. Only where the model states another size and refuses such images, as one forward pass
+    of zeros shows, once per model and size, it is the one that it states.
+
+    Args:
+        model: Any classifier.
+        size: (height, width) of the images.
+    """
+    stated = stated_size(model)
+    return size if stated is None or stated == size or _takes(model, size) else stated
+
+
+def _takes(model: nn.Module, size: Size) -> bool:
+    known = _TAKES.setdefault(model, {})
+    if size not in known:
+        first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
+        weight = next(model.parameters(), torch.zeros(0)) if first is None else first.weight
+        channels = 3 if first is None else first.in_channels
+        zeros = torch.zeros(1, channels, *size, dtype=weight.dtype, device=weight.device)
+        try:
+            with explaining(model), torch.no_grad():
+                model(zeros)
+            known[size] = True
+        except Exception:  # noqa: BLE001 (Models refuse with anything; that they do is the answer.)
+            known[size] = False
+    return known[size]
+
+
+def input_window(model: nn.Module) -> int | None:
+    """Return the shorter side of ``stated_size``; None where the model states none."""
+    size = stated_size(model)
+    return None if size is None else min(size)
+
+
+def stated_size(model: nn.Module) -> Size | None:
+    """Return the (height, width) a model was built for, where it says so; None otherwise.
+
+    Read from torchvision's ``image_size``, timm's ``pretrained_cfg`` and Hugging Face's
+    ``config.image_size``, on the model or on a wrapped one.
+    """
+    for module in model.modules():
+        for size in _stated_sizes(module):
+            sides = [*size[-2:]] if isinstance(size, (tuple, list)) else [size]
+            if sides and all(isinstance(side, int) and side > 0 for side in sides):
+                return sides[0], sides[-1]
+    return None
+
+
+def _stated_sizes(module: nn.Module) -> Iterator[Any]:
+    if hasattr(module, "encoder"):
+        yield vars(module).get("image_size")
+    cfg = vars(module).get("pretrained_cfg")
+    if isinstance(cfg, Mapping) and cfg.get("fixed_input_size"):
+        yield getattr(getattr(module, "patch_embed", None), "img_size", None)  # Of the model as it was made.
+        yield cfg.get("input_size")
+    config = vars(module).get("config")
+    if config is not None and not isinstance(config, Mapping):
+        yield getattr(config, "image_size", None)
