@@ -1,4 +1,4 @@
-"""Every score once: its key, what a reader calls it, which end is good; and how keys are built and read."""
+"""Every score once: its key, its label, which end is good; and how keys are built and split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CURVES = (INSERTION, DELETION)
 OF_REGIONS = (POINTING_GAME, DIFFICULT, RELEVANCE_MASS, REGION_SHARE)
 """The scores that need boxes or masks."""
 DRIFTS = (DRIFT_PREVIOUS, DRIFT_INITIAL)
-"""How alike a map is to that of an earlier run."""
+"""The similarity of a map to that of an earlier run."""
 ENDS = ("ci_low", "ci_high")
 """The ends of a score's 95 % interval."""
 MINUS = "minus_"
@@ -30,14 +30,14 @@ class Score:
 
     Attributes:
         key: Its name in keys, tables and files.
-        label: What a reader sees.
-        better: Which end is the good one; empty where neither is.
-        worst: What stands in until the first run is over, so that a monitor finds the key; None for scores
-            that are logged only once they are known.
-        bounds: Lowest and highest value there can be; None where it is open.
+        label: Its display name.
+        better: Which end is the good one; empty if neither is.
+        worst: The value that stands in until the first run is over, so that a monitor finds the key; None for
+            scores that are logged only when they are known.
+        bounds: Lowest and highest possible value; None if unbounded.
         note: What it measures, in a few words.
         is_count: Whether it counts samples, images or runs.
-        is_shared: Whether it is true of the samples whatever explains them: compared methods have none.
+        is_shared: Whether it belongs to the samples, whatever explains them: compared methods have none.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Score:
 
 
 class Key(NamedTuple):
-    """What a key says; ``build(*key)`` is the key again.
+    """The parts of a key; ``build(*key)`` is the key again.
 
     Attributes:
         score: Key of the score, one of ``SCORES``.
@@ -123,7 +123,7 @@ def build(score: str, method: str = "", minus: bool = False, end: str = "") -> s
 
 
 def split(key: str) -> Key | None:
-    """Return what a key says, or None if it names no score; the inverse of ``build``."""
+    """Return the parts of a key, or None if it names no score; the inverse of ``build``."""
     method, slash, score = key.rpartition("/")
     end = next((end for end in ENDS if score.endswith(f"_{end}")), "")
     score = score.removesuffix(f"_{end}")
@@ -135,14 +135,14 @@ def split(key: str) -> Key | None:
 
 
 def check_names(names: Iterable[str], explained: str = "") -> None:
-    """Refuse names of compared methods that cannot be told apart, or that would break the keys of scores.
+    """Refuse names of compared methods that cannot be distinguished, or that would break the keys of scores.
 
     Args:
         names: Names of the methods that are scored beside the explained one.
-        explained: What the explained method is called.
+        explained: Name of the explained method.
 
     Raises:
-        ValueError: If a name is refused; it says why.
+        ValueError: If a name is refused; the message says why.
     """
     seen = {_folded(explained): explained} if explained else {}
     for name in names:
@@ -158,12 +158,12 @@ def check_names(names: Iterable[str], explained: str = "") -> None:
 
 
 def _folded(name: str) -> str:
-    """Return what is left of a name in file systems that ignore case, and in TensorBoard's tags."""
+    """Return a name as file systems that ignore case, and TensorBoard's tags, see it."""
     return re.sub(r"[^\w.-]", "_", name.casefold())
 
 
 def _objection(name: str) -> str:
-    """Return what speaks against a name; empty if nothing does."""
+    """Return the objection to a name; empty if there is none."""
     if not name.strip():
         return "it needs a text to be shown by"
     if name != name.strip() or not name.isprintable():

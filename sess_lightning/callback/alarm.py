@@ -1,4 +1,4 @@
-"""The Clever-Hans alarm: the model gets better while it looks elsewhere."""
+"""The Clever-Hans alarm: the model gets better while its maps leave the object."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sess_lightning.callback.runs import FIGURES, Run, comparable
 from sess_lightning.metrics.bootstrap import Mean, resample
 
 LEAST_RISE = 0.02
-"""How much accuracy must have risen for a fall of the explanations to be told."""
+"""How much accuracy must have risen for a fall of the explanations to be reported."""
 LEAST_FALL = 0.05
-"""How deep a figure must have fallen: maps of a healthy training move a little from run to run."""
+"""How far a figure must have fallen: maps of a healthy training change a little from run to run."""
 LEARNT = 0.5
-"""How far accuracy must be on its way from a constant guess to 1 for maps beside the object to be told."""
+"""How far accuracy must be between a constant guess and 1 for maps beside the object to be reported."""
 LEAST_SAMPLES = 8
-"""With fewer samples that can be compared, a bootstrap interval says next to nothing: the alarm is silent."""
+"""With fewer comparable samples, a bootstrap interval means little, and the alarm stays silent."""
 LEVEL = 0.99
-"""Of the paired interval: three figures are looked at, in every run."""
+"""Level of the paired interval: three figures are tested in every run."""
 TOLD = 5
 """How many samples an alarm names."""
 
@@ -31,16 +31,16 @@ class Finding:
     """A figure that is lower than it should be.
 
     Attributes:
-        figure: Which.
-        before: Its mean in the earlier run, or what a map without preference scores.
+        figure: Its key.
+        before: Its mean in the earlier run, or the score of a uniform map.
         now: Its mean in this run.
-        low: Lower end of the paired difference's interval, now less before.
+        low: Lower end of the paired difference's interval, now minus before.
         high: Its upper end, below 0.
-        samples: How many samples the difference is a mean of: classified right and with a map that is not
-            flat, in both runs.
-        flat: How many were left out for a flat map.
-        since: The earlier run; None where the figure is below that of a map without preference.
-        worst: The places of the samples with the largest difference, worst first.
+        samples: Number of samples behind the difference: those classified correctly and with a map that is
+            not flat, in both runs.
+        flat: Number of samples left out for a flat map.
+        since: The earlier run; None if the figure is compared with a uniform map.
+        worst: The indices of the samples with the largest difference, worst first.
     """
 
     figure: str
@@ -55,22 +55,22 @@ class Finding:
 
 
 def findings(runs: Sequence[Run], now: Run) -> list[Finding]:
-    """Return what there is to be alarmed about, empty if nothing.
+    """Return the reasons for an alarm; empty if there are none.
 
-    Two things are tested, each on the same samples in pairs: those that are classified right and have a map
-    that is not flat, in both runs. Each is told only if there are at least 8 of them, and if the 99 %
-    bootstrap interval of the paired mean difference lies below 0:
+    Two tests are made, on pairs of the same samples: those that are classified correctly and have a map that
+    is not flat, in both runs. A finding needs at least 8 of them, and a 99 % bootstrap interval of the paired
+    mean difference that lies below 0:
 
     * *Fall.* Against the best earlier run of each figure, and against the first: accuracy has risen by at
       least 0.02 since, and relevance mass, Pointing Game or overall has fallen by at least 0.05.
-    * *Beside the object.* Accuracy is at least half way from a constant guess to 1, and the maps hold less of
-      their mass inside the regions than maps without preference do. This needs no earlier run that was
-      good: a watermark learnt from the first step on leaves none.
+    * *Beside the object.* Accuracy is at least half way from a constant guess to 1, and the maps have less of
+    their mass inside the regions than uniform maps. This needs no good earlier run: a watermark learnt from
+    the first step on leaves none.
 
-    Neither says that the model is wrong: it may rightly use what lies around the object. It says to look.
+    Neither proves the model wrong: it may rightly use the surroundings of the object. It is a reason to look.
 
     Args:
-        runs: Earlier runs, as ``remembered`` keeps them.
+        runs: Earlier runs, from ``remembered``.
         now: This run, with its accuracy.
     """
     found = []

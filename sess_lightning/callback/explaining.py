@@ -26,18 +26,18 @@ from sess_lightning.ops import size_of
 from sess_lightning.types import Activation, Batch
 
 GRID = 16
-"""Side of the small maps by which runs are compared."""
+"""Side of the small maps that runs are compared by."""
 
 
 class Examiner:
     """Explains and scores samples, in the precision in which a Trainer validates them.
 
     Args:
-        settings: What is wanted.
+        settings: The callback's arguments.
 
     Attributes:
-        plan: What a run does; None until the first batch has passed.
-        watcher: Sees what validation calls, so that the same is explained.
+        plan: The plan of a run; None until the first batch has passed.
+        watcher: Sees the call that validation makes, so that the same one is explained.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -52,32 +52,32 @@ class Examiner:
         self._is_current = False
 
     def forget(self) -> None:
-        """Begin anew: another model, perhaps."""
+        """Start again, perhaps with another model."""
         self.plan, self._metric, self._activation = None, None, None
         self._survey = None
         self.watcher.start()
 
     def look_around(self, trainer: Trainer, protect: Callable[[], AbstractContextManager[None]]) -> None:
-        """Look at the loaders, before the first batch of a run; all processes do it together.
+        """Look at the loaders before the first batch of a run; all ranks do it together.
 
         Args:
-            trainer: Has the loaders.
-            protect: Makes a context in which an error costs a warning.
+            trainer: The Trainer with the loaders.
+            protect: Returns a context in which an error costs a warning.
         """
         self._loaders, self._is_current = None, False
         with protect():
             self._loaders = loaders_of(trainer)
         reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
-        if self._survey is None or reloads:  # The same everywhere.
+        if self._survey is None or reloads:  # The same on all ranks.
             self._survey = survey(trainer, self._loaders)
 
     @property
     def batches(self) -> float:
-        """How many batches of the watched loader pass in this run; may be infinite."""
+        """Number of batches of the watched loader in this run; may be infinite."""
         return float("inf") if self._loaders is None else self._loaders.passing(self._settings.dataloader_idx)
 
     def metric(self, model: LightningModule) -> SESSMetric:
-        """Return the metric, made on first use: a process that no batch reaches gathers from others, too."""
+        """Return the metric, made on first use: a rank without batches takes part in gathering, too."""
         if self._metric is None:
             method, compare = self._settings.methods(model, self._activation)
             self._metric = SESSMetric(method, compare=compare, grid=GRID).to(model.device)
@@ -86,19 +86,19 @@ class Examiner:
 
     @property
     def details(self) -> Mapping[str, Any]:
-        """How the scores are made, in words and numbers."""
+        """How the scores are measured, in words and numbers."""
         return {} if self.plan is None else self.plan.details
 
     @property
     def count(self) -> float:
-        """Samples of the whole data set; infinite if unknown."""
+        """Number of samples of the whole data set; infinite if unknown."""
         return float("inf") if self.plan is None else self.plan.count
 
     def read(self, model: LightningModule, batch: Any) -> Batch:
         """Read a batch, its images as the step fed them to the model.
 
         Raises:
-            ValueError: If only now, the scores being settled, labels say that they are to be sigmoids.
+            ValueError: If labels show that scores should be sigmoids, but only after the metric was made.
         """
         known = self.metric(model).methods[OWN].activation
         samples = read_batch(batch, self._settings.batch_adapter, activation=known)
@@ -118,10 +118,10 @@ class Examiner:
         return fit_logits(self.watcher.fed(samples), self.watcher.classes)
 
     def is_settled(self, size: Callable[[], tuple[int, int]]) -> bool:
-        """Return whether the plan holds for this run: that of the first batch, whose loader is the same.
+        """Return whether the plan, made from the first batch, holds for this run: its loader is the same.
 
         Args:
-            size: Gives (height, width) of the images that pass.
+            size: Returns (height, width) of the images.
         """
         if self.plan is None or self._is_current:
             return self.plan is not None
@@ -131,7 +131,7 @@ class Examiner:
         return self._is_current
 
     def settle(self, trainer: Trainer, model: LightningModule, batch: Batch, batch_idx: int) -> RunPlan:
-        """Settle what runs do, from the first batch that passes."""
+        """Make the plan of runs, from the first batch."""
         note_fed(model, size_of(batch.images))
         owners = None if self._loaders is None else self._loaders.structure
         self.plan = plan_run(
@@ -148,7 +148,7 @@ class Examiner:
         return Source(loaders.all[i], min(loaders.counts[i], self.batches), self._survey[i])
 
     def summary(self, model: LightningModule) -> Summary:
-        """Return the scores of all samples, those of other processes among them.
+        """Return the scores of all samples, including other ranks'.
 
         Raises:
             RuntimeError: If there was no sample to score.
@@ -165,10 +165,10 @@ class Examiner:
         """Explain and score samples; return the metric, whose ``latest`` they are now, and those samples.
 
         Args:
-            trainer: Knows the precision.
-            model: What is explained.
-            kept: The samples, on the host. Where nothing told how many classes the model has, some of them
-                may turn out to have none; these are left out and counted.
+            trainer: The Trainer, for its precision.
+            model: The model to explain.
+            kept: The samples, on the host. If the number of the model's classes was unknown, some labels may
+                turn out not to be classes; these samples are left out and counted.
         """
         try:
             return self._explained(trainer, model, kept), kept
@@ -185,7 +185,7 @@ class Examiner:
         if self.plan is not None:
             metric.limits = dict(self.plan.limits)
         precision, given = trainer.precision_plugin, samples.images
-        if len(set(kept.numbers)) == 1:  # Of several classes, or of one.
+        if len(set(kept.numbers)) == 1:  # One image, with one or several classes.
             given = given[:1]
         bound, precise = self.watcher.bound(model, samples), precision.forward_context()
         takes = nullcontext() if given.is_floating_point() else _rounded(model, given.dtype)
@@ -197,14 +197,14 @@ class Examiner:
                 model, images, samples.labels, samples.boxes if samples.masks is None else samples.masks,
                 difficult=samples.difficult, size=samples.size, numbers=kept.numbers[: len(images)],
             )  # fmt: skip
-        digests = kept.digests[: len(samples.labels)]  # Of several classes, one may be left: the predicted.
+        digests = kept.digests[: len(samples.labels)]  # Perhaps only the predicted class is left.
         metric.append(digests=torch.tensor(digests).to(samples.labels))
         return metric
 
 
 @contextmanager
 def _rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Have floats rounded before a model sees them: they may mean something else to it than whole numbers."""
+    """Round images before a model sees them: floats may mean something else to it than whole numbers."""
     limits = torch.iinfo(dtype)
 
     def rounded(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -218,11 +218,11 @@ def _rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _predicted(model: nn.Module, images: Tensor, samples: Batch) -> Batch:
-    """Return samples whose labels are what is predicted; regions are the label's, else there is no trial."""
+    """Return samples labelled with the predicted classes; regions are kept where the label agrees."""
     with explaining(model), torch.no_grad():
         logits = classify(model, borrowed(images))
     predicted = predict(logits)
-    if len(samples.labels) > len(images):  # Of an image's classes, the predicted one if it is among them.
+    if len(samples.labels) > len(images):  # Of an image's classes, the predicted one if there is one.
         samples = samples.take([int((samples.labels == predicted).int().argmax())])
     right = predicted == samples.labels
     masks, boxes = samples.masks, samples.boxes

@@ -1,4 +1,4 @@
-"""RunHistory: what earlier runs of a training say about the newest one."""
+"""RunHistory: comparing the newest run of a training with earlier ones."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class RunHistory:
     Args:
         prefix: First part of the callback's own keys.
         accuracy: Key of the accuracy; None to look for one.
-        rings: Whether there is to be an alarm.
-        loader: The loader that is watched.
+        rings: Whether to raise the alarm.
+        loader: The watched loader.
 
     Attributes:
-        runs: Those that are kept: the first, the best and the newest.
-        alarmed: Whether the alarm has rung, which it does once.
+        runs: The runs that are kept: the first, the best and the newest.
+        alarmed: Whether the alarm has been raised, which happens once.
         selection: The epoch to keep, so far.
-        training: Which training this is, for the page of the report.
-        last: The scores of the last run that went well.
+        training: Identifies the training, for the page of the report.
+        last: The scores of the last successful run.
     """
 
     def __init__(self, prefix: str, accuracy: str | None, rings: bool, loader: int = 0) -> None:
@@ -48,13 +48,13 @@ class RunHistory:
     def is_due(self, epoch: int, every_n_epochs: int) -> bool:
         """Return whether a validation in this epoch has a run.
 
-        It has in every n-th epoch, and in the first validation after one in which nothing was validated.
+        There is one in every n-th epoch, or in the first validation after an n-th epoch without validation.
         """
         missed = self._epoch is None or epoch // every_n_epochs > self._epoch // every_n_epochs
         return epoch % every_n_epochs == 0 or missed
 
     def forget(self) -> None:
-        """Begin another training, of which nothing is known."""
+        """Begin another training, without any history."""
         self.start_training()
         self.runs, self.last, self.alarmed = [], {}, False
         self._is_percent, self._open = False, None
@@ -65,17 +65,17 @@ class RunHistory:
         self.selection, self._epoch = Selection(), None
 
     def add(self, run: Run) -> dict[str, Tensor]:
-        """Take up a run, and return how alike its maps are to those of earlier ones."""
+        """Add a run, and return how similar its maps are to those of earlier ones."""
         self._open = run
         return drift(self.runs, run)
 
     def start_run(self, epoch: int | None) -> None:
-        """Begin a run; ``epoch`` is that of a training."""
+        """Begin a run; ``epoch`` is None outside of ``fit``."""
         self._open = None
         self._epoch = self._epoch if epoch is None else epoch
 
     def discard(self) -> None:
-        """Forget the run that was added last: it failed elsewhere."""
+        """Forget the run that was added last: it failed on another rank."""
         self._open = None
 
     @property
@@ -89,17 +89,17 @@ class RunHistory:
         """Compare the run that was added last with those before, now that its accuracy is known.
 
         Args:
-            metrics: What the training has logged. The selection's value is put beside it: ``log`` is refused
-                by now, but ModelCheckpoint, whose turn is the last, finds the key all the same.
-            count: Samples of the validation set.
+            metrics: What the training has logged. The selection's value is added to it: ``log`` is not
+                allowed any more, but ModelCheckpoint, which comes last, still finds the key.
+            count: Number of samples of the validation set.
             is_fit: Whether this run may be the one to keep.
-            title: Names a sample.
+            title: Returns a sample's name.
 
         Returns:
-            What there is to tell: the alarm, once in a training, or that no accuracy is there; else empty.
+            The text of a warning: the alarm, once in a training, or that there is no accuracy; else empty.
         """
         key = find_accuracy(metrics, self._prefix, self._loader, self._named) or ""
-        accuracy = self._accuracy(metrics, key)  # Before the earlier runs are taken: it may tell their unit.
+        accuracy = self._accuracy(metrics, key)  # Before the earlier runs are used: it may reveal their unit.
         run, self._open, earlier = self._open, None, self.runs
         if run is not None:
             run = run if accuracy is None else replace(run, accuracy=accuracy)
@@ -117,9 +117,9 @@ class RunHistory:
         return text
 
     def _accuracy(self, metrics: Mapping[str, Tensor], key: str) -> float | None:
-        """Return the accuracy as a share; None if there is none.
+        """Return the accuracy as a fraction; None if there is none.
 
-        One above 1 is in percent, and so are then all others of the training, those before included.
+        A value above 1 is in percent, and so are all others of the training, including earlier ones.
         """
         if not key or is_error(key) or doubt(key, self._named, metrics, self._prefix):
             return None
@@ -137,7 +137,7 @@ class RunHistory:
         return describe(found, run, key, [title(i) for i in range(len(run.small))]) if found else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed training goes on with."""
+        """Return the state that a resumed training needs."""
         return {
             "last": dict(self.last), "history": dict(self.training),
             "runs": [dict(vars(run)) for run in self.runs], "epoch": self._epoch,
@@ -145,7 +145,7 @@ class RunHistory:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> str:
-        """Take up what a checkpoint holds, and return what another version of it lacks or adds."""
+        """Restore the state from a checkpoint, and return what one of another version lacks or adds."""
         self.training.update({str(k): str(v) for k, v in dict(state.get("history", {})).items()})
         self.alarmed, self._epoch = bool(state.get("alarmed", False)), state.get("epoch")
         self._is_percent = bool(state.get("percent", False))
@@ -160,7 +160,7 @@ class RunHistory:
 
 
 def _read(kind: type[_Record], states: Iterable[Mapping[str, Any]], odd: set[str]) -> list[_Record]:
-    """Return the records that have what they need; missing and unknown fields are added to ``odd``."""
+    """Return the complete records; missing and unknown fields are added to ``odd``."""
     records = []
     needed = {field.name for field in fields(kind) if field.default is MISSING}
     known = {field.name for field in fields(kind)}

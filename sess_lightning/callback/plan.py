@@ -22,17 +22,17 @@ from sess_lightning.types import Activation, Batch
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What every run does, settled on the first batch that passes.
+    """What every run does, decided on the first batch.
 
     Attributes:
         size: (height, width) of the images.
-        source: Where samples come from.
-        part: Which samples this process explains or, where their order is unknown, how many.
-        budget: What is paid for: on all processes together, or on each that chooses for itself.
-        limits: For how many samples the curves of a compared method are drawn, by name; of all if missing.
-        count: Samples of the whole data set, of which the model's accuracy is a mean; infinite if unknown.
+        source: The loader of the samples.
+        part: Which samples this rank explains or, if their order is unknown, how many.
+        budget: What is paid for: on all ranks together, or on each that chooses for itself.
+        limits: For how many samples a compared method's curves are measured, by name; for all if missing.
+        count: Number of samples of the whole data set, on which accuracy is measured; infinite if unknown.
         legend: How samples and methods are named and displayed.
-        details: How the scores are made, in words and numbers.
+        details: How the scores are measured, in words and numbers.
     """
 
     size: tuple[int, int]
@@ -46,7 +46,7 @@ class RunPlan:
 
     @property
     def line(self) -> str:
-        """What is announced."""
+        """The announcement."""
         told = self.details
         return (
             f"each run explains {told['samples']} samples of {self.size[0]}x{self.size[1]} px with "
@@ -67,18 +67,18 @@ def plan_run(
     activation: Activation | None = None,
     logits: int | None = None,
 ) -> RunPlan:
-    """Settle what runs do.
+    """Decide what runs do.
 
     Args:
-        settings: What is wanted.
-        trainer: Runs the processes.
-        model: What is explained.
-        batch: The first one that passed.
-        batch_idx: Which one it is.
-        source: The loader that the batch is of.
-        loaders: All that are read.
-        activation: How logits become probabilities, where labels or the loss have said so.
-        logits: How many the model gives, where that was seen.
+        settings: The callback's arguments.
+        trainer: The Trainer of all ranks.
+        model: The model to explain.
+        batch: The first batch.
+        batch_idx: Its index.
+        source: The batch's loader.
+        loaders: All loaders of the run.
+        activation: How logits become probabilities, according to labels or the loss.
+        logits: Number of the model's logits, if known.
 
     Raises:
         ValueError: If the budget does not pay for a single sample.
@@ -107,7 +107,7 @@ def _details(
     budget: Budget,
     shares: int,
 ) -> dict[str, Any]:
-    """Say in words and numbers how scores are made."""
+    """Say in words and numbers how scores are measured."""
     size, world, names = size_of(batch.images), trainer.world_size, legend.names
     scored = {
         key: (budget.samples if method.forwards > 0 else budget.controls) * shares
@@ -132,7 +132,7 @@ def _count(batch: Batch) -> int:
 
 
 def _objects(settings: Settings, batch: Batch) -> str:
-    """Say which regions there are, and whether the Pointing Game is played on them."""
+    """Describe the regions, and whether the Pointing Game is played on them."""
     regions = batch.boxes if batch.masks is None else batch.masks
     if regions is None:
         return f"{describe_regions(regions)}, no Pointing Game"

@@ -1,4 +1,4 @@
-"""What a validation run leaves behind, so that later runs on the same samples can be compared with it."""
+"""What is remembered of a validation run, to compare later runs on the same samples with it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ FIGURES = ("relevance_mass", "pointing_game", "overall")
 
 @dataclass(frozen=True)
 class Run:
-    """One validation run; tensors and plain values only, so that a checkpoint may hold it.
+    """One validation run, in tensors and plain values that a checkpoint can hold.
 
     Attributes:
-        epoch: When it was.
-        step: Optimiser steps until then.
-        samples: What images are known by, and the classes explained; runs are compared if it is equal.
+        epoch: Epoch of the run.
+        step: Optimiser steps so far.
+        samples: Identifies the images and the classes explained; runs with the same value are compared.
         figures: Per sample, the figures of ``FIGURES`` and ``region_share``, NaN where there is none, and
             whether it is classified ``right`` and its map ``flat``.
         small: Each sample's map on a small grid.
-        accuracy: The model's, on the whole validation set; NaN if unknown.
+        accuracy: The model's accuracy on the whole validation set; NaN if unknown.
         guess: Accuracy of always naming the most frequent of the classes explained; NaN if unknown.
     """
 
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def is_right(self) -> Bool[Tensor, " N"]:
-        """Which samples the model classified right; none where an older version did not note it."""
+        """Which samples the model classified correctly; none in records of an older version."""
         return self.figures.get("right", torch.zeros(len(self.small))) > 0
 
     @property
@@ -64,13 +64,13 @@ class Run:
 
 
 class Outcome:
-    """What a run measured on all processes, as it is logged and shown.
+    """What a run measured on all ranks, as it is logged and shown.
 
     Attributes:
         values: The scores that are finite, the mean drifts among them.
         curves: As ``SESSMetric.curves`` gives them.
         samples: As ``SESSMetric.samples`` gives them.
-        drifts: How alike each sample's map is to that of earlier runs, by name.
+        drifts: How similar each sample's map is to that of earlier runs, by name.
     """
 
     def __init__(self, summary: Summary, drifts: Mapping[str, Float[Tensor, " N"]]) -> None:
@@ -81,14 +81,14 @@ class Outcome:
 
 
 def moment(trainer: Trainer, loaded: dict[str, int] | None = None) -> dict[str, int]:
-    """Return epoch and step: those of Lightning's own validation rows, so that pictures stand beside them.
+    """Return epoch and step as in Lightning's own validation rows, so that images appear beside them.
 
     Args:
-        trainer: Trains or validates.
+        trainer: The Trainer.
         loaded: Epoch and step of the checkpoint that ``validate`` or ``test`` was given.
     """
     if loaded is not None and trainer.state.fn != "fit":
-        return loaded  # Lightning would say 0.
+        return loaded  # Lightning's would be 0.
     loop = getattr(getattr(trainer, "fit_loop", None), "epoch_loop", None)
     step = int(getattr(loop, "_batches_that_stepped", trainer.global_step))
     return {"epoch": trainer.current_epoch, "step": step}
@@ -96,7 +96,7 @@ def moment(trainer: Trainer, loaded: dict[str, int] | None = None) -> dict[str, 
 
 def age(checkpoint: Mapping[str, Any]) -> dict[str, int]:
     """Return epoch and step of a checkpoint's weights."""
-    # One less: Lightning's rows at the end of an epoch carry the step of its last batch.
+    # One less: Lightning's rows at the end of an epoch have the step of its last batch.
     return {"epoch": int(checkpoint["epoch"]), "step": max(0, int(checkpoint["global_step"]) - 1)}
 
 
@@ -105,7 +105,7 @@ def record(when: Mapping[str, int], samples: Samples, predicted: bool = False) -
 
     Args:
         when: Epoch and step.
-        samples: What was explained.
+        samples: The samples that were explained.
         predicted: Whether the classes are the model's predictions, which change while the samples do not.
     """
     figures = {
@@ -128,12 +128,12 @@ def constant_guess(targets: Sequence[int]) -> float:
 
 
 def comparable(runs: Sequence[Run], now: Run) -> list[Run]:
-    """Return the runs on the very samples of ``now``."""
+    """Return the runs on the same samples as ``now``."""
     return [run for run in runs if run.samples == now.samples and run.small.shape == now.small.shape]
 
 
 def remembered(runs: Sequence[Run], now: Run) -> list[Run]:
-    """Return, in order, the runs to keep: the first, the best by each figure, and this one."""
+    """Return, in order, the runs to keep: the first, the best in each figure, and this one."""
     every = [*comparable(runs, now), now]
     best = [max(every, key=lambda run: _known(run.mean(figure))) for figure in FIGURES]
     return [run for run in every if any(run is kept for kept in (every[0], *best, now))]
@@ -144,10 +144,10 @@ def _known(value: float) -> float:
 
 
 def drift(runs: Sequence[Run], now: Run) -> dict[str, Float[Tensor, " N"]]:
-    """Return how alike each sample's map is to that of the previous and of the first run.
+    """Return how similar each sample's map is to that of the previous and of the first run.
 
-    Spearman's rank correlation of the small maps: 1 the same order, 0 none in common; NaN for flat maps.
-    Empty where there is no earlier run on the same samples.
+    Spearman's rank correlation of the small maps: 1 for the same order, 0 for an unrelated one, NaN for flat
+    maps. Empty if there is no earlier run on the same samples.
     """
     earlier = comparable(runs, now)
     if not earlier:

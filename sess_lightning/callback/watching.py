@@ -1,4 +1,4 @@
-"""Watcher: what a validation step called is what is explained, and the proof of it."""
+"""Watcher: the call of a validation step is what is explained, and this is verified."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sess_lightning.ops import size_of
 from sess_lightning.types import Activation, Batch
 
 LARGEST = 0.02
-"""How far probabilities of the replayed call may be from validation's: what bfloat16 rounds."""
+"""How far the replayed call's probabilities may be from validation's: bfloat16's rounding."""
 
 
 class Watcher:
@@ -43,11 +43,11 @@ class Watcher:
         self._open = ExitStack()
         self._is_proven = False
         self._ending: Ending | None = None
-        self._outputs = 0  # Of an image; 0 until some were seen, and with them what they end in.
+        self._outputs = 0  # Per image; 0 until some were seen, and with them their ending.
 
     @property
     def text(self) -> str:
-        """What is explained, in words."""
+        """What is explained, as text."""
         if self._forward is not None:
             return "explains what forward= returns"
         if self._call is None:
@@ -63,7 +63,7 @@ class Watcher:
         self._ending, self._outputs = None, 0
 
     def look(self, model: nn.Module) -> None:
-        """Watch the step that comes."""
+        """Watch the next step."""
         self.leave()
         self._seen = None
         if self._forward is not None or is_compiled(model):
@@ -75,30 +75,30 @@ class Watcher:
             self._seen = self._open.enter_context(self._call.watching(model))
 
     def leave(self) -> None:
-        """Give the module back; what was seen is kept until the next step."""
+        """Give the module back; the record of the step is kept until the next one."""
         self._open.close()
 
     @property
     def classes(self) -> int | None:
-        """How many logits the model gave in the last step; None if none were seen."""
+        """Number of the model's logits in the last step; None if none were seen."""
         return None if self._seen is None or self._seen.logits is None else self._seen.logits.shape[1]
 
     def activation(self, labels: Activation | None) -> Activation | None:
-        """Return how logits become probabilities: by the model itself, by labels, or by the loss; else None.
+        """Return how logits become probabilities, according to the model, the labels or the loss; else None.
 
         Args:
-            labels: What labels say.
+            labels: What the labels say.
         """
         if self._ending is not None:
             return "sigmoid" if self._ending.kind == "sigmoid" else "softmax"
         return labels or (None if self._call is None else self._call.activation)
 
     def settle(self, model: nn.Module, labels: Tensor | None) -> None:
-        """Settle after the first step what is called.
+        """After the first step, decide which call is explained.
 
         Args:
-            model: What was watched.
-            labels: Class of each image; None where images have several, or none.
+            model: The watched module.
+            labels: Class of each image; None if images have several or none.
         """
         if self._witness is not None:
             self._call = self._witness.call(labels)
@@ -110,12 +110,12 @@ class Watcher:
         self._is_settled = True
 
     def _read(self, model: nn.Module, outputs: Float[Tensor, "B N"], noted: Ending | None) -> None:
-        """Settle, once, what outputs end in."""
+        """Decide, once, which ending the outputs have."""
         self._ending = noted or ending_of(outputs, takes_probabilities(model))
         self._outputs = outputs.shape[1]
 
     def fed(self, batch: Batch) -> Batch:
-        """Return a batch with the images that the step fed to the model, and the call's other rows."""
+        """Return a batch with the images that the step gave to the model, and the call's other rows."""
         seen = self._seen
         count = len(batch) if batch.count is None else batch.count
         if seen is None or seen.images is None or len(seen.images) != count:
@@ -134,13 +134,13 @@ class Watcher:
         return to_logits(self._seen.logits[places], self._ending)
 
     def bound(self, model: nn.Module, samples: Batch) -> AbstractContextManager[None]:
-        """Have ``model(images)`` make the call that was watched, and return logits."""
+        """Make ``model(images)`` make the watched call and return logits."""
         if self._call is None:
             return calling(model, self._logits)
         return self._call.bound(model, tuple(samples.context[0]) if samples.context else ())
 
     def _logits(self, model: nn.Module, images: Tensor) -> Float[Tensor, "B N"]:
-        """Return the logits of a call that was not watched; the first tells what its outputs end in."""
+        """Return the logits of a call that was not watched; the first one shows the ending of its outputs."""
         with Endings() if self._ending or not self._outputs else nullcontext() as endings:
             forward = model.forward if self._forward is None else partial(self._forward, model)
             outputs = logits_of(forward(images))
@@ -149,11 +149,11 @@ class Watcher:
             return to_logits(outputs, self._ending, endings)
 
     def doubt(self, metric: SESSMetric, validated: Float[Tensor, "B N"] | None) -> str:
-        """Return what to warn of if the explained model is not the validated one, once; else nothing.
+        """Return a warning, once, if the explained model is not the validated one; else an empty text.
 
         Args:
-            metric: Has just scored the images.
-            validated: Validation's own logits of them; None where they are not known.
+            metric: The metric, which has just scored the images.
+            validated: Validation's own logits of them; None if unknown.
         """
         activation = metric.methods[OWN].activation
         if self._call is None and self._ending is not None and not self._is_proven:

@@ -232,7 +232,7 @@ class _Reader:
         return bool(past > 1e-4 * grid.to_maps(all_ways).abs().amax())  # Beyond rounding.
 
     def is_class_map(self, place: int) -> bool:
-        """Return whether features are the logits before pooling: each logit then depends on its own channel."""
+        """Return whether features are the logits before pooling: each logit depends on its own channel."""
         grid, logits = self._known[place], self.traced.logits
         if grid is None or grid.channels != logits.shape[1]:
             return False

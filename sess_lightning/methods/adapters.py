@@ -1,4 +1,4 @@
-"""Any attribution of captum and any CAM of grad-cam, by class or by name; the model comes back as it was."""
+"""Any attribution of captum and any CAM of grad-cam, by class or by name."""
 
 import importlib
 import inspect
@@ -24,12 +24,12 @@ from sess_lightning.ops import min_max, size_of, upsample
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
 PLACES = 7
-"""Rows and columns of the patches that perturbation methods switch where the options name none."""
+"""Rows and columns of the patches that perturbation methods switch by default."""
 
 
 @dataclass(frozen=True, init=False)
 class _Adapter(SaliencyMethod):
-    """What both adapters share: look up the class, share out the options, lend the model, count the cost."""
+    """What both adapters share: finding the class, its options, lending the model, counting the cost."""
 
     method: str | type
     options: dict[str, Any] | None = field(default=None, hash=False)
@@ -50,7 +50,7 @@ class _Adapter(SaliencyMethod):
         """Take options as keywords, or as a dict, as YAML gives them."""
         if isinstance(method, type) and method.__module__.startswith(f"{self.package.split('.')[0]}."):
             method = method.__name__
-        # YAML knows lists only, and captum tuples.
+        # YAML only has lists, but captum wants tuples.
         given = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in {**(options or {}), **more}.items()
@@ -76,7 +76,7 @@ class _Adapter(SaliencyMethod):
 
         Raises:
             ImportError: If the package is not installed.
-            ValueError: If the package has no such method, or it needs what no option gives.
+            ValueError: If the package has no such method, or an option that it needs is missing.
         """
         return self._explain(model, images, targets)[0]
 
@@ -135,7 +135,7 @@ class _Adapter(SaliencyMethod):
         return ValueError(f"{type(self).__name__}({kind.__name__}): {what}.")
 
     def _options(self, kind: type[Any], call: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Share the options out between the constructor and the call."""
+        """Distribute the options between the constructor and the call."""
         build, calls = _parameters(kind), _parameters(call)
         given = self.options or {}
         unknown = [name for name in given if name not in build and name not in calls]
@@ -152,14 +152,14 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 class _Probe(nn.Module):
-    """What the target layer's features pass through, as float32 (B, K, h, w): the layer that packages see."""
+    """The layer that packages see: the target layer's features pass through it as float32 (B, K, h, w)."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        return maps.clone()  # LRP tells input and output apart.
+        return maps.clone()  # LRP distinguishes input and output.
 
 
 class _Classifier(nn.Module):
-    """A model as the packages want it: logits alone, two of them at least, the target layer on a grid.
+    """A model as packages need it: it returns at least two logits, and its target layer is on a grid.
 
     What the packages do to it (``eval``, ``zero_grad``, swapping the layer) does not reach the model.
     """
@@ -195,7 +195,7 @@ class _Classifier(nn.Module):
 
 @contextmanager
 def _lent(model: nn.Module, site: Site | None) -> Iterator[_Classifier]:
-    """Lend a model to code that hooks, patches and differentiates as it likes; take it back as it was."""
+    """Lend a model to code that hooks, patches and differentiates freely; restore it afterwards."""
     stores = [
         store
         for module in model.modules()
@@ -206,7 +206,8 @@ def _lent(model: nn.Module, site: Site | None) -> Iterator[_Classifier]:
     generators = random.getstate(), np.random.get_state()  # noqa: NPY002
     with ExitStack() as stack:
         try:
-            # Same values, other tensors: a `backward()` leaves its gradients there, and wakes no hook of DDP.
+            # The same values in other tensors: a `backward()` leaves its gradients there, and triggers no
+            # hook of DDP.
             for module in model.modules():
                 own = module._parameters
                 own.update({name: stand_ins[p] for name, p in own.items() if p is not None})
@@ -216,7 +217,7 @@ def _lent(model: nn.Module, site: Site | None) -> Iterator[_Classifier]:
                 layer.register_forward_hook(lambda _, __, output: classifier.through_probe(site, output))
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"captum|pytorch_grad_cam")
-            for redirect in (redirect_stdout, redirect_stderr):  # Progress bars, notes to the reader.
+            for redirect in (redirect_stdout, redirect_stderr):  # Progress bars and messages.
                 stack.enter_context(redirect(io.StringIO()))
             yield classifier
         finally:
@@ -237,7 +238,7 @@ class PytorchGradCAM(_Adapter):
 
     Attributes:
         method: Name of the class, or the class itself.
-        options: For its constructor or its call; in Python keywords will do.
+        options: Options of its constructor or its call; in Python, also given as keywords.
         target_layer: As for ``GradCAM``.
         activation: How the model's logits become probabilities.
     """
@@ -251,11 +252,11 @@ class PytorchGradCAM(_Adapter):
         takes = _parameters(kind)
         if not ({"model", "target_layers"} <= takes.keys() and hasattr(kind, "forward")):
             raise self._refuse(kind, "is no CAM of a target layer")
-        # Some classes name their options on `forward` only, others on `__call__` only.
+        # Some classes document their options on `forward` only, others on `__call__` only.
         named = kind.__call__ if "targets" in _parameters(kind.__call__) else kind.forward
         build, call = self._options(kind, named)
         cam = kind(model, [model.probe], **build)
-        if "target_idx" in _parameters(named):  # FinerCAM, given a class, looks for others to tell it from.
+        if "target_idx" in _parameters(named):  # FinerCAM compares a given class with others.
             pairs = zip(images.split(1), targets.tolist(), strict=True)
             maps = np.concatenate([cam(image, None, target_idx=target, **call) for image, target in pairs])
         else:
@@ -268,17 +269,17 @@ class PytorchGradCAM(_Adapter):
 class Captum(_Adapter):
     """Any attribution of the package captum, e.g. ``Captum("IntegratedGradients", n_steps=20)``.
 
-    Where captum demands what an image classifier can do without, there are defaults: zeros (the mean image)
-    as baselines, 7 x 7 patches as features to switch off, windows of a seventh of the image for Occlusion,
-    32 images at a time. Methods of layers get the target layer.
+    Arguments that captum requires have defaults for image classifiers: zeros (the mean image) as baselines, 7
+    x 7 patches as features to switch off, windows of a seventh of the image for Occlusion, 32 images at a
+    time. Layer methods get the target layer.
 
     Attributes:
         method: Name of the class, or the class itself.
-        options: For its constructor or its ``attribute``; in Python keywords will do.
+        options: Options of its constructor or its ``attribute``; in Python, also given as keywords.
         target_layer: As for ``GradCAM``; methods of the pixels need none.
         activation: How the model's logits become probabilities.
-        absolute: Sum |attribution| over channels; False sums what it is and keeps what speaks for the target;
-            None is True for gradients by pixel, False for layers and perturbations.
+        absolute: Sum |attribution| over channels; False sums the signed one and keeps the evidence for the
+            target; None is True for pixel gradients, False for layers and perturbations.
     """
 
     absolute: bool | None = None
@@ -313,7 +314,7 @@ class Captum(_Adapter):
         if kind.__name__.endswith("LRP"):
             from captum.attr._utils.lrp_rules import IdentityRule
 
-            model.probe.rule = IdentityRule()  # As captum's documentation has it: a rule is an attribute.
+            model.probe.rule = IdentityRule()  # As in captum's documentation: a rule is an attribute.
         build, call = self._options(kind, kind.attribute)
         takes = _parameters(kind.attribute)
         given = {"model": model, "forward_func": model, "layer": model.probe}

@@ -1,4 +1,4 @@
-"""One sharp map out of many coarse ones, of turned and shifted copies."""
+"""One sharp map from many coarse ones, of rotated and shifted copies."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,10 +17,10 @@ from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
 
 class Poses(NamedTuple):
-    """How copies lie on their image.
+    """Poses of the copies of an image.
 
     Attributes:
-        angles: Turn of each copy, radians.
+        angles: Rotation of each copy, radians.
         shifts: Shift (down, right) of each copy, px.
     """
 
@@ -28,7 +28,7 @@ class Poses(NamedTuple):
     shifts: Float[Tensor, "N 2"]
 
     def places(self, size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "N h w 2"]:
-        """Return where on the image the cells of a copy's ``grid`` lie: (y, x) px from its middle."""
+        """Return the places of the cells of a copy's ``grid`` on the image: (y, x) px from its centre."""
         down, right = (
             ((torch.arange(count, device=self.angles.device) + 0.5) / count - 0.5) * side
             for side, count in zip(size, grid, strict=True)
@@ -45,8 +45,8 @@ class View(NamedTuple):
     By indices rather than ``grid_sample``, whose derivative is not deterministic on a GPU.
 
     Attributes:
-        pixels: Which, of the flattened image.
-        weights: How much of each.
+        pixels: Their indices in the flattened image.
+        weights: Their weights.
     """
 
     pixels: Int[Tensor, "N h w R"]
@@ -54,7 +54,7 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, poses: Poses, size: tuple[int, int], grid: tuple[int, int]) -> "View":
-        """Read every cell at 3 x 3 places (fewer, where it has fewer pixels), bilinearly; outside is zero."""
+        """Sample every cell at 3 x 3 places (fewer if it has fewer pixels), bilinearly; zero outside."""
         fine = [min(3, -(-side // count)) for side, count in zip(size, grid, strict=True)]
         places = poses.places(size, (grid[0] * fine[0], grid[1] * fine[1]))
         places = places + places.new_tensor([(side - 1) / 2 for side in size])
@@ -70,7 +70,7 @@ class View(NamedTuple):
         return cls(by_cell(y * size[1] + x), by_cell(weights))
 
     def read(self, pictures: Float[Tensor, "B H W"]) -> Float[Tensor, "B N h w"]:
-        """Return what all copies' cells see."""
+        """Return the values of all copies' cells."""
         seen = pictures.flatten(1).index_select(1, self.pixels.flatten()).unflatten(1, self.pixels.shape)
         found: Tensor = (seen * self.weights).sum(-1)
         return found
@@ -78,7 +78,7 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class AugmentedGradCAM(SaliencyMethod):
-    """Augmented Grad-CAM (Morbidelli et al., ICASSP 2020): super-resolution from turned and shifted copies.
+    """Augmented Grad-CAM (Morbidelli et al., ICASSP 2020): super-resolution from rotated and shifted copies.
 
     The map is the image h that, posed like each copy and reduced to the base's grid, is nearest to that
     copy's map: it minimises the mean squared difference, plus its total variation and its energy, by Adam
@@ -93,15 +93,15 @@ class AugmentedGradCAM(SaliencyMethod):
     Costs ``num_copies`` times the base; the super-resolution itself runs no model.
 
     Attributes:
-        base: What explains a copy.
-        num_copies: Copies, the image itself among them.
-        max_angle: Of a turn to either side, radians.
-        max_shift: Of a shift in any direction, as a share of the shorter side.
+        base: The method that explains a copy.
+        num_copies: Number of copies, including the image itself.
+        max_angle: Largest rotation to either side, radians.
+        max_shift: Largest shift in any direction, as a fraction of the shorter side.
         variation: Weight of the total variation.
         energy: Weight of the energy.
-        steps: Of Adam.
-        learning_rate: Of Adam.
-        seed: Of the copies' own generator; the global one is never touched.
+        steps: Steps of Adam.
+        learning_rate: Learning rate of Adam.
+        seed: Seed of the copies' own generator; the global one is never touched.
         batch_size: How many copies go through the model at once; never fewer than one per image.
     """
 
@@ -151,7 +151,7 @@ class AugmentedGradCAM(SaliencyMethod):
         return Explanation(min_max(sharp), torch.cat(logs)[0].exp())
 
     def draw(self, size: tuple[int, int], device: torch.device) -> Poses:
-        """Draw the copies' poses; the first is upright and in its place."""
+        """Draw the copies' poses; the first is the identity."""
         source = generator(device, self.seed)
         spread = 2 * torch.rand(self.num_copies, 3, generator=source, device=device) - 1
         spread[0] = 0
@@ -160,7 +160,7 @@ class AugmentedGradCAM(SaliencyMethod):
     def super_resolve(
         self, maps: Float[Tensor, "N B h w"], poses: Poses, size: tuple[int, int]
     ) -> Float[Tensor, "B H W"]:
-        """Return the images that the coarse maps are views of, by gradient descent."""
+        """Return the sharp maps of which the coarse maps are views, by gradient descent."""
         views = View.of(poses, size, size_of(maps))
         sharp = maps.new_zeros(maps.shape[1], *size)
         mean, square = torch.zeros_like(sharp), torch.zeros_like(sharp)
@@ -177,7 +177,7 @@ class AugmentedGradCAM(SaliencyMethod):
     def misfit(
         self, sharp: Float[Tensor, "B H W"], maps: Float[Tensor, "N B h w"], views: View
     ) -> Float[Tensor, " B"]:
-        """Return what is minimised, per image."""
+        """Return the objective, per image."""
         difference = (views.read(sharp) - maps.transpose(0, 1)).square().mean((1, 2, 3))
         edges = sharp.diff(dim=1).abs().sum((1, 2)) + sharp.diff(dim=2).abs().sum((1, 2))
         side = (sharp.shape[1] * sharp.shape[2]) ** 0.5
@@ -186,7 +186,7 @@ class AugmentedGradCAM(SaliencyMethod):
 
 
 def take_copies(images: Float[Tensor, "B C H W"], poses: Poses) -> Float[Tensor, "N B C H W"]:
-    """Turn and shift; what comes from outside is zero, the mean of normalised images."""
+    """Rotate and shift; zero, the mean of normalised images, comes in from outside."""
     size = size_of(images)
     where = poses.places(size, size).flip(-1) * torch.tensor([2 / size[1], 2 / size[0]], device=images.device)
     stacked = images.float().flatten(0, 1).expand(len(where), -1, -1, -1)

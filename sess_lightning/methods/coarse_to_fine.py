@@ -1,4 +1,4 @@
-"""Coarse to fine: of the finer scales, only the windows over which the coarser maps lie are scored."""
+"""Coarse to fine: of the finer scales, only the windows where the coarser maps are high are scored."""
 
 from __future__ import annotations
 

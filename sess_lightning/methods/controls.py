@@ -1,4 +1,4 @@
-"""What every score is read against: controls, which know nothing of the model, and the base, blurred."""
+"""What every score is compared with: controls, which do not use the model, and the base's map, blurred."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class _Blind(SaliencyMethod):
 
 @dataclass(frozen=True)
 class RandomMap(_Blind):
-    """Uniform noise, the same for every image of a size: what a ranking without any knowledge scores.
+    """Uniform noise, the same for all images of one size: the score of a ranking without any knowledge.
 
     Attributes:
         seed: Of its own generator; the global one is never touched.
@@ -65,7 +65,7 @@ class RandomMap(_Blind):
 
 @dataclass(frozen=True)
 class CentreGaussian(_Blind):
-    """A Gaussian in the middle of the image: what photographers' habits alone score.
+    """A Gaussian in the middle of the image: the score of photographers' habits alone.
 
     Attributes:
         sigma: Standard deviation, as a share of each side.
@@ -88,9 +88,9 @@ class CentreGaussian(_Blind):
 
 @dataclass(frozen=True)
 class Blurred(SaliencyMethod):
-    """A method's map, blurred: SESS smooths, and without this control a gain may be nothing but blur.
+    """A method's map, blurred: SESS smooths, and without this control a gain may be due to blur alone.
 
-    The sizes left out are 41 px with sigma 12 at a shorter side of 224 px, in proportion for other images.
+    The default is 41 px with sigma 12 at a shorter side of 224 px, in proportion for other images.
 
     Attributes:
         base: The method whose maps are blurred.
@@ -131,10 +131,10 @@ class Blurred(SaliencyMethod):
 
 
 def controls(method: SaliencyMethod, blurred: bool = False) -> dict[str, SaliencyMethod]:
-    """Return what a method is scored beside where the user names nothing: its base and the controls.
+    """Return what a method is compared with by default: its base and the controls.
 
     Args:
-        method: What is scored.
+        method: The method that is scored.
         blurred: Whether to add the base's map, blurred.
     """
     base = getattr(method, "base", None)

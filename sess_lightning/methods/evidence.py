@@ -1,4 +1,4 @@
-"""What speaks for a class, and the features and gradients that say so at a layer: one forward pass."""
+"""The evidence for a class, with its features and gradients at a layer, from one forward pass."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
@@ -12,11 +12,11 @@ from sess_lightning.introspection.layers import TargetLayer, read_features
 from sess_lightning.introspection.logits import target_logits
 
 Evidence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Logits (B, N) and targets (B,) -> what speaks for each target, (B,)."""
+"""Logits (B, N) and targets (B,) -> the evidence for each target, (B,)."""
 TEMPERATURE = 2.0
-"""Softens the distribution over rival classes: at 1 a confident model would name a single rival."""
+"""Softens the distribution over rival classes: at 1, a confident model would have a single rival."""
 RIVALS = 50
-"""Rival classes that count, the likeliest ones."""
+"""How many rival classes count: the likeliest ones."""
 
 
 def log_odds(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

@@ -1,4 +1,4 @@
-"""Excitation backprop: the target's evidence, handed down as probabilities from winners to their winners."""
+"""Excitation backprop: the target's evidence, passed down as winning probabilities."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsam
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
 _Run: TypeAlias = Callable[[Tensor], Tensor]
-_FLOOR = 1e-20  # A neuron excited by less passes nothing on.
+_FLOOR = 1e-20  # A neuron that is excited less passes nothing on.
 
 
 def _share(run: _Run, x: Tensor, p: Tensor) -> Tensor:
-    """Hand each output's ``p`` to the inputs, by their share in ``run(x)``: a sum of non-negative parts."""
+    """Pass each output's ``p`` to the inputs by their shares of ``run(x)``, a sum of non-negative parts."""
     with torch.enable_grad():
         x = x.clamp(min=0).requires_grad_()
         total = run(x)
@@ -44,7 +44,7 @@ class _Shared(torch.autograd.Function):
         x = ctx.saved_tensors[0].detach()
         if ctx.inhibited is None:
             return _share(ctx.excited, x, p), None, None, None
-        # Evidence against a neuron is what its negative weights let in.
+        # Evidence against a neuron comes in through its negative weights.
         found = _share(ctx.excited, x, p.clamp(min=0)) + _share(ctx.inhibited, x, (-p).clamp(min=0))
         return found, None, None, None
 
@@ -82,12 +82,12 @@ class _Added(torch.autograd.Function):
 
 
 class excitation(TorchFunctionMode):  # noqa: N801
-    """Inside, gradients are winning probabilities, for what runs there; nothing is hooked or replaced.
+    """Inside, the gradients of what runs are winning probabilities; nothing is hooked or replaced.
 
     Convolutions, linear layers and averages share a probability out in proportion to input times positive
     weight; sums, in proportion to their positive terms. Activations and norms pass it on whole; so do
-    products, to their larger factor (the smaller one is a gate). All else, maximum pooling among it, keeps
-    its own gradient.
+    products, to their larger factor (the smaller one is a gate). Everything else, including maximum pooling,
+    keeps its own gradient.
     """
 
     _WEIGHTED = frozenset({F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d})
@@ -119,7 +119,7 @@ class excitation(TorchFunctionMode):  # noqa: N801
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Give what is known its rule, pass everything else through."""
+        """Apply the rules to known functions, and pass everything else through."""
         kwargs = kwargs or {}
         x = args[0] if args else kwargs.get("input")
         tensors = [value for value in (*args[:2], *kwargs.values()) if isinstance(value, Tensor)]
@@ -157,26 +157,26 @@ class excitation(TorchFunctionMode):  # noqa: N801
 
 @dataclass(frozen=True)
 class ExcitationBackprop(SaliencyMethod):
-    """Excitation backprop (Zhang et al., ECCV 2016; IJCV 2018): where the target's winners took it from.
+    """Excitation backprop (Zhang et al., ECCV 2016; IJCV 2018): marginal winning probabilities.
 
-    The target's neuron wins with probability 1; each winner hands its probability to the inputs of its layer
+    The target's neuron wins with probability 1; each winner passes its probability to the inputs of its layer
     in proportion to input times positive weight, down to ``target_layer``, where channels are summed. Written
-    for networks of convolutions, linear layers, pooling, norms and ReLUs, with shortcuts; elsewhere, in
-    attention above all, the plain gradient stands in and no claim is made.
+    for networks of convolutions, linear layers, pooling, norms and ReLUs, with shortcuts; elsewhere, above
+    all in attention, the plain gradient is used instead and no claim is made.
 
-    As in TorchRay, norms hand everything on. Unlike there, a negative input wins nothing (the paper takes
-    inputs to be non-negative; linear bottlenecks have others), in sums neither, and bounded ReLUs and gates
-    hand everything on: so probabilities stay probabilities. The contrastive variant subtracts the map of the
-    negated target and rectifies; both are linear below the classifier, so taking the difference at the end is
-    taking it there, as the authors do.
+    As in TorchRay, norms pass everything on. Unlike in TorchRay, a negative input wins nothing, in sums
+    either (the paper assumes non-negative inputs; linear bottlenecks have others), and bounded ReLUs and
+    gates pass everything on: so probabilities stay probabilities. The contrastive variant subtracts the map
+    of the negated target and rectifies; both are linear below the classifier, so taking the difference at the
+    end is taking it there, as the authors do.
 
     Costs one forward pass, and a backward pass through the head (two, if contrastive), which is its own
     forward pass again on positive weights.
 
     Attributes:
-        target_layer: Where the map is read, as for ``GradCAM``. The paper reads it lower: VGG-16's
+        target_layer: The layer where the map is read, as for ``GradCAM``. The paper reads it lower: VGG-16's
             ``features.23``, ResNet-50's ``layer3``.
-        contrastive: Subtract what speaks against the target.
+        contrastive: Subtract the evidence against the target.
         activation: How the model's logits become probabilities.
     """
 
@@ -209,7 +209,7 @@ class ExcitationBackprop(SaliencyMethod):
     ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B N"]]:
         """Return each neuron's marginal winning probability (or the difference of two), and the logits."""
         with explaining(model):
-            resolve_layer(model, self.target_layer, images)  # Searched for by plain gradients.
+            resolve_layer(model, self.target_layer, images)  # The search uses plain gradients.
             with excitation():
                 logits, features, site = read_features(model, self.target_layer, images)
             wins = target_logits(logits, targets)

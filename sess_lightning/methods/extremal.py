@@ -16,34 +16,34 @@ from sess_lightning.ops import full_precision, min_max, size_of
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
 Perturbation: TypeAlias = Literal["blur", "fade"]
-"""What ``ExtremalPerturbation`` does to what it hides: a stronger blur, or fading to zero."""
+"""How ``ExtremalPerturbation`` hides pixels: by a stronger blur, or by fading to zero."""
 
 Reward: TypeAlias = Literal["simple", "contrastive"]
 """What ``ExtremalPerturbation`` maximises: the target's logit, or its lead over the next."""
 
 _LEVELS = 8  # Strengths of the perturbation, from the strongest to none.
-_COLDNESS = 20  # Of the soft maximum: how near it comes to the true one.
+_COLDNESS = 20  # How close the soft maximum comes to the true one.
 
 
 @dataclass(frozen=True)
 class ExtremalPerturbation(SaliencyMethod):
     """Extremal perturbations (Fong et al., ICCV 2019): smooth masks of given areas that best keep the score.
 
-    To TorchRay's rules, which the paper's numbers follow: the mask is a soft maximum of smooth bumps on a
-    grid of parameters, with a margin of one ``sigma``; outside it the image is blurred, the more the lower
-    the mask (up to a standard deviation of 20 px, in 8 levels; zero enters from the border). Its sorted
-    values are drawn towards zeros and ones in the wanted proportion, margin included, with a weight that
-    grows from 300 by 0.35 % a step. Gradient ascent with momentum, on the image and, every second step, on
-    its mirror image. The map is the mean of the masks over all areas, blurred, as in TorchRay's pointing
-    game.
+    By TorchRay's rules, which the paper's numbers follow. The mask is a soft maximum of smooth bumps on a
+    grid of parameters, with a margin of one ``sigma``. Outside it the image is blurred, more strongly where
+    the mask is lower (up to a standard deviation of 20 px, in 8 levels; zero enters from the border). The
+    mask's sorted values are drawn towards zeros and ones in the wanted proportion, margin included, with a
+    weight that grows from 300 by 0.35 % a step. Optimised by gradient ascent with momentum, on the image and,
+    every second step, on its mirror image. The map is the mean of the masks over all areas, blurred, as in
+    TorchRay's pointing game.
 
     The areas are aimed at, not forced: for 0.05, 0.1 and 0.2, 800 steps ended at 0.06, 0.11 and 0.23
     (MobileNetV2, 112 px). Costs ``steps`` forward and backward passes for each area, and a forward pass for
-    the score: far the dearest method here.
+    the score: by far the most expensive method here.
 
     Attributes:
         areas: Shares of the image that masks may keep; TorchRay's choice for PASCAL VOC.
-        steps: Of the ascent.
+        steps: Steps of the ascent.
         reward: ``"simple"`` (the target's logit) or ``"contrastive"`` (its lead over the next logit).
         perturbation: ``"blur"`` or ``"fade"`` (to zero, the mean of normalised images).
         step: Distance between the mask's parameters, px.
@@ -131,7 +131,7 @@ class ExtremalPerturbation(SaliencyMethod):
         return masks.detach()
 
     def _levels(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "L B C H W"]:
-        """Return the images from all but gone to untouched."""
+        """Return the images from fully perturbed to untouched."""
         strengths = [1 - level / (_LEVELS - 1) for level in range(_LEVELS)]
         if self.perturbation == "fade":
             return torch.stack([(1 - strength) * images.float() for strength in strengths])
@@ -148,11 +148,11 @@ class ExtremalPerturbation(SaliencyMethod):
 
 
 class Bumps(NamedTuple):
-    """Masks made of smooth bumps on a grid of parameters, to TorchRay's rules.
+    """Masks made of smooth bumps on a grid of parameters, by TorchRay's rules.
 
     A pixel's value is the soft maximum of the parameters around it, each times exp(-2 max(0, d / sigma -
     1/2)^2) of its distance d. The padded mask reaches a ``sigma`` beyond the image, so that bumps at the
-    border cover no less than others.
+    border cover as much as others.
 
     Attributes:
         size: (height, width) of the image.
@@ -209,9 +209,9 @@ class Bumps(NamedTuple):
 def perturbed(
     levels: Float[Tensor, "L B C H W"], masks: Float[Tensor, "B A H W"]
 ) -> Float[Tensor, "B A C H W"]:
-    """Read between the two levels next to the mask's value: 0 is the first, 1 the last."""
+    """Interpolate between the two levels next to the mask's value: 0 is the first, 1 the last."""
     place = masks * (len(levels) - 1)
-    # A NaN must not become an index: out of range kills the whole process on a GPU.
+    # A NaN must not become an index: on a GPU, one out of range kills the whole process.
     low = place.detach().nan_to_num().floor().long().clamp(0, len(levels) - 1)
     shape = (-1, -1, levels.shape[2], -1, -1)
 

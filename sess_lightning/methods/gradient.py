@@ -21,7 +21,7 @@ from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMe
 
 
 class PixelMethod(SaliencyMethod):
-    """A method whose maps have values of their own, before they are stretched to [0, 1].
+    """A method that returns raw maps, before they are stretched to [0, 1].
 
     ``SmoothGrad`` averages these, as its paper does.
     """
@@ -33,7 +33,7 @@ class PixelMethod(SaliencyMethod):
         """Return maps of any range and log-scores; the model and the tensors are borrowed already."""
 
     def finish(self, maps: Float[Tensor, "B H W"]) -> Float[Tensor, "B H W"]:
-        """Turn raw maps into what is shown."""
+        """Turn raw maps into final ones."""
         return min_max(maps)
 
     def explain(
@@ -62,7 +62,7 @@ class PixelMethod(SaliencyMethod):
 def pixel_gradients(
     model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B N"]]:
-    """Return the gradient of each target's logit by its image, float32, and the logits.
+    """Return the gradient of each target's logit with respect to its image, float32, and the logits.
 
     Raises:
         RuntimeError: If no gradient flows from the logits back to the pixels.
@@ -73,7 +73,7 @@ def pixel_gradients(
 
 
 def generator(device: torch.device, seed: int) -> torch.Generator:
-    """Return a method's own source of chance; the global one is never touched."""
+    """Return a method's own random generator; the global one is never touched."""
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -116,7 +116,7 @@ class _GuidedReLU(torch.autograd.Function):
 class guided_relu(TorchFunctionMode):  # noqa: N801
     """Inside, every ReLU and ReLU6 lets only positive gradients back, however the model calls it.
 
-    Nothing is hooked or replaced on the model, so a ReLU that is a function, reused or in-place is guided
+    Nothing is hooked or replaced on the model, so ReLUs that are functions, reused or in-place are guided
     too. Other activations (GELU, SiLU, Hardswish) keep their own gradient, as in the original method.
     """
 
@@ -156,7 +156,7 @@ class GuidedBackprop(PixelMethod):
     hooks after the first window, so that all later windows are plain gradients; here every window is guided.
 
     Attributes:
-        percentile: Where a map is clipped from above; 100 clips nothing.
+        percentile: The percentile above which a map is clipped; 100 clips nothing.
         activation: How the model's logits become probabilities.
     """
 
@@ -184,7 +184,7 @@ class GuidedBackprop(PixelMethod):
         return gradients.to(torch.float32).abs().sum(1), log_scores(logits.detach(), targets, self.activation)
 
     def finish(self, maps: Float[Tensor, "B H W"]) -> Float[Tensor, "B H W"]:
-        """Clip what sticks out, then stretch."""
+        """Clip outliers, then stretch."""
         return min_max(maps.clamp(max=upper_percentile(maps, self.percentile)[:, None, None]))
 
 
@@ -193,8 +193,8 @@ class IntegratedGradients(PixelMethod):
     """Integrated gradients (Sundararajan et al., ICML 2017): the sum of |attribution| over channels.
 
     An attribution is the image less its baseline, times the mean gradient of the target's logit on the
-    straight line between the two. The mean is a Gauss-Legendre sum, as captum's default is; the authors' code
-    takes equal steps, which needs several times as many for the same completeness error. Written here because
+    straight line between the two. The mean is a Gauss-Legendre sum, as in captum's default; the authors' code
+    takes equal steps, and needs several times as many for the same completeness error. Written here because
     XRAI and SESS call it on batches: captum expands a batch by all steps at once, or handles them one by one.
 
     Costs ``steps`` forward passes and as many backward passes to the pixels, and a forward pass for the
@@ -227,7 +227,7 @@ class IntegratedGradients(PixelMethod):
         targets: Int[Tensor, " B"],
         baselines: Float[Tensor, "B C H W"],
     ) -> Float[Tensor, "B C H W"]:
-        """Return signed attributions; over an image they sum to its logit less its baseline's."""
+        """Return signed attributions; over an image they sum to its logit minus its baseline's."""
         with explaining(model):
             images, baselines, targets = borrowed(images), borrowed(baselines), borrowed(targets)
             line = images - baselines
@@ -253,7 +253,7 @@ class IntegratedGradients(PixelMethod):
 
 
 def _gauss_legendre(count: int, like: Tensor) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:
-    """Return places in [0, 1] and weights that sum to 1."""
+    """Return nodes in [0, 1] and weights that sum to 1."""
     nodes, weights = np.polynomial.legendre.leggauss(count)
     places = torch.from_numpy((nodes + 1) / 2).to(like.device, torch.float32)
     return places, torch.from_numpy(weights / 2).to(like.device, torch.float32)
@@ -329,7 +329,7 @@ class SmoothGrad(SaliencyMethod):
         sigma = self.noise * (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True))
         size = max(1, self.batch_size // len(images))
         for start in range(0, self.num_samples, size):
-            # Drawn one by one: the noise does not hang on how many are made at once.
+            # Drawn one by one: the noise must not depend on how many are made at once.
             noise = [
                 torch.randn(images.shape[1:], generator=source, device=images.device)
                 for _ in range(start, min(start + size, self.num_samples))

@@ -1,4 +1,4 @@
-"""Methods that ask the model about masked images."""
+"""Methods that score masked images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class GroupCAM(SaliencyMethod):
         """Return maps on the layer's grid, and log-scores."""
         size = size_of(images)
         with explaining(model):
-            # Before the forward, which may write to them.
+            # Before the forward pass, which may write to them.
             images, given = images.contiguous(memory_format=torch.channels_last), borrowed(images)
             features, gradients, logits = layer_evidence(model, self.target_layer, given, targets)
             with torch.no_grad():
@@ -115,11 +115,11 @@ Weighting: TypeAlias = Literal["probability", "softmax"]
 
 @dataclass(frozen=True)
 class ScoreCAM(SaliencyMethod):
-    """Score-CAM (Wang et al., 2020): each channel weighs what the image, seen through it alone, scores.
+    """Score-CAM (Wang et al., 2020): each channel is weighted by the score of the image seen through it.
 
     A channel is upsampled and stretched to [0, 1] to become a mask; what it hides is zero, the mean of
-    normalised images. The paper gives two weights: its text, and its authors' code, the target's
-    probability on the masked image (``"probability"``); its algorithm 1 a softmax over channels of the
+    normalised images. The paper defines two weights: in its text, and in its authors' code, the target's
+    probability on the masked image (``"probability"``); in its algorithm 1, a softmax over channels of the
     target's scores (``"softmax"``, here of logits, as in the ``grad-cam`` package: the baseline that the
     algorithm subtracts cancels out). A flat channel hides nothing in particular and is left out, as in the
     authors' code.
@@ -147,7 +147,7 @@ class ScoreCAM(SaliencyMethod):
         self.check_counts("batch_size")
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
-        """Return one more than the layer's channels, which a forward pass of one image tells."""
+        """Return one more than the layer's channels, which a forward pass of one image shows."""
         image = _blank(model, size)
         target = torch.zeros(1, dtype=torch.long, device=image.device)
         with explaining(model):
@@ -198,18 +198,18 @@ class RISE(SaliencyMethod):
     A mask is a coin-tossed grid of cells, enlarged bilinearly and cropped at a random shift of up to a cell,
     as in the authors' code (a grid of ``cells`` squared, drawn ``cells + 1`` cells large), with the border
     clamped where scikit-image mirrors it. What a mask hides is zero, the mean of normalised images. The
-    division by the expected mask value, the same everywhere, is done for form: min-max undoes it. All images
-    of a batch meet the same masks.
+    division by the expected mask value, the same everywhere, has no effect, since min-max undoes it. All
+    images of a batch meet the same masks.
 
-    Grids are drawn on the images' device by an own generator, all at once (they are small); masks are made as
-    they are used, so that memory does not grow with their number. Costs ``num_masks`` forward passes, and one
-    for the score.
+    Grids are drawn on the images' device by a generator of their own, all at once (they are small); masks are
+    made when they are used, so that memory does not grow with their number. Costs ``num_masks`` forward
+    passes, and one for the score.
 
     Attributes:
         num_masks: Masks; the paper takes 4000 for VGG-16 and 8000 for ResNet-50.
         cells: Cells along a side.
-        probability: With which a cell stays visible.
-        seed: Of its own generator; the global one is never touched.
+        probability: Probability that a cell stays visible.
+        seed: Seed of its own generator; the global one is never touched.
         batch_size: How many masked images go through the model at once; never fewer than one per image.
         activation: How the model's logits become probabilities.
     """

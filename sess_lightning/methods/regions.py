@@ -20,12 +20,12 @@ _SEGMENTED_AT = 224  # px; the segmentation's scales are made for images of this
 
 @dataclass(frozen=True)
 class XRAI(SaliencyMethod):
-    """XRAI (Kapishnikov et al., ICCV 2019): regions, ranked by how densely they are attributed.
+    """XRAI (Kapishnikov et al., ICCV 2019): regions, ranked by the density of their attribution.
 
-    Integrated gradients from a black and from a white baseline (the image's own least and greatest value)
-    are averaged, and their largest channel is taken. Segments of the image at six scales, dilated, compete:
-    again and again the one whose pixels not yet covered have the highest mean attribution is added, and these
-    pixels take that mean as their saliency. Pixels that no segment covers share their own mean.
+    Integrated gradients from a black and from a white baseline (the image's own least and greatest value) are
+    averaged, and their largest channel is taken. Segments of the image at six scales, dilated, compete:
+    repeatedly, the one whose uncovered pixels have the highest mean attribution is added, and these pixels
+    take that mean as their saliency. Pixels that no segment covers take their own mean.
 
     Segments are scikit-image's (Felzenszwalb), as in the authors' code, so this runs on the host, image by
     image, and needs ``pip install sess-lightning[regions]``. Unlike that code, images of other sizes are
@@ -37,7 +37,7 @@ class XRAI(SaliencyMethod):
     Attributes:
         steps: Points on the line from each baseline.
         scales: Felzenszwalb's scales: the larger, the larger the segments.
-        sigma: Of the blur before segmentation, px at 224 px.
+        sigma: Standard deviation of the blur before segmentation, px at 224 px.
         min_size: Pixels of the smallest segment, at 224 px.
         dilation: Radius by which segments grow, px.
         min_gain: A segment that would add fewer pixels than this is dropped.
@@ -119,10 +119,10 @@ class XRAI(SaliencyMethod):
 def grow(
     attribution: Float[np.ndarray, "H W"], segments: Bool[np.ndarray, "S H W"], min_gain: int = 1
 ) -> Float[np.ndarray, "H W"]:
-    """Add segments by the mean attribution of what they add, until none adds ``min_gain`` pixels.
+    """Add segments in order of the mean attribution of what they add, until none adds ``min_gain`` pixels.
 
-    Sums and counts of what each segment would add are kept and reduced, not taken anew at each step: every
-    pixel of every segment is visited twice in all, where the authors' code visits it at each step.
+    Sums and counts of what each segment would add are kept and reduced rather than recomputed: every pixel of
+    every segment is visited twice in all, while the authors' code visits it at each step.
     """
     values, masks = attribution.ravel(), segments.reshape(len(segments), -1)
     counts = masks.sum(1)

@@ -1,4 +1,4 @@
-"""How sure a mean is: bootstrap intervals over images."""
+"""The uncertainty of means: bootstrap intervals over images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sess_lightning.metrics.functional import class_mean
 
 RESAMPLES = 2000
 ELEMENTS = 2**24
-"""Elements that a matrix of resamples may have; more resamples than fit are drawn in chunks."""
+"""The most elements of a matrix of resamples; if more are needed, they are drawn in chunks."""
 
 
 def bootstrap_counts(
     images: int, rows: int | None = None, seed: int = 0
 ) -> Iterator[Float[Tensor, "_ {images}"]]:
-    """Yield how often each image is drawn in each bootstrap resample, from an own generator, in chunks.
+    """Yield, in chunks, how often each image is drawn in each bootstrap resample, by a generator of its own.
 
     A resample's sum is then one matrix product, and all figures of a run share the same resamples, so that
     differences between methods are paired. The draws do not depend on the chunks.
@@ -27,7 +27,7 @@ def bootstrap_counts(
     Args:
         images: Number of images: a resample draws as many, each with all its samples.
         rows: Number of samples, which decides how many resamples fit in a chunk; None is ``images``.
-        seed: Of the generator.
+        seed: Seed of the generator.
     """
     generator = torch.Generator().manual_seed(seed)
     chunk = max(1, ELEMENTS // max(images, rows or images))
@@ -92,14 +92,14 @@ class ClassMean:
 
 
 Statistic: TypeAlias = "Mean | ClassMean"
-"""Called with how often each image is drawn in each resample, (R, images), gives that of each, (R,)."""
+"""Called with how often each image is drawn in each resample, (R, images), returns each's value, (R,)."""
 K = TypeVar("K")
 
 
 def resample(
     statistics: Mapping[K, Statistic], images: int, rows: int | None = None
 ) -> dict[K, Float[Tensor, " R"]]:
-    """Return each statistic of every bootstrap resample; arguments as for ``bootstrap_counts``."""
+    """Return every statistic of each bootstrap resample; arguments as for ``bootstrap_counts``."""
     parts: dict[K, list[Tensor]] = {key: [] for key in statistics}
     for counts in bootstrap_counts(images, rows):
         for key, statistic in statistics.items():

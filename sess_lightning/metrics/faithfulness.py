@@ -43,7 +43,7 @@ class _Faithfulness(PerSample):
         targets: Int[Tensor, " B"],
         baseline: Float[Tensor, "B C H W"] | None = None,
     ) -> None:
-        """Measure the curves of ``maps``; arguments as for the function of the same name."""
+        """Measure the curves of ``maps``; arguments as for the function with the same name."""
         curves = type(self)._curve(
             model, images, maps, targets, steps=self.steps, baseline=baseline, ties=self.ties,
             activation=self.activation, batch_size=self.batch_size,

@@ -15,7 +15,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 
 class PerSample(Metric):
-    """Keeps rows per sample and gathers them from all processes, also where one of them saw no sample."""
+    """Keeps rows per sample and gathers them from all ranks, even if one of them saw no sample."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -44,16 +44,17 @@ class PerSample(Metric):
         return held[0] if isinstance(held, list) and len(held) == 1 else dim_zero_cat(held)
 
     def pack(self) -> None:
-        """Put the rows of each state together.
+        """Concatenate the rows of each state.
 
-        Gathering then only sends them: a process whose memory ends has failed before the others wait for it.
+        Gathering then only sends them: a rank that runs out of memory has failed before the others wait for
+        it.
         """
         for name in self._empty:
             setattr(self, name, [self.rows(name)])
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Hold the rows of all processes; each has its own back at the end, whatever happened."""
+        """Hold the rows of all ranks; at the end each has its own back, even after an error."""
         self.sync(self.dist_sync_fn, should_sync=self._to_sync)
         try:
             yield
@@ -68,10 +69,10 @@ class PerSample(Metric):
         return taken
 
     def load_rows(self, rows: Mapping[str, Any]) -> None:
-        """Append rows that ``take_rows`` gave, as if they came from an update.
+        """Append rows that ``take_rows`` returned, as if they came from an update.
 
         Args:
-            rows: By state, tensors or nested lists; None stands for NaN there.
+            rows: Rows by state, tensors or nested lists in which None stands for NaN.
 
         Raises:
             ValueError: If states are missing or unknown.
@@ -88,12 +89,12 @@ class PerSample(Metric):
         self._update_count += 1
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # What torchmetrics would send for a process without samples fits neither the others' kind nor shape.
+        # For a rank without samples, torchmetrics would send another dtype and shape than the others.
         self.pack()
         super()._sync_dist(*args, **kwargs)
 
     def _copy_state_dict(self) -> dict[str, Any]:
-        # Rows are appended and never written to: copying the lists will do, and needs no memory.
+        # Rows are appended and never written to: copying the lists is enough, and needs no memory.
         return {
             name: list(state) if isinstance(state, list) else state.detach().clone()
             for name in self._defaults
@@ -104,8 +105,8 @@ class PerSample(Metric):
 def keep_apart(metric: Metric, *options: Any) -> None:
     """Give a metric a state that is named after the options by which it updates.
 
-    A MetricCollection updates only one of several metrics of one class whose states are the same after the
-    first batch, whatever their options.
+    A MetricCollection updates only one of several metrics of one class whose states are equal after the first
+    batch, even if their options differ.
     """
     name = sha1(repr(options).encode(), usedforsecurity=False).hexdigest()[:12]
     metric.add_state(f"options_{name}", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")

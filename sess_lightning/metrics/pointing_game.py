@@ -20,13 +20,13 @@ class PointingGame(Metric):
 
     Args:
         num_classes: Number of classes.
-        tolerance: Distance in px that still hits, exclusive, at the regions' resolution.
+        tolerance: Distance below which a point hits, px of the regions' resolution, exclusive.
         unseen_as_zero: Count classes without a trial as 0 in the mean, as TorchRay does.
         kwargs: For ``torchmetrics.Metric``.
 
     Attributes:
-        hits: Per class, int64.
-        misses: Per class, int64.
+        hits: Hits per class, int64.
+        misses: Misses per class, int64.
         skipped: Maps without a region, int64.
 
     Source: Zhang et al., IJCV 2018, with TorchRay's rules.
@@ -81,7 +81,7 @@ class PointingGame(Metric):
         regions = read_regions(regions, size=size_of(maps), labels=targets)
         hit = pointing_hits(maps, regions, self.tolerance, size)
         trial = has_region(regions, maps.device)
-        # Sums, not in-place: the state may have been made in inference mode.
+        # Sums rather than in place: the state may have been made in inference mode.
         self.hits = self.hits.index_add(0, targets.long(), (trial & hit).long())
         self.misses = self.misses.index_add(0, targets.long(), (trial & ~hit).long())
         self.skipped = self.skipped + (~trial).sum()

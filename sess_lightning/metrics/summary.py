@@ -16,18 +16,18 @@ from sess_lightning.scores import ENDS, Key, build
 
 NO_TRIAL = -1
 LEAST_TO_GAIN = 0.05
-"""Mean drop in probability from image to baseline below which there is no scale to divide a curve by."""
+"""Below this mean drop in probability from image to baseline, curves are not normalised."""
 CURVE_SCORES = ("insertion", "deletion", "overall")
 POINTING_SCORES = ("pointing_game", "pointing_game_difficult")
 
 
 class Rows(NamedTuple):
-    """A row per sample, by rising number of the image, those of an image together; method 0 explains.
+    """A row per sample, in the order of the images; method 0 is the explained one.
 
     Attributes:
-        numbers: The image's number. Where processes count for themselves, several images have the same:
-            first the first process's.
-        image_of: Which image the sample belongs to, from 0, whatever the numbers.
+        numbers: The image's number. Where ranks number images by themselves, several images have the same
+            number: the first rank's comes first.
+        image_of: Index of the sample's image, from 0, whatever the numbers.
         targets: The class explained.
         predicted: The class predicted.
         difficult: 1 in the "difficult" subset, 0 not, -1 unknown.
@@ -61,7 +61,7 @@ class Rows(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What is known of each sample and the explained method's map of it, of all processes, on the host.
+    """Each sample of all ranks, with the scores of the explained method's map, on the host.
 
     Attributes:
         numbers: As in ``Rows``.
@@ -93,7 +93,7 @@ class Samples(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """All that a metric has to tell.
+    """All results of a metric.
 
     Attributes:
         values: As ``SESSMetric.compute`` gives them.
@@ -110,9 +110,9 @@ def in_order(states: Mapping[str, Tensor], left_out: int = 0) -> Rows:
     """Return a metric's states, on the host, as rows in order.
 
     Args:
-        states: By name, in the order in which updates and processes appended them. ``begins`` tells where an
-            image's rows begin: 1 + its number there, else 0. Numbers of several processes may be the same,
-            so that a number alone would not tell images apart.
+        states: States by name, in the order in which updates and ranks appended them. ``begins`` marks where
+            an image's rows begin: 1 + its number there, else 0. Ranks may use the same numbers, so that a
+            number alone does not identify an image.
         left_out: As in ``Rows``.
     """
     begins = states["begins"]
@@ -128,12 +128,12 @@ def in_order(states: Mapping[str, Tensor], left_out: int = 0) -> Rows:
 def scores(rows: Rows, methods: Sequence[str]) -> dict[str, float]:
     """Return every score by its key (``sess_lightning.scores``); an empty dict where there are no rows.
 
-    A score is left out where there is nothing to tell: no Pointing Game without regions, no difficult subset
-    without marks.
+    Scores without data are left out: there is no Pointing Game without regions, no difficult subset without
+    marks.
 
     Args:
-        rows: Of at least one method.
-        methods: Their names; the explained one's, the first, is empty.
+        rows: Rows of at least one method.
+        methods: The methods' names; the first, the explained one's, is empty.
     """
     if not len(rows.targets):
         return {}
@@ -145,7 +145,7 @@ def scores(rows: Rows, methods: Sequence[str]) -> dict[str, float]:
     values |= {build(*key): statistic.value for key, statistic in statistics.items()}
     resampled = resample(statistics, int(rows.image_of[-1]) + 1, len(rows.targets))
     for name, score in product(methods[1:], POINTING_SCORES):
-        if (other := Key(score, name)) in resampled:  # A mean over classes: no mean of paired differences.
+        if (other := Key(score, name)) in resampled:  # A mean over classes has no paired differences.
             values[build(score, name, minus=True)] = values[score] - values[build(*other)]
             resampled[Key(score, name, minus=True)] = resampled[Key(score)] - resampled[other]
     for key, drawn in resampled.items():
@@ -155,7 +155,7 @@ def scores(rows: Rows, methods: Sequence[str]) -> dict[str, float]:
 
 
 def _counts(rows: Rows) -> dict[str, float]:
-    """Return what is true of the samples, whatever explains them."""
+    """Return the scores that belong to the samples, whatever explains them."""
     values = {
         "n": len(rows.targets),
         "nan": int((~rows.ends.isfinite().all(1)).sum()),
@@ -172,7 +172,7 @@ def _counts(rows: Rows) -> dict[str, float]:
 
 
 def _of_maps(rows: Rows, i: int) -> dict[str, float]:
-    """Return what is told of method ``i`` without an interval."""
+    """Return the scores of method ``i`` that have no interval."""
     areas = _areas(rows, i)
     drawn = areas[:, 2].isfinite()
     values = {
@@ -180,7 +180,7 @@ def _of_maps(rows: Rows, i: int) -> dict[str, float]:
         "flat": float(rows.flat[:, i].sum()),
         "tied_share": float(rows.tied[:, i].double().mean()),
     }
-    # Of a map with negative values no share lies anywhere.
+    # The sum of a map with negative values has no shares.
     signed = int((rows.mass[:, i].isnan() & rows.share.isfinite()).sum())
     if signed:
         values["signed"] = float(signed)
@@ -194,7 +194,7 @@ def _of_maps(rows: Rows, i: int) -> dict[str, float]:
 
 
 def _statistics(rows: Rows, i: int, name: str) -> dict[Key, Statistic]:
-    """Return what is resampled of method ``i``, and of its difference to the explained one."""
+    """Return the statistics to resample of method ``i``, and of its difference to the explained one."""
     statistics: dict[Key, Statistic] = {}
     for names, column in (CURVE_SCORES, _areas), (("relevance_mass",), _masses):
         values = column(rows, i)
@@ -214,7 +214,7 @@ def _statistics(rows: Rows, i: int, name: str) -> dict[Key, Statistic]:
 
 
 def _trials(rows: Rows, i: int) -> dict[str, Tensor]:
-    """Return the samples of each Pointing Game that method ``i`` has played."""
+    """Return the samples of each Pointing Game of method ``i``."""
     trial = rows.hits[:, i] != NO_TRIAL
     subsets = zip(POINTING_SCORES, (trial, trial & (rows.difficult == 1)), strict=True)
     return {score: chosen for score, chosen in subsets if chosen.any()}
@@ -235,7 +235,7 @@ def mean_curves(rows: Rows, methods: Sequence[str]) -> dict[str, Float[Tensor, "
 
 
 def samples(rows: Rows) -> Samples:
-    """Return what is known of each sample and the explained method's map of it."""
+    """Return each sample with the scores of the explained method's map."""
     insertion, deletion = curve_auc(rows.probabilities[:, 0]).unbind(1)
     return Samples(
         rows.numbers, rows.targets, rows.predicted, rows.ends[:, 0], insertion, deletion, rows.hits[:, 0],
@@ -244,9 +244,9 @@ def samples(rows: Rows) -> Samples:
 
 
 def sample_scores(rows: Rows, i: int) -> dict[str, Float[Tensor, " N"]]:
-    """Return each sample's scores of method ``i``, float64; NaN where there is nothing to tell.
+    """Return each sample's scores of method ``i``, float64; NaN where there is none.
 
-    ``hit`` is what the Pointing Game's accuracy is a mean of.
+    ``hit`` is the value whose mean is the Pointing Game's accuracy.
     """
     hits = rows.hits[:, i].double()
     columns = dict(zip(CURVE_SCORES, _areas(rows, i).unbind(1), strict=True)) | {
