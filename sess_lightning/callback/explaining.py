@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from sess_lightning.callback.batches import fit_logits, read_batch
+from sess_lightning.callback.guard import UnsafeError
 from sess_lightning.callback.keeping import Kept
 from sess_lightning.callback.loaders import Holding, Loaders, Source, loaders_of, survey
 from sess_lightning.callback.plan import RunPlan, plan_run
@@ -131,7 +132,18 @@ class Examiner:
         return self._is_current
 
     def settle(self, trainer: Trainer, model: LightningModule, batch: Batch, batch_idx: int) -> RunPlan:
-        """Make the plan of runs, from the first batch."""
+        """Make the plan of runs, from the first batch.
+
+        Raises:
+            UnsafeError: If processes that explain different numbers of images would hang.
+        """
+        if trainer.world_size > 1 and self.watcher.communicates:
+            raise UnsafeError(
+                "the model's forward pass communicates between processes (all_gather or the like), but they "
+                "explain different numbers of images and would wait for each other for ever. Explain it in a "
+                "Trainer of its own, Trainer(devices=1, callbacks=[SESSCallback()]).validate(model, ...), or "
+                "say what gives logits without that, SESSCallback(forward=lambda module, images: logits)."
+            )
         note_fed(model, size_of(batch.images))
         owners = None if self._loaders is None else self._loaders.structure
         self.plan = plan_run(

@@ -25,6 +25,10 @@ PATIENCE = 3
 """After so many failed runs in a row the callback is switched off."""
 
 
+class UnsafeError(RuntimeError):
+    """Explaining this model here would harm the training: no later run is tried until the next start."""
+
+
 class RunGuard:
     """Turns errors into warnings, counts failures, and lets the ranks agree whether a run goes on.
 
@@ -39,14 +43,14 @@ class RunGuard:
     def __init__(self, on_error: Literal["warn", "raise"] = "warn") -> None:
         self.on_error = on_error
         self.failed, self.seconds = 0, 0.0
-        self._in_a_row, self._broken, self._flawed = 0, False, False
+        self._in_a_row, self._broken, self._flawed, self._is_unsafe = 0, False, False, False
         self._place = "process 0, epoch 0"
         self._told: set[str] = set()
 
     @property
     def is_off(self) -> bool:
-        """Whether too many runs in a row have failed."""
-        return self._in_a_row >= PATIENCE
+        """Whether too many runs in a row have failed, or none can be right."""
+        return self._is_unsafe or self._in_a_row >= PATIENCE
 
     @property
     def is_broken(self) -> bool:
@@ -55,7 +59,7 @@ class RunGuard:
 
     def start(self, trainer: Trainer) -> None:
         """Begin to fit, validate or test: earlier failures are forgiven."""
-        self._in_a_row = 0
+        self._in_a_row, self._is_unsafe = 0, False
         self._told.clear()
         self.start_run(trainer)
 
@@ -83,9 +87,8 @@ class RunGuard:
             self._flawed, self._broken = True, self._broken or not costs
             if self.on_error == "raise":
                 raise
-            # Only the text: an exception would keep tensors alive.
-            self.warn(f"{type(error).__name__}: {error} Training goes on; this run's "
-                      f"{costs or 'explanations are left out'}. {_remedy(error)}")  # fmt: skip
+            self._is_unsafe = self._is_unsafe or isinstance(error, UnsafeError)
+            self.warn(_told(error, costs))  # Only the text: an exception would keep tensors alive.
         finally:
             self.seconds += time.perf_counter() - started
 
@@ -97,7 +100,7 @@ class RunGuard:
         """Count the run; all ranks must pass the same value."""
         self.failed += self._flawed or not succeeded
         self._in_a_row = 0 if succeeded else self._in_a_row + 1
-        if self.is_off:
+        if self._in_a_row == PATIENCE and not self._is_unsafe:
             self.warn("three runs failed in a row; SESSCallback is off until the next start.")
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,6 +122,13 @@ class RunGuard:
             warnings.warn(text, SESSWarning, stacklevel=4)
         except SESSWarning:  # Warnings may be errors in this process; the run goes on anyway.
             rank_zero_info(text)
+
+
+def _told(error: Exception, costs: str) -> str:
+    if isinstance(error, UnsafeError):
+        return f"off until the next start: {error}"
+    lost = costs or "explanations are left out"
+    return f"{type(error).__name__}: {error} Training goes on; this run's {lost}. {_remedy(error)}"
 
 
 def _remedy(error: Exception) -> str:

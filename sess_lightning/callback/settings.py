@@ -67,10 +67,7 @@ class Settings:
                 raise ValueError(
                     f"SESSCallback: {name} must be a whole number of at least {least}, got {value!r}."
                 )
-        if not self.prefix or self.prefix.startswith("/") or ".." in self.prefix.split("/"):
-            raise ValueError(
-                f'SESSCallback: prefix begins keys and folders: no "..", no leading "/", got {self.prefix!r}.'
-            )
+        _check_prefix(self.prefix)
         if self.tolerance is not None and not self.tolerance > 0:
             raise ValueError(f"SESSCallback: tolerance must be positive px, got {self.tolerance!r}.")
         if self.target not in ("label", "predicted"):
@@ -154,3 +151,17 @@ class Settings:
         resized = batch.size is None if batch.masks is None else size_of(batch.masks) == size
         scale = min(size) / LITERATURE_SIDE if resized else 1
         return self.tolerance or LITERATURE_TOLERANCE * scale
+
+
+def _check_prefix(prefix: object) -> None:
+    if not isinstance(prefix, str):
+        raise TypeError(f"SESSCallback: prefix must be a text, got {prefix!r}.")
+    parts = prefix.split("/")
+    if not prefix.strip() or not parts[0] or ".." in parts or not prefix.isprintable():
+        raise ValueError(
+            f'SESSCallback: prefix begins keys and folders: no "..", no leading "/", got {prefix!r}.'
+        )
+    if any(part.startswith("dataloader_idx_") for part in parts):
+        raise ValueError(
+            f'SESSCallback: Lightning keeps "dataloader_idx_" in keys for itself, got prefix {prefix!r}.'
+        )

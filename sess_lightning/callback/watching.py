@@ -83,6 +83,11 @@ class Watcher:
         """Number of the model's logits in the last step; None if none were seen."""
         return None if self._seen is None or self._seen.logits is None else self._seen.logits.shape[1]
 
+    @property
+    def communicates(self) -> bool:
+        """Whether the call that is explained exchanges something between processes."""
+        return self._call is not None and self._call.communicates
+
     def activation(self, labels: Activation | None) -> Activation | None:
         """Return how logits become probabilities, according to the model, the labels or the loss; else None.
 

@@ -20,13 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from typing_extensions import override
 
 from sess_lightning.introspection.calls import calling, hooked
-from sess_lightning.introspection.probabilities import (
-    Ending,
-    Endings,
-    is_same,
-    noting,
-    to_logits,
-)
+from sess_lightning.introspection.collectives import collectives
+from sess_lightning.introspection.probabilities import Ending, Endings, is_same, noting, to_logits
 from sess_lightning.types import Activation
 
 MOST_CHANNELS = 16
@@ -65,6 +60,7 @@ class Call:
         activation: How the logits become probabilities, according to the loss computed from them.
         turn: Index of the call among the module's calls of this form in one step.
         ending: What the model applies to its logits before it returns them: a softmax or a sigmoid.
+        communicates: Whether processes exchanged something during the call.
     """
 
     module: str
@@ -78,6 +74,7 @@ class Call:
     activation: Activation | None = None
     turn: int = 0
     ending: Ending | None = None
+    communicates: bool = False
 
     def is_made_by(self, record: _Record) -> bool:
         """Return whether a record is of this call."""
@@ -165,6 +162,7 @@ class _Record:
     is_inner: bool
     passed: tuple[int, int]
     output: Any = None
+    exchanged: int = 0
 
 
 _Candidate = tuple[_Record, tuple[Step, ...], Tensor]
@@ -240,6 +238,7 @@ class Witness:
         is_inner = leaves[place].shape[1] != outer.shape[1]
         passed = len(self._reading.passed)
         record = _Record(name, leaves, spec, place, len(self._open), turn, is_inner, (passed, passed))
+        record.exchanged = -collectives()
         self._records.append(record)
         self._open.append(record)
 
@@ -249,6 +248,7 @@ class Witness:
             while (record := self._open.pop()).module != name:
                 pass
             record.output, record.passed = output, (record.passed[0], len(self._reading.passed))
+            record.exchanged += collectives()
 
     def call(self, labels: Tensor | None = None) -> Call | None:
         """Return the call that made the logits; None if no call took images and returned a score per class.
@@ -319,7 +319,7 @@ class Witness:
         ending = self._reading.of(logits, slice(*record.passed))
         return Call(
             record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts, said,
-            record.turn, ending,
+            record.turn, ending, record.exchanged > 0,
         )  # fmt: skip
 
 

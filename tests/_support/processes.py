@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import multiprocessing
 from torch.utils.data import DataLoader, IterableDataset, Subset
+from torchmetrics import MeanMetric
 
 from faults import FAULTS, STAGES, Red, failing
 from lightning_models import Classifier, Knowing, Squares, boxed, fit, validate
@@ -161,6 +162,48 @@ class Rising(Knowing):
         self.log("val_acc", 0.6 + 0.2 * self.current_epoch, sync_dist=True)
 
 
+class Reducing(Classifier):
+    """Looks at the brightness of all processes' images."""
+
+    def forward(self, images):
+        mean = images.mean()
+        torch.distributed.all_reduce(mean)
+        return super().forward(images) + 0 * mean
+
+
+class Gathering(Classifier):
+    """Tells the others how many images it was given, in a part of its own and a group of its own."""
+
+    def forward(self, images):
+        group = torch.distributed.new_group()
+        told = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(told, len(images), group=group)
+        return super().forward(images)
+
+
+class Metrical(Classifier):
+    """Keeps a metric in its forward that is gathered in every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.brightness = MeanMetric(dist_sync_on_step=True)
+
+    def forward(self, images):
+        self.brightness(images.mean())
+        return super().forward(images)
+
+
+COMMUNICATING = {"all_reduce": Reducing, "all_gather_object": Gathering, "a metric": Metrical}
+
+
+def communicating(folder, module, *callbacks):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SESSWarning)
+        its = fit(folder, *callbacks, module=module, max_epochs=2, num_sanity_val_steps=0)
+    told = [str(each.message) for each in caught if issubclass(each.category, SESSWarning)]
+    return {"weights": fingerprint(its), "told": told}
+
+
 @dataclass(frozen=True)
 class Leaving(SaliencyMethod):
     """The bright square in the first run, then all but that."""
@@ -211,6 +254,10 @@ def cases(folder, world):
         for name, fault in FAULTS.items():
             yield f"fault: {name}", faulty(f"{folder}/{name}", fault)
     if world == 2:
+        for name, module in COMMUNICATING.items():
+            for callbacks in ([], [callback(num_samples=3)]):
+                where = f"{folder}/{name} {len(callbacks)}"
+                yield f"{name}, {len(callbacks)}", communicating(where, module, *callbacks)
         yield "warnings", {"with": warned(folder, callback()), "without": warned(folder)}
         for stage, on_rank in product(STAGES, (0, 1)):
             yield f"{stage}, {on_rank}", broken_off(f"{folder}/{stage} {on_rank}", stage, on_rank)
@@ -231,9 +278,9 @@ def process(rank, world, port, folder):
     Path(f"{folder}/{world}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def main(folder):
+def main(folder, worlds=(1, 2, 3)):
     found = {}
-    for world in (1, 2, 3):
+    for world in worlds:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -246,4 +293,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], [*map(int, sys.argv[2:])] or (1, 2, 3))

@@ -25,6 +25,11 @@ from sess_lightning.methods import GradCAM
         ({"target": "truth"}, ValueError, 'target must be "label" or "predicted", got \'truth\''),
         ({"prefix": "../up"}, ValueError, r'no "\.\.", no leading "/", got \'\.\./up\''),
         ({"prefix": "/etc"}, ValueError, "no leading \"/\", got '/etc'"),
+        ({"prefix": " "}, ValueError, "prefix begins keys and folders"),
+        ({"prefix": "se\nss"}, ValueError, "prefix begins keys and folders"),
+        ({"prefix": "sess/dataloader_idx_1"}, ValueError, 'Lightning keeps "dataloader_idx_" in keys'),
+        ({"prefix": "dataloader_idx_0/sess"}, ValueError, 'Lightning keeps "dataloader_idx_" in keys'),
+        ({"prefix": 3}, TypeError, "prefix must be a text, got 3"),
         ({"compare": {"minus_blur": GradCAM()}}, ValueError, '"minus_" begins the keys of differences'),
         (
             {"compare": {"SESS": GradCAM()}},

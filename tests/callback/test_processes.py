@@ -8,7 +8,7 @@ import pytest
 
 from callbacks import WORST
 from faults import FAULTS, STAGES
-from processes import SAMPLED, SHARDED
+from processes import COMMUNICATING, SAMPLED, SHARDED
 from sess_lightning.callback.sampling import spread
 
 
@@ -147,3 +147,11 @@ def test_several_processes_warn_of_nothing_that_they_do_not_warn_of_without_the_
     for found in processes[2]:
         assert found["warnings"]["with"] == found["warnings"]["without"]
         assert len(found["warnings"]["with"]) >= 1  # So it would be noticed.
+
+
+@pytest.mark.parametrize("kind", COMMUNICATING)
+def test_a_forward_pass_that_communicates_is_left_alone_with_a_word(processes, kind):
+    for found in processes[2]:
+        assert found[f"{kind}, 1"]["weights"] == found[f"{kind}, 0"]["weights"]
+        (told,) = found[f"{kind}, 1"]["told"]
+        assert "off until the next start: the model's forward pass communicates between processes" in told
