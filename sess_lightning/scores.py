@@ -11,7 +11,7 @@ INSERTION, DELETION, OVERALL = "insertion", "deletion", "overall"
 POINTING_GAME, DIFFICULT, RELEVANCE_MASS = "pointing_game", "pointing_game_difficult", "relevance_mass"
 REGION_SHARE, TIED_SHARE = "region_share", "tied_share"
 DRIFT_PREVIOUS, DRIFT_INITIAL = "drift_previous", "drift_initial"
-SELECTION = "selection"
+SELECTION, CURVES_N, SECONDS_PER_IMAGE = "selection", "curves_n", "seconds_per_image"
 CURVES = (INSERTION, DELETION)
 """The scores that are areas under curves, in the order in which curves are kept."""
 OF_REGIONS = (POINTING_GAME, DIFFICULT, RELEVANCE_MASS, REGION_SHARE)
@@ -88,9 +88,9 @@ SCORES = {
         Score(DRIFT_PREVIOUS, "Like the previous run", "", None, (-1.0, 1.0), "rank correlation of maps"),
         Score(DRIFT_INITIAL, "Like the first run", "", None, (-1.0, 1.0), "rank correlation of maps"),
         Score(SELECTION, "Selection", "higher"),
-        Score("seconds_per_image", "Seconds per image", "lower"),
+        Score(SECONDS_PER_IMAGE, "Seconds per image", "lower"),
         _count("n", "explained"),
-        _count("curves_n", "with curves", is_shared=False),
+        _count(CURVES_N, "with curves", is_shared=False),
         _count("pointing_game_n", "in the Pointing Game"),
         _count("pointing_game_difficult_n", "in the Pointing Game, difficult"),
         _count("images", "images"),

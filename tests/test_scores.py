@@ -1,11 +1,25 @@
 """Scores and their keys."""
 
+import ast
 import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 
-from sess_lightning.scores import ENDS, SCORES, Key, build, check_names, split
+import sess_lightning
+from sess_lightning.scores import (
+    CURVES_N,
+    ENDS,
+    SCORES,
+    SELECTION,
+    Key,
+    build,
+    check_names,
+    split,
+)
+
+ROOT = Path(sess_lightning.__file__).parent
 
 
 def test_keys_are_written_as_documented():
@@ -85,3 +99,27 @@ def test_the_explained_methods_name_is_taken():
         ValueError, match="'SESS' cannot be told from 'SESS', the name of the explained method"
     ):
         check_names(["base", "SESS"], explained="SESS")
+
+
+def _texts(tree):
+    """Return the texts in a module's code; ``__all__`` names functions, and docstrings are prose."""
+    prose = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr)
+        or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__")
+        for part in ast.walk(node.value)
+    }
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+    }
+
+
+@pytest.mark.parametrize("module", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_other_module_writes_the_key_of_a_score_anew(module):
+    # Counts have the names of what their module counts; "selection" is also a state of the history.
+    keys = {key for key, score in SCORES.items() if not score.is_count} - {SELECTION} | {CURVES_N}
+    if module.name != "scores.py":
+        assert _texts(ast.parse(module.read_text(encoding="utf-8"))) & keys == set()

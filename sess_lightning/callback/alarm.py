@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sess_lightning.callback.runs import FIGURES, Run, comparable
 from sess_lightning.metrics.bootstrap import Mean, resample
+from sess_lightning.scores import REGION_SHARE, RELEVANCE_MASS
 
 LEAST_RISE = 0.02
 """How much accuracy must have risen for a fall of the explanations to be reported."""
@@ -79,7 +80,7 @@ def findings(runs: Sequence[Run], now: Run) -> list[Finding]:
         each = [_lower(figure, now, run.figures[figure], LEAST_FALL, run) for run in before]
         found += sorted((one for one in each if one is not None), key=lambda one: one.high)[:1]
     if now.accuracy - now.guess >= LEARNT * (1 - now.guess):
-        beside = _lower("relevance_mass", now, now.figures["region_share"], 0.0, None)
+        beside = _lower(RELEVANCE_MASS, now, now.figures[REGION_SHARE], 0.0, None)
         found += [beside] if beside is not None else []
     return found
 

@@ -29,6 +29,7 @@ from sess_lightning.metrics.sess_metric import OWN
 from sess_lightning.ops import size_of
 from sess_lightning.reporting.publisher import Publisher
 from sess_lightning.reporting.run import RunReport
+from sess_lightning.scores import SELECTION
 from sess_lightning.types import Batch, SaliencyMethod
 
 
@@ -242,7 +243,7 @@ class SESSCallback(Remembering, RunHooks):
         prefix, measured = self.settings.prefix, {"failed"} if self._due else set()
         if outcome is not None:
             self.history.last = outcome.values
-            measured |= {*self.history.last, "selection"}
+            measured |= {*self.history.last, SELECTION}
         with self.guard.protect("patience of EarlyStopping is not spared"):
             spare_patience(trainer, prefix, measured)
         if not self._due:

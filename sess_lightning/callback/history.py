@@ -13,6 +13,7 @@ from sess_lightning.callback.accuracy import PERCENT, doubt, find_accuracy, is_e
 from sess_lightning.callback.alarm import describe, findings
 from sess_lightning.callback.runs import Run, drift, remembered
 from sess_lightning.callback.selection import Selection, select
+from sess_lightning.scores import SELECTION
 
 _Record = TypeVar("_Record", Run, Selection)
 
@@ -81,7 +82,7 @@ class RunHistory:
     @property
     def known(self) -> dict[str, float]:
         """The scores that were measured last, with the selection."""
-        return self.last | ({"selection": self.selection.value} if self.selection != Selection() else {})
+        return self.last | ({SELECTION: self.selection.value} if self.selection != Selection() else {})
 
     def judge(
         self, metrics: dict[str, Tensor], count: float, is_fit: bool, title: Callable[[int], str]

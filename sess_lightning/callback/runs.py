@@ -15,8 +15,16 @@ from torch import Tensor
 
 from sess_lightning.metrics.functional import rank_correlation
 from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples, Summary
+from sess_lightning.scores import (
+    DRIFT_INITIAL,
+    DRIFT_PREVIOUS,
+    OVERALL,
+    POINTING_GAME,
+    REGION_SHARE,
+    RELEVANCE_MASS,
+)
 
-FIGURES = ("relevance_mass", "pointing_game", "overall")
+FIGURES = (RELEVANCE_MASS, POINTING_GAME, OVERALL)
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,8 @@ class Run:
     @property
     def quality(self) -> float:
         """How well the model is explained, in [0, 1]: relevance mass, overall where there are no regions."""
-        mass = self.mean("relevance_mass")
-        return mass if mass == mass else (self.mean("overall") + 1) / 2
+        mass = self.mean(RELEVANCE_MASS)
+        return mass if mass == mass else (self.mean(OVERALL) + 1) / 2
 
 
 class Outcome:
@@ -109,10 +117,10 @@ def record(when: Mapping[str, int], samples: Samples, predicted: bool = False) -
         predicted: Whether the classes are the model's predictions, which change while the samples do not.
     """
     figures = {
-        "relevance_mass": samples.mass,
-        "pointing_game": samples.hits.float().masked_fill(samples.hits == NO_TRIAL, torch.nan),
-        "overall": samples.insertion - samples.deletion,
-        "region_share": samples.share,
+        RELEVANCE_MASS: samples.mass,
+        POINTING_GAME: samples.hits.float().masked_fill(samples.hits == NO_TRIAL, torch.nan),
+        OVERALL: samples.insertion - samples.deletion,
+        REGION_SHARE: samples.share,
         "right": (samples.predicted == samples.targets).float(),
         "flat": samples.flat.float(),
     }
@@ -154,5 +162,5 @@ def drift(runs: Sequence[Run], now: Run) -> dict[str, Float[Tensor, " N"]]:
         return {}
     return {
         name: rank_correlation(now.small.float().flatten(1), run.small.float().flatten(1))
-        for name, run in (("drift_previous", earlier[-1]), ("drift_initial", earlier[0]))
+        for name, run in ((DRIFT_PREVIOUS, earlier[-1]), (DRIFT_INITIAL, earlier[0]))
     }

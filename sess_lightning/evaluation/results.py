@@ -17,12 +17,12 @@ from sess_lightning.metrics.summary import Rows, sample_scores
 from sess_lightning.reporting.files import harmless
 from sess_lightning.reporting.panels import curve_figure
 from sess_lightning.reporting.text import text_table
-from sess_lightning.scores import ENDS, SCORES, build
+from sess_lightning.scores import ENDS, SCORES, SECONDS_PER_IMAGE, build
 
 SHOWN = tuple(key for key, score in SCORES.items() if score.better and score.bounds)
 """Scores that the table and figures show; files hold all."""
 SHARED = tuple(key for key, score in SCORES.items() if score.is_shared)
-SECONDS = "seconds_per_image"
+SECONDS = SECONDS_PER_IMAGE
 OWN = "method"
 """Name of the explained method in the tables of samples and classes."""
 

@@ -12,13 +12,25 @@ from torch import Tensor
 
 from sess_lightning.metrics.bootstrap import ClassMean, Mean, Statistic, interval, resample
 from sess_lightning.metrics.functional import curve_auc
-from sess_lightning.scores import ENDS, Key, build
+from sess_lightning.scores import (
+    CURVES,
+    CURVES_N,
+    DIFFICULT,
+    ENDS,
+    OVERALL,
+    POINTING_GAME,
+    REGION_SHARE,
+    RELEVANCE_MASS,
+    TIED_SHARE,
+    Key,
+    build,
+)
 
 NO_TRIAL = -1
 LEAST_TO_GAIN = 0.05
 """Below this mean drop in probability from image to baseline, curves are not normalised."""
-CURVE_SCORES = ("insertion", "deletion", "overall")
-POINTING_SCORES = ("pointing_game", "pointing_game_difficult")
+CURVE_SCORES = (*CURVES, OVERALL)
+POINTING_SCORES = (POINTING_GAME, DIFFICULT)
 
 
 class Rows(NamedTuple):
@@ -167,7 +179,7 @@ def _counts(rows: Rows) -> dict[str, float]:
     if subsets:
         values["skipped"] = int((rows.hits[:, 0] == NO_TRIAL).sum())
     values |= {f"{score}_n": int(chosen.sum()) for score, chosen in subsets.items()}
-    shares = {"region_share": float(rows.share.nanmean())} if rows.share.isfinite().any() else {}
+    shares = {REGION_SHARE: float(rows.share.nanmean())} if rows.share.isfinite().any() else {}
     return {name: float(value) for name, value in values.items()} | shares
 
 
@@ -176,9 +188,9 @@ def _of_maps(rows: Rows, i: int) -> dict[str, float]:
     areas = _areas(rows, i)
     drawn = areas[:, 2].isfinite()
     values = {
-        "curves_n": float(drawn.sum()),
+        CURVES_N: float(drawn.sum()),
         "flat": float(rows.flat[:, i].sum()),
-        "tied_share": float(rows.tied[:, i].double().mean()),
+        TIED_SHARE: float(rows.tied[:, i].double().mean()),
     }
     # The sum of a map with negative values has no shares.
     signed = int((rows.mass[:, i].isnan() & rows.share.isfinite()).sum())
@@ -187,7 +199,7 @@ def _of_maps(rows: Rows, i: int) -> dict[str, float]:
     if drawn.any():
         image, blurred, zeros = rows.ends.double()[drawn].mean(0)
         to_gain = image - blurred, image - zeros
-        for score, area, most in zip(CURVE_SCORES[:2], areas.T[:2], to_gain, strict=True):
+        for score, area, most in zip(CURVES, areas.T[:2], to_gain, strict=True):
             if most >= LEAST_TO_GAIN:
                 values[f"{score}_normalised"] = float(area[drawn].mean() / most)
     return values
@@ -196,7 +208,7 @@ def _of_maps(rows: Rows, i: int) -> dict[str, float]:
 def _statistics(rows: Rows, i: int, name: str) -> dict[Key, Statistic]:
     """Return the statistics to resample of method ``i``, and of its difference to the explained one."""
     statistics: dict[Key, Statistic] = {}
-    for names, column in (CURVE_SCORES, _areas), (("relevance_mass",), _masses):
+    for names, column in (CURVE_SCORES, _areas), ((RELEVANCE_MASS,), _masses):
         values = column(rows, i)
         given = [(False, values)] + ([(True, column(rows, 0) - values)] if name else [])
         for minus, columns in given:
@@ -251,8 +263,8 @@ def sample_scores(rows: Rows, i: int) -> dict[str, Float[Tensor, " N"]]:
     hits = rows.hits[:, i].double()
     columns = dict(zip(CURVE_SCORES, _areas(rows, i).unbind(1), strict=True)) | {
         "hit": hits.where(hits != NO_TRIAL, torch.nan),
-        "relevance_mass": rows.mass[:, i].double(),
-        "tied_share": rows.tied[:, i].double(),
+        RELEVANCE_MASS: rows.mass[:, i].double(),
+        TIED_SHARE: rows.tied[:, i].double(),
         "flat": rows.flat[:, i].double(),
     }
-    return columns | ({} if i else {"region_share": rows.share.double()})
+    return columns | ({} if i else {REGION_SHARE: rows.share.double()})

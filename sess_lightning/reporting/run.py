@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sess_lightning.reporting.panels import Panel
+from sess_lightning.scores import CURVES_N, build
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class RunReport:
 
     def count(self, method: str) -> int:
         """Return over how many samples a method's mean curves are taken."""
-        return int(self.values.get(f"{method}/curves_n" if method else "curves_n", 0))
+        return int(self.values.get(build(CURVES_N, method), 0))
 
     def labelled_curves(self) -> dict[str, Float[Tensor, "2 T"]]:
         """Return the curves under the names of their methods, each with its number of samples."""

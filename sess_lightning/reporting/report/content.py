@@ -10,6 +10,7 @@ from sess_lightning.reporting.report.charts import Chart, Line, Point, line_char
 from sess_lightning.reporting.report.records import RunRecord
 from sess_lightning.scores import (
     CURVES,
+    CURVES_N,
     DRIFT_INITIAL,
     DRIFT_PREVIOUS,
     OVERALL,
@@ -156,7 +157,7 @@ class Content:
             if lines and beside == score.key:
                 lines += self._line(name, key, "reference")
         few = [name for method in self.methods if "(n=" in (name := self._name(method, score))]
-        title = f"{score.label}{' = ' if score.key == 'overall' else ': '}{score.note}".removesuffix(": ")
+        title = f"{score.label}{' = ' if score.key == OVERALL else ': '}{score.note}".removesuffix(": ")
         note = ", ".join(text for text in (_better(score), *few) if text)
         return Sketch(title, lines, (0.0, 1.0) if score.bounds == (0.0, 1.0) else None, note)
 
@@ -301,7 +302,7 @@ def _at_least(lines: Sequence[Line], size: float) -> tuple[float, float]:
 
 
 def _count(record: RunRecord, method: str) -> float | None:
-    return record.scalars.get(build("curves_n", method))
+    return record.scalars.get(build(CURVES_N, method))
 
 
 def _name(record: RunRecord, method: str, score: Score) -> str:
