@@ -263,7 +263,8 @@ class SESSCallback(Remembering, RunHooks):
     def _outcome(self, trainer: Trainer, pl_module: LightningModule) -> Outcome | None:
         """Return what the run measured on all processes; None if it failed on any of them."""
         outcome = None
-        with self.guard.protect():  # What a loader left that ended before its announced length.
+        # What a loader left that ended before its announced length.
+        with self.guard.protect(), unobserved(pl_module):
             self._explain(trainer, pl_module)
         if self.publisher.names:
             with self.guard.protect("panel is missing"):  # Under way while the figures are computed.

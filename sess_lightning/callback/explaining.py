@@ -21,6 +21,7 @@ from sess_lightning.callback.watching import Watcher
 from sess_lightning.introspection.lending import borrowed, explaining, muted
 from sess_lightning.introspection.logits import UnknownClassError, classify, predict
 from sess_lightning.introspection.sizes import note_fed
+from sess_lightning.introspection.state import copying_all
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN, Summary
 from sess_lightning.ops import size_of
@@ -201,7 +202,7 @@ class Examiner:
             given = given[:1]
         bound, precise = self.watcher.bound(model, samples), precision.forward_context()
         takes = nullcontext() if given.is_floating_point() else _rounded(model, given.dtype)
-        with bound, torch.inference_mode(False), precise, muted(model), takes:
+        with bound, torch.inference_mode(False), precise, muted(model), takes, copying_all():
             images = precision.convert_input(given if given.is_floating_point() else given.float())
             if self._settings.target == "predicted":
                 samples = _predicted(model, images, samples)

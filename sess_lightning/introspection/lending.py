@@ -59,23 +59,32 @@ def borrowed(tensor: Tensor) -> Tensor:
 def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
     # Not `model.eval()`: an overridden `train` may do what cannot be undone, such as merging LoRA weights.
     training = [module for module in modules if module.training]
-    recurrent: list[Any] = [module for module in modules if type(module) in _RECURRENT]
-    dropouts = [module.dropout for module in recurrent]
+    recurrent: list[Any] = [module for module in modules if isinstance(module, nn.RNNBase)]
+    plain = [module for module in recurrent if _is_plain(module)]
+    dropouts, cudnn = [module.dropout for module in plain], torch.backends.cudnn.enabled
     try:
         for module in training:
             module.training = False
-        for module in recurrent:
+        for module in plain:
             # In evaluation mode cuDNN refuses their gradients; only dropout differs in train mode.
             module.training, module.dropout = True, 0.0
+        if len(plain) < len(recurrent):  # What the user's own forward does in train mode, nobody knows.
+            torch.backends.cudnn.enabled = False
         yield
     finally:
-        for module, dropout in zip(recurrent, dropouts, strict=True):
+        torch.backends.cudnn.enabled = cudnn
+        for module, dropout in zip(plain, dropouts, strict=True):
             module.training, module.dropout = False, dropout
         for module in training:
             module.training = True
 
 
-_RECURRENT = frozenset({nn.RNN, nn.LSTM, nn.GRU})
+def _is_plain(module: nn.RNNBase) -> bool:
+    """Return whether a recurrent module, perhaps of a subclass, runs the forward of torch's own."""
+    return "forward" not in vars(module) and type(module).forward in _RECURRENT
+
+
+_RECURRENT = (nn.RNN.forward, nn.LSTM.forward, nn.GRU.forward)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as all_modules
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sess_lightning.introspection.ledger import is_foreign, note_attributes
 from sess_lightning.introspection.state import State
@@ -32,7 +33,8 @@ def unobserved(model: nn.Module) -> Iterator[None]:
     Hooks of known recorders do not run: those of ``wandb.watch``, of profilers, model summaries and FLOP
     counters. All others run, since a hook may be part of the model's computation (it may return another
     output, or keep features for the forward pass); what they hold is put back afterwards: closures, their
-    objects' attributes, the globals that they name. What they send elsewhere cannot be undone.
+    objects' attributes, the globals that they name. What a FLOP counter has counted is put back, too. What
+    they send elsewhere cannot be undone, and ``torch.profiler`` records every operation.
     """
     state = State()
     state.leave(model.modules())
@@ -40,6 +42,8 @@ def unobserved(model: nn.Module) -> Iterator[None]:
         with torch.inference_mode(False):
             for store in filter(None, _stores(model)):
                 _note_hooks(store, state)
+            for mode in _get_current_dispatch_mode_stack():
+                _note_counts(mode, state)
             state.note()
             state.take()
         yield
@@ -67,6 +71,15 @@ def _note_hooks(hooks: dict[int, Any], state: State) -> None:
                 if not is_foreign(type(owner).__module__):
                     note_attributes(owner, state)
             _note_globals(function, state)
+
+
+def _note_counts(mode: Any, state: State) -> None:
+    """Note what a mode that counts, such as torch's FLOP counter, has counted so far."""
+    for owner in (mode, getattr(mode, "counter", None)):
+        if type(owner).__module__.startswith(_RECORDERS):
+            for counts in vars(owner).values():
+                if isinstance(counts, dict):
+                    state.note(counts)
 
 
 def _function(hook: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -16,6 +18,22 @@ from typing_extensions import override
 from sess_lightning.introspection.copies import Copies, note_memory, take_gradients, watch
 from sess_lightning.introspection.ledger import ATOMIC, DICTS, Ledger
 from sess_lightning.ops import is_out_of_memory
+
+_ALL: ContextVar[bool] = ContextVar("_ALL", default=False)
+
+
+@contextmanager
+def copying_all() -> Iterator[None]:
+    """Copy all parameters whenever a model is noted, on a CPU as well.
+
+    Else those on a CPU are copied in the first explanation and trusted later: a forward pass that begins to
+    write to one through ``.data`` only then would go unnoticed. In a training that must not happen.
+    """
+    token = _ALL.set(True)
+    try:
+        yield
+    finally:
+        _ALL.reset(token)
 
 
 class State(Ledger):
@@ -43,9 +61,10 @@ class State(Ledger):
         """Note a model and everything that it holds; return its modules."""
         modules = self.note_modules(model)
         self.note()
-        watched = [parameter for parameter in self._parameters if parameter.is_cpu]
-        self._undo.callback(watch(model, watched))
-        self.take([parameter for parameter in self._parameters if not parameter.is_cpu])
+        trusted = [parameter for parameter in self._parameters if parameter.is_cpu and not _ALL.get()]
+        self._undo.callback(watch(model, trusted))
+        trusts = set(map(id, trusted))
+        self.take([parameter for parameter in self._parameters if id(parameter) not in trusts])
         return modules
 
     def take(self, parameters: list[Tensor] | None = None) -> None:

@@ -113,6 +113,15 @@ class Holding(Classifier):
         return super().forward(images)
 
 
+class Late(Classifier):
+    """Writes to a parameter behind autograd's back, but not yet in its first epoch."""
+
+    def forward(self, images):
+        if not self.training and self.current_epoch > 0:
+            self.net[0].weight.data.mul_(1.001)
+        return super().forward(images)
+
+
 class Watched(Classifier):
     """Its user watches a part of it by hooks that keep what they see beside it."""
 
@@ -160,6 +169,7 @@ CASES = {
     "no logger": (Classifier, {"logger": lambda folder: False}),
     "two loggers": (Classifier, {"logger": lambda folder: [Recorder(), CSVLogger(folder)]}),
     "buffers and data": holding("batch norm on buffers, data and parameters without gradients"),
+    "data that only later epochs write": (Late, {"max_epochs": 3}),
     "gradients of a forward": holding("gradients", inference_mode=False),
     "lists": holding("a list", "a list of tensors", "a list with attributes"),
     "dicts": holding("nested dicts", "a defaultdict", "a Counter", "an order"),

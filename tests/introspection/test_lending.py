@@ -320,12 +320,48 @@ class Reading(Net):
         return self.head(self.reader(features.flatten(2).mT)[0][:, -1])
 
 
+class Recurrent(nn.LSTM):
+    """A subclass that only makes itself in its own way."""
+
+    def __init__(self, dropout):
+        super().__init__(16, 16, 2, dropout=dropout, batch_first=True)
+
+
+class Scaled(Recurrent):
+    """Has a forward of its own around torch's."""
+
+    def forward(self, sequence, state=None):
+        output, state = super().forward(sequence, state)
+        return (2.0 if self.training else 1.0) * output, state
+
+
+class Inherited(Reading):
+    def __init__(self, dropout=0.0, kind=Recurrent):
+        super().__init__()
+        self.reader = kind(dropout)
+
+
 @method_cases
-def test_a_recurrent_head_is_explained_in_train_mode_without_dropout(images, method):
+@pytest.mark.parametrize("kind", [Reading, Inherited])
+def test_a_recurrent_head_is_explained_in_train_mode_without_dropout(images, method, kind):
     # In eval mode, cuDNN refuses its gradients.
-    model = made(lambda: Reading(dropout=0.5)).eval()
-    expected = maps_of(made(Reading).eval(), images, method)
+    model = made(lambda: kind(dropout=0.5)).eval()
+    expected = maps_of(made(kind).eval(), images, method)
     with explaining(model):
         assert (model.reader.training, model.reader.dropout, model.training) == (True, 0, False)
+        assert torch.backends.cudnn.enabled
     same(maps_of(model, images, method), expected)
     assert (model.reader.training, model.reader.dropout) == (False, 0.5)
+
+
+@method_cases
+def test_a_recurrent_module_with_a_forward_of_its_own_stays_in_eval_mode_and_does_without_cudnn(
+    images, method
+):
+    model = made(lambda: Inherited(0.5, Scaled)).eval()
+    expected = maps_of(made(Inherited).eval(), images, method)
+    with explaining(model):
+        assert (model.reader.training, model.reader.dropout) == (False, 0.5)
+        assert not torch.backends.cudnn.enabled
+    assert torch.backends.cudnn.enabled
+    same(maps_of(model, images, method), expected)

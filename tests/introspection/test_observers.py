@@ -5,8 +5,11 @@ import torch
 from lightning.pytorch import Callback
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
+from sess_lightning import SESS
 from sess_lightning.introspection.observers import unobserved
+from sess_lightning.methods import GradCAM
 from small_nets import Net, made, maps_of, same
 
 CALLS, TOTAL = [], 0
@@ -110,3 +113,19 @@ def test_known_recorders_are_silent_and_back_in_their_order(images):
     assert list(hooks.items()) == before
     model(images)
     assert order == ["recorder", "recorder", "user"]
+
+
+def test_a_flop_counter_does_not_count_windows():
+    model, images = made(Net), torch.rand(2, 3, 32, 32)
+
+    def counted(explains):
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+            if explains:
+                with unobserved(model):
+                    maps_of(model, images, SESS(GradCAM(), num_scales=2))
+            model(images)
+        return counter.get_flop_counts()
+
+    assert counted(True) == counted(False)
+    assert sum(counted(True)["Global"].values()) > 0

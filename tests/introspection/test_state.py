@@ -1,4 +1,5 @@
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from holdings import HOLDINGS, reading
 from sess_lightning.introspection.copies import LARGE
 from sess_lightning.introspection.lending import explaining
+from sess_lightning.introspection.state import copying_all
 from sess_lightning.methods import SESS, GradCAM, GuidedBackprop
 from sess_lightning.types import SESSWarning
 from small_nets import Net, made
@@ -171,3 +173,30 @@ def test_a_failing_put_back_does_not_keep_the_rest_from_it(images):
     with pytest.raises(KeyError, match="stubborn"):
         GuidedBackprop()(model, images, torch.tensor([0, 1]))
     assert model.calls == 0
+
+
+def late_writer(writes):
+    """A model whose forward pass begins to write to a parameter once ``writes`` holds something."""
+
+    class Late(Net):
+        def forward(self, images):
+            if writes:
+                next(self.parameters()).data.mul_(1.5)
+            return super().forward(images)
+
+    return made(Late)
+
+
+@pytest.mark.parametrize("copies_all", [False, True])
+def test_parameters_that_a_later_forward_pass_writes_to_are_put_back_where_all_are_copied(copies_all):
+    writes = []
+    model, images = late_writer(writes), torch.rand(2, 3, 32, 32)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with copying_all() if copies_all else nullcontext():
+        for _ in range(2):
+            with explaining(model):
+                model(images)
+            writes.append(1)
+    kept = [torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True)]
+    assert all(kept[1:])
+    assert kept[0] == copies_all
