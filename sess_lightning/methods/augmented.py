@@ -12,8 +12,9 @@ from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs
 from sess_lightning.methods.cam import GradCAM
 from sess_lightning.methods.gradient import generator
+from sess_lightning.methods.templates import WrappingMethod
 from sess_lightning.ops import full_precision, min_max, size_of
-from sess_lightning.types import Activation, Explanation, SaliencyMethod
+from sess_lightning.types import Explanation, SaliencyMethod
 
 
 class Poses(NamedTuple):
@@ -77,7 +78,7 @@ class View(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AugmentedGradCAM(SaliencyMethod):
+class AugmentedGradCAM(WrappingMethod):
     """Augmented Grad-CAM (Morbidelli et al., ICASSP 2020): super-resolution from rotated and shifted copies.
 
     The map is the image h that, posed like each copy and reduced to the base's grid, is nearest to that
@@ -117,16 +118,8 @@ class AugmentedGradCAM(SaliencyMethod):
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, SaliencyMethod):
-            raise TypeError(
-                f"AugmentedGradCAM: base must be a saliency method such as GradCAM(), got {self.base!r}."
-            )
+        self.check_base()
         self.check_counts("num_copies", "steps", "batch_size")
-
-    @property
-    def activation(self) -> Activation:  # type: ignore[override]
-        """The base method's."""
-        return self.base.activation
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return how many forward passes one map of an image of ``size`` (height, width) costs."""

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from sess_lightning.introspection.layers import TargetLayer, read_features, resolve_layer
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs, log_scores, target_logits
+from sess_lightning.introspection.logits import log_scores, target_logits
 from sess_lightning.methods.evidence import RIVALS as RIVALS  # Under its own name: defined here once.
 from sess_lightning.methods.evidence import TEMPERATURE as TEMPERATURE
 from sess_lightning.methods.evidence import Evidence, class_evidence, layer_evidence, log_odds
 from sess_lightning.methods.gradient import generator
-from sess_lightning.ops import ROUNDING, full_precision, min_max_upsampled, size_of, upsample
-from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
+from sess_lightning.methods.templates import ExtractingMethod
+from sess_lightning.ops import ROUNDING, full_precision, min_max_upsampled, size_of
+from sess_lightning.types import Activation, Extraction
 
 
 @dataclass(frozen=True)
-class _FromFeatures(SaliencyMethod):
+class _FromFeatures(ExtractingMethod):
     """What the family shares: features, gradients by them, and one rule to combine the two.
 
     Written here rather than taken from a library because SESS calls it per window: scores and maps come out
@@ -57,25 +58,6 @@ class _FromFeatures(SaliencyMethod):
         self, features: Float[Tensor, "B K h w"], gradients: Float[Tensor, "B K h w"]
     ) -> Float[Tensor, "B h w"]:
         """Turn features and gradients into maps, any range."""
-
-    def explain(
-        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
-    ) -> Explanation:
-        """Explain ``targets`` on ``images``.
-
-        Args:
-            model: Any classifier.
-            images: As the model takes them.
-            targets: Class index of each image.
-
-        Raises:
-            ValueError: If the target layer is unknown, or its features lie on no grid.
-            RuntimeError: If no gradient flows back to the target layer.
-        """
-        check_inputs(type(self).__name__, images, targets)
-        with explaining(model):
-            maps, logs, _ = self.extract(model, borrowed(images), borrowed(targets))
-        return Explanation(upsample(maps, size_of(images)).clamp(0, 1), logs.exp())
 
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, score
+from sess_lightning.methods.templates import WrappingMethod
 from sess_lightning.ops import blur, min_max, size_of
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
@@ -87,7 +88,7 @@ class CentreGaussian(_Blind):
 
 
 @dataclass(frozen=True)
-class Blurred(SaliencyMethod):
+class Blurred(WrappingMethod):
     """A method's map, blurred: SESS smooths, and without this control a gain may be due to blur alone.
 
     The default is 41 px with sigma 12 at a shorter side of 224 px, in proportion for other images.
@@ -103,13 +104,7 @@ class Blurred(SaliencyMethod):
     sigma: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, SaliencyMethod):
-            raise TypeError(f"Blurred: base must be a saliency method such as GradCAM(), got {self.base!r}.")
-
-    @property
-    def activation(self) -> Activation:  # type: ignore[override]
-        """The base method's."""
-        return self.base.activation
+        self.check_base()
 
     @property
     def forwards(self) -> int:  # type: ignore[override]

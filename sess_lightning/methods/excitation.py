@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from sess_lightning.introspection.hooks import gradients
 from sess_lightning.introspection.layers import TargetLayer, read_features, resolve_layer
-from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs, log_scores, target_logits
-from sess_lightning.ops import full_precision, min_max_upsampled, size_of, upsample
-from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
+from sess_lightning.introspection.lending import explaining
+from sess_lightning.introspection.logits import log_scores, target_logits
+from sess_lightning.methods.templates import ExtractingMethod
+from sess_lightning.ops import full_precision, min_max_upsampled, size_of
+from sess_lightning.types import Activation, Extraction
 
 _Run: TypeAlias = Callable[[Tensor], Tensor]
 _FLOOR = 1e-20  # A neuron that is excited less passes nothing on.
@@ -156,7 +157,7 @@ class excitation(TorchFunctionMode):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class ExcitationBackprop(SaliencyMethod):
+class ExcitationBackprop(ExtractingMethod):
     """Excitation backprop (Zhang et al., ECCV 2016; IJCV 2018): marginal winning probabilities.
 
     The target's neuron wins with probability 1; each winner passes its probability to the inputs of its layer
@@ -184,15 +185,6 @@ class ExcitationBackprop(SaliencyMethod):
     contrastive: bool = False
     activation: Activation = "softmax"
     single_forward: ClassVar[bool] = True
-
-    def explain(
-        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
-    ) -> Explanation:
-        """Explain ``targets`` on ``images``; raises what ``GradCAM`` raises."""
-        check_inputs(type(self).__name__, images, targets)
-        with explaining(model):
-            maps, logs, _ = self.extract(model, borrowed(images), borrowed(targets))
-        return Explanation(upsample(maps, size_of(images)).clamp(0, 1), logs.exp())
 
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]

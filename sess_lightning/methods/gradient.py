@@ -16,11 +16,12 @@ from torch.utils.checkpoint import CheckpointError
 from sess_lightning.introspection.hooks import gradient
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores, score, target_logits
+from sess_lightning.methods.templates import ExtractingMethod, WrappingMethod
 from sess_lightning.ops import min_max, upper_percentile
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
 
 
-class PixelMethod(SaliencyMethod):
+class PixelMethod(ExtractingMethod):
     """A method that returns raw maps, before they are stretched to [0, 1].
 
     ``SmoothGrad`` averages these, as its paper does.
@@ -36,18 +37,9 @@ class PixelMethod(SaliencyMethod):
         """Turn raw maps into final ones."""
         return min_max(maps)
 
-    def explain(
-        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
-    ) -> Explanation:
-        """Explain ``targets`` on ``images``.
-
-        Raises:
-            RuntimeError: If no gradient flows from the logits back to the pixels.
-        """
-        check_inputs(type(self).__name__, images, targets)
-        with explaining(model):
-            maps, logs, _ = self.extract(model, borrowed(images), borrowed(targets))
-        return Explanation(maps, logs.exp())
+    def draw(self, maps: Float[Tensor, "B H W"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:  # noqa: ARG002
+        """Return maps, which have the images' resolution already."""
+        return maps
 
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
@@ -260,7 +252,7 @@ def _gauss_legendre(count: int, like: Tensor) -> tuple[Float[Tensor, " S"], Floa
 
 
 @dataclass(frozen=True)
-class SmoothGrad(SaliencyMethod):
+class SmoothGrad(WrappingMethod):
     """SmoothGrad (Smilkov et al., 2017) around any method: the mean of the maps of noisy copies.
 
     Around ``Gradient``, ``GuidedBackprop`` and ``IntegratedGradients`` raw maps are averaged, as in the
@@ -285,20 +277,12 @@ class SmoothGrad(SaliencyMethod):
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, SaliencyMethod):
-            raise TypeError(
-                f"SmoothGrad: base must be a saliency method such as Gradient(), got {self.base!r}."
-            )
+        self.check_base("Gradient()")
         if self.num_samples < 1 or self.batch_size < 1 or self.noise < 0:
             raise ValueError(
                 "SmoothGrad: num_samples and batch_size must be at least 1 and noise at least 0, got "
                 f"{self.num_samples}, {self.batch_size} and {self.noise}."
             )
-
-    @property
-    def activation(self) -> Activation:  # type: ignore[override]
-        """The base method's."""
-        return self.base.activation
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return how many forward passes one map of an image of ``size`` (height, width) costs."""

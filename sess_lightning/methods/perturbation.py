@@ -20,6 +20,7 @@ from sess_lightning.methods.extremal import Reward as Reward
 from sess_lightning.methods.extremal import fading_blur as fading_blur
 from sess_lightning.methods.extremal import perturbed as perturbed
 from sess_lightning.methods.gradient import generator
+from sess_lightning.methods.templates import ExtractingMethod
 from sess_lightning.ops import (
     blur,
     full_precision,
@@ -33,7 +34,7 @@ from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMe
 
 
 @dataclass(frozen=True)
-class GroupCAM(SaliencyMethod):
+class GroupCAM(ExtractingMethod):
     """Group-CAM (Zhang et al., 2021): groups of weighted features, weighted by their gain.
 
     A flat group reveals nothing and scores 0 (in the SESS authors' code it loses the whole window). As in
@@ -61,14 +62,9 @@ class GroupCAM(SaliencyMethod):
         """One for the features, one for the blurred image, one per group."""
         return 2 + self.groups
 
-    def explain(
-        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
-    ) -> Explanation:
-        """Explain ``targets`` on ``images``; raises what ``GradCAM`` raises."""
-        check_inputs(type(self).__name__, images, targets)
-        with explaining(model):
-            maps, logs, _ = self.extract(model, borrowed(images), borrowed(targets))
-        return Explanation(min_max(upsample(maps, size_of(images))), logs.exp())
+    def draw(self, maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:
+        """Return maps at full resolution, stretched to [0, 1]."""
+        return min_max(upsample(maps, size))
 
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]

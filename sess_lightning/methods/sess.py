@@ -36,8 +36,9 @@ from sess_lightning.introspection.logits import check_inputs
 from sess_lightning.introspection.sizes import input_size
 from sess_lightning.methods.cam import GradCAM
 from sess_lightning.methods.coarse_to_fine import descend
+from sess_lightning.methods.templates import WrappingMethod
 from sess_lightning.ops import min_max, size_of, upsample
-from sess_lightning.types import Activation, Explanation, SaliencyMethod
+from sess_lightning.types import Explanation, SaliencyMethod
 
 AnyFusion: TypeAlias = Fusion | Literal["coverage"]
 
@@ -46,7 +47,7 @@ SCORES_APART = 1e-4
 
 
 @dataclass(frozen=True)
-class SESS(SaliencyMethod):
+class SESS(WrappingMethod):
     """Saliency Enhancing with Scaling and Sliding (Tursun et al., ECCV 2022) around a base method.
 
     Many windows of the image at many scales are explained by the base method and fused, weighted by the
@@ -106,8 +107,7 @@ class SESS(SaliencyMethod):
     coarse_to_fine: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, SaliencyMethod):
-            raise TypeError(f"SESS: base must be a saliency method such as GradCAM(), got {self.base!r}.")
+        self.check_base()
         if self.scales is not None:
             object.__setattr__(self, "scales", tuple(self.scales))
         sides_of(self.scales, 224, self.num_scales)
@@ -156,11 +156,6 @@ class SESS(SaliencyMethod):
                 'SESS: stretch=False needs fusion="coverage" or "average" and theta=0: a threshold is a '
                 f"share of stretched maps; got fusion={self.fusion!r}, theta={self.theta}."
             )
-
-    @property
-    def activation(self) -> Activation:  # type: ignore[override]
-        """The base method's."""
-        return self.base.activation
 
     def plan(self, model: nn.Module, size: tuple[int, int]) -> Plan:
         """Return the windows that an image of ``size`` (height, width) gets.

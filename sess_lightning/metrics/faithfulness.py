@@ -79,12 +79,7 @@ class Insertion(_Faithfulness):
 class Deletion(_Faithfulness):
     """Area under the deletion curve, lower is better: mean over samples of ``deletion_curve``'s area.
 
-    Args:
-        steps: Number of steps of a curve.
-        ties: Order of pixels of equal saliency.
-        activation: How logits become probabilities.
-        batch_size: Images that go through the model at once; None by the memory there is.
-        kwargs: For ``torchmetrics.Metric``.
+    Arguments as for ``Insertion``.
     """
 
     higher_is_better = False

@@ -1,0 +1,68 @@
+"""What families of methods share: drawing what they extract, and wrapping a base method."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.logits import check_inputs
+from sess_lightning.ops import size_of, upsample
+from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
+
+
+class ExtractingMethod(SaliencyMethod):
+    """A method that explains by drawing what it extracts."""
+
+    def explain(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Explanation:
+        """Explain ``targets`` on ``images``.
+
+        Args:
+            model: Any classifier.
+            images: As the model takes them.
+            targets: Class index of each image.
+
+        Raises:
+            ValueError: If a shape is wrong, the target layer is unknown, or its features lie on no grid.
+            RuntimeError: If no gradient flows back to the target layer, or to the pixels.
+        """
+        check_inputs(type(self).__name__, images, targets)
+        with explaining(model):
+            maps, logs, _ = self.extract(model, borrowed(images), borrowed(targets))
+        return Explanation(self.draw(maps, size_of(images)), logs.exp())
+
+    @abstractmethod
+    def extract(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Extraction:
+        """Return maps on a grid of the method's own, and log-scores."""
+
+    def draw(self, maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:
+        """Return extracted maps at full resolution, (height, width)."""
+        return upsample(maps, size).clamp(0, 1)
+
+
+class WrappingMethod(SaliencyMethod):
+    """A method around another one, its ``base``."""
+
+    base: SaliencyMethod
+
+    def check_base(self, example: str = "GradCAM()") -> None:
+        """Refuse a base that is no method.
+
+        Raises:
+            TypeError: Naming what arrived.
+        """
+        if not isinstance(self.base, SaliencyMethod):
+            raise TypeError(
+                f"{type(self).__name__}: base must be a saliency method such as {example}, got {self.base!r}."
+            )
+
+    @property
+    def activation(self) -> Activation:  # type: ignore[override]
+        """The base method's."""
+        return self.base.activation
