@@ -25,6 +25,7 @@ from sess_lightning.callback.settings import Settings
 from sess_lightning.callback.training import Remembering
 from sess_lightning.cost.budget import Budget
 from sess_lightning.introspection.observers import unobserved
+from sess_lightning.methods.choosing import check_layers
 from sess_lightning.metrics.sess_metric import OWN
 from sess_lightning.ops import size_of
 from sess_lightning.reporting.publisher import Publisher
@@ -54,7 +55,8 @@ class SESSCallback(Remembering, RunHooks):
     Training goes on exactly as it would without; an error costs a warning.
 
     Args:
-        method: What explains; None is ``SESS(GradCAM())``.
+        method: What explains; None is ``SESS(GradCAM())``, or ``SESS(Gradient())`` for a network that has no
+            spatial layer.
         num_samples: Samples that are explained and scored per run, over all processes; fewer if
             ``max_forwards`` says so.
         num_images: Samples in the panel.
@@ -165,7 +167,13 @@ class SESSCallback(Remembering, RunHooks):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say which monitors will not do what is asked of them."""
+        """Refuse layers that the model does not have; say which monitors will not do what is asked of them.
+
+        Raises:
+            ValueError: Naming the nearest layers.
+        """
+        method, compare = self.settings.methods(pl_module)
+        check_layers(pl_module, method, *compare.values())
         with self.guard.protect("advice is missing"):
             texts = advice(trainer, self.settings.prefix, self.settings.every_n_epochs)
             for text in texts if trainer.is_global_zero else ():
@@ -223,7 +231,7 @@ class SESSCallback(Remembering, RunHooks):
             self.guard.warn(text)
         if before is None or before.line != plan.line:
             pictures = ", ".join(self.publisher.names) or "none"
-            rank_zero_info(f"SESSCallback: {plan.line}; {self.examiner.watcher.text}; pictures: {pictures}.")
+            rank_zero_info(f"SESSCallback: {plan.line}; {self.examiner.text}; pictures: {pictures}.")
 
     def _explain(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for kept in self.keeper.waiting():

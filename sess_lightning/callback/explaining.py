@@ -22,6 +22,8 @@ from sess_lightning.introspection.lending import borrowed, explaining, muted
 from sess_lightning.introspection.logits import UnknownClassError, classify, predict
 from sess_lightning.introspection.sizes import note_fed
 from sess_lightning.introspection.state import copying_all
+from sess_lightning.methods import SESS, Gradient
+from sess_lightning.methods.choosing import default_method
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN, Summary
 from sess_lightning.ops import size_of
@@ -43,7 +45,7 @@ class Examiner:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._asked = self._settings = settings
         self.plan: RunPlan | None = None
         self.watcher = Watcher(settings.forward)
         self._metric: SESSMetric | None = None
@@ -56,7 +58,7 @@ class Examiner:
     def forget(self) -> None:
         """Start again, perhaps with another model."""
         self.plan, self._metric, self._activation = None, None, None
-        self._survey = None
+        self._survey, self._settings = None, self._asked
         self.watcher.start()
 
     def look_around(self, trainer: Trainer, protect: Callable[[], AbstractContextManager[None]]) -> None:
@@ -85,6 +87,14 @@ class Examiner:
             self._metric = SESSMetric(method, compare=compare, grid=GRID).to(model.device)
             self._metric.add_rows("digests", dtype=torch.int64)
         return self._metric
+
+    @property
+    def text(self) -> str:
+        """What is explained, and what was chosen for it, in words."""
+        chosen = None if self._asked.method is not None else self._settings.method
+        if isinstance(chosen, SESS) and isinstance(chosen.base, Gradient):
+            return f"{self.watcher.text}; no layer of it has places, which Grad-CAM needs: {chosen} instead"
+        return self.watcher.text
 
     @property
     def details(self) -> Mapping[str, Any]:
@@ -146,6 +156,7 @@ class Examiner:
                 "say what gives logits without that, SESSCallback(forward=lambda module, images: logits)."
             )
         note_fed(model, size_of(batch.images))
+        self._choose(trainer, model, batch)
         owners = None if self._loaders is None else self._loaders.structure
         self.plan = plan_run(
             self._settings, trainer, model, batch, batch_idx, self._source(), owners, self._activation,
@@ -153,6 +164,13 @@ class Examiner:
         )  # fmt: skip
         self._is_current = True
         return self.plan
+
+    def _choose(self, trainer: Trainer, model: LightningModule, batch: Batch) -> None:
+        """Choose a method that suits the model, if none is asked for."""
+        if self._settings.method is None and len(batch):
+            with self._ready(trainer, model, batch.take([0])) as image:
+                self._settings = replace(self._settings, method=default_method(model, image))
+            self._metric = None
 
     def _source(self) -> Source:
         i, loaders = self._provider, self._loaders
@@ -197,13 +215,8 @@ class Examiner:
         metric.tolerance = self._settings.tolerance_on(samples)
         if self.plan is not None:
             metric.limits = dict(self.plan.limits)
-        precision, given = trainer.precision_plugin, samples.images
-        if len(set(kept.numbers)) == 1:  # One image, with one or several classes.
-            given = given[:1]
-        bound, precise = self.watcher.bound(model, samples), precision.forward_context()
-        takes = nullcontext() if given.is_floating_point() else _rounded(model, given.dtype)
-        with bound, torch.inference_mode(False), precise, muted(model), takes, copying_all():
-            images = precision.convert_input(given if given.is_floating_point() else given.float())
+        one = len(set(kept.numbers)) == 1  # One image, with one or several classes.
+        with self._ready(trainer, model, samples, slice(one or None)) as images:
             if self._settings.target == "predicted":
                 samples = _predicted(model, images, samples)
             metric.update(
@@ -213,6 +226,17 @@ class Examiner:
         digests = kept.digests[: len(samples.labels)]  # Perhaps only the predicted class is left.
         metric.append(digests=torch.tensor(digests).to(samples.labels))
         return metric
+
+    @contextmanager
+    def _ready(
+        self, trainer: Trainer, model: LightningModule, samples: Batch, some: slice = slice(None)
+    ) -> Iterator[Tensor]:
+        """Have ``model(images)`` make validation's call in validation's precision, and give some images."""
+        given, precision = samples.images[some], trainer.precision_plugin
+        bound, precise = self.watcher.bound(model, samples), precision.forward_context()
+        takes = nullcontext() if given.is_floating_point() else _rounded(model, given.dtype)
+        with bound, torch.inference_mode(False), precise, muted(model), takes, copying_all():
+            yield precision.convert_input(given if given.is_floating_point() else given.float())
 
 
 @contextmanager

@@ -17,6 +17,10 @@ from sess_lightning.introspection.logits import classify
 from sess_lightning.ops import size_of
 
 
+class NoPlacesError(ValueError):
+    """No layer of a model has features that could lie on the image, as in an MLP."""
+
+
 class Passage(NamedTuple):
     """One call of a layer.
 
@@ -115,7 +119,8 @@ def search(
         stated: The grid that the layer must have, which is not checked.
 
     Raises:
-        ValueError: If no layer keeps a grid, or the model crops or pads the image inside.
+        NoPlacesError: If no layer's features could lie on a grid.
+        ValueError: If none does, or the model crops or pads the image inside.
     """
     reader = _Reader(trace(model, image), stated)
     if stated is None:
@@ -131,7 +136,7 @@ def search(
         second_choice = second_choice or (name, grids)
     if second_choice is not None:
         return second_choice
-    raise ValueError(reader.nothing_found())
+    raise reader.nothing_found()
 
 
 def place_layer(
@@ -263,7 +268,7 @@ class _Reader:
                 "target_layer=OnGrid(name, Grid(...))."
             )
 
-    def nothing_found(self) -> str:
+    def nothing_found(self) -> ValueError:
         """Return why no layer was found, and a remedy."""
         tried = ", ".join(f"{name} {tuple(features.shape)}" for name, features, _ in self.passages[-6:])
         height, width = size_of(self.image)
@@ -275,7 +280,8 @@ class _Reader:
         name, runs = Counter(passage.name for passage in self.passages).most_common(1)[0]
         if runs > 1:
             text += f" {name} runs {runs} times in one forward pass: on views that one map cannot sum?"
-        return text
+        spatial = any(may_be_grid(tuple(features.shape)) for _, features, _ in self.passages)
+        return ValueError(text) if spatial else NoPlacesError(text)
 
 
 def _is_linear(module: nn.Module) -> bool:

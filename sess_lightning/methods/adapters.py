@@ -28,7 +28,7 @@ PLACES = 7
 
 
 @dataclass(frozen=True, init=False)
-class _Adapter(SaliencyMethod):
+class Adapter(SaliencyMethod):
     """What both adapters share: finding the class, its options, lending the model, counting the cost."""
 
     method: str | type
@@ -112,6 +112,15 @@ class _Adapter(SaliencyMethod):
 
     def _needs_layer(self, kind: type[Any]) -> bool:  # noqa: ARG002
         return True
+
+    def check(self) -> None:
+        """Refuse what is not there; nothing is run.
+
+        Raises:
+            ImportError: If the package is not installed.
+            ValueError: If the package has no such method.
+        """
+        self._kind()
 
     def _kind(self) -> type[Any]:
         try:
@@ -229,7 +238,7 @@ def _lent(model: nn.Module, site: Site | None) -> Iterator[_Classifier]:
 
 
 @dataclass(frozen=True, init=False)
-class PytorchGradCAM(_Adapter):
+class PytorchGradCAM(Adapter):
     """Any CAM of the package ``grad-cam`` (pytorch_grad_cam), e.g. ``PytorchGradCAM("EigenCAM")``.
 
     The package works in NumPy, so every call waits for the device; where there is a choice, the methods of
@@ -266,7 +275,7 @@ class PytorchGradCAM(_Adapter):
 
 
 @dataclass(frozen=True, init=False)
-class Captum(_Adapter):
+class Captum(Adapter):
     """Any attribution of the package captum, e.g. ``Captum("IntegratedGradients", n_steps=20)``.
 
     Arguments that captum requires have defaults for image classifiers: zeros (the mean image) as baselines, 7

@@ -1,0 +1,63 @@
+"""What can be said of a method before it runs: whether the model has its layers, and what suits a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sess_lightning.introspection.layers import check_layer, find_target_layer
+from sess_lightning.introspection.search import NoPlacesError
+from sess_lightning.methods.adapters import Adapter
+from sess_lightning.methods.cam import GradCAM
+from sess_lightning.methods.gradient import Gradient
+from sess_lightning.methods.sess import SESS
+from sess_lightning.types import SaliencyMethod
+
+
+def check_layers(model: nn.Module, *methods: SaliencyMethod) -> None:
+    """Refuse methods whose target layer the model does not have; nothing is run.
+
+    Args:
+        model: What is to be explained.
+        methods: With all that they are made of. Those of other packages must exist there.
+
+    Raises:
+        ValueError: With the nearest names.
+        ImportError: If a method's package is not installed.
+    """
+    for method in _parts(*methods):
+        if isinstance(method, Adapter):
+            method.check()
+        if (layer := getattr(method, "target_layer", None)) is not None:
+            check_layer(model, layer)
+
+
+def _parts(*methods: SaliencyMethod) -> Iterator[SaliencyMethod]:
+    """Yield methods and those that they are made of."""
+    for method in methods:
+        yield method
+        if is_dataclass(method):
+            held = (getattr(method, field.name) for field in fields(method))
+            yield from _parts(*(value for value in held if isinstance(value, SaliencyMethod)))
+
+
+def default_method(model: nn.Module, image: Float[Tensor, "1 C H W"]) -> SaliencyMethod:
+    """Return what explains a model if nothing is asked for.
+
+    ``SESS(GradCAM())``, or ``SESS(Gradient())`` where no layer could have places, as in an MLP. One forward
+    pass of the image tells, that which finds Grad-CAM's layer.
+
+    Args:
+        model: Any classifier.
+        image: As the model takes it.
+    """
+    try:
+        find_target_layer(model, image)
+    except NoPlacesError:
+        return SESS(Gradient())
+    except (RuntimeError, TypeError, ValueError):
+        pass  # The run says it, of the very images that it is about.
+    return SESS(GradCAM())
