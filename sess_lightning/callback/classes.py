@@ -1,4 +1,4 @@
-"""Which classes of an image are explained, and how logits become probabilities: labels and losses say it."""
+"""Which classes of an image are explained, and how logits become probabilities, from labels and losses."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from sess_lightning.introspection.logits import ORDINAL
 from sess_lightning.types import Activation, SaliencyMethod
 
 MOST_CLASSES = 4
-"""Positive classes of one image that are explained, the first ones."""
+"""The most positive classes of one image that are explained."""
 UNKNOWN = (-1, -100)
-"""What stands for no label."""
+"""Label that stands for none."""
 
 
 class Classes(NamedTuple):
     """The classes to explain, a row each.
 
     Attributes:
-        items: Which of the labelled images each row is of, rising; images without a class have no row.
+        items: For each row, its image's index, rising; images without a class have no row.
         labels: Class indices.
-        activation: How logits become probabilities, where the labels say so: multi-hot ones do.
+        activation: How logits become probabilities, where the labels show it, as multi-hot ones do.
     """
 
     items: list[int]
@@ -38,16 +38,16 @@ class Classes(NamedTuple):
 def read_classes(labels: Tensor) -> Classes:
     """Read labels as class indices; their values are read on the host.
 
-    Understood are class indices (B,) or (B, 1), of any type; binary targets (B,), smoothed or mixed, read at
-    one half; one-hot and soft targets (B, N) whose rows sum to 1, read as their largest; and multi-hot
-    targets (B, N), smoothed or mixed, read at one half: of those each positive class is explained, the first
-    four of an image. Negative labels and NaN are unknown: such an image has no row.
+    Labels may be class indices (B,) or (B, 1), of any type; binary targets (B,), smoothed or mixed, with a
+    threshold of one half; one-hot and soft targets (B, N) whose rows sum to 1, of which the largest is taken;
+    and multi-hot targets (B, N), smoothed or mixed, with a threshold of one half: of these, each positive
+    class is explained, up to four per image. Negative labels and NaN are unknown: such an image has no row.
 
     Args:
-        labels: As the data set gives them.
+        labels: The labels of the data set.
 
     Raises:
-        ValueError: If these are no labels of classes.
+        ValueError: If these are not class labels.
     """
     values = labels.detach().as_subclass(Tensor).to("cpu", torch.float64)
     if values.ndim == 2 and values.shape[1] == 1:
@@ -73,7 +73,8 @@ def known_labels(labels: Sequence[int], classes: int) -> list[bool]:
     """Return which labels are classes of a model; the others are unknown, such as 255.
 
     Raises:
-        ValueError: If they do not look like unknown ones: all of them, or the number of classes itself.
+        ValueError: If they do not look like unknown labels: all labels, or a label equal to the number of
+            classes.
     """
     known = [label < classes for label in labels]
     if classes in labels or not any(known):
@@ -89,7 +90,7 @@ def _read_hot(values: Tensor) -> Classes:
     values = values.masked_fill(unknown, 0)
     if (values < 0).any() or (values > 1).any():
         raise ValueError(_regression(values))
-    sums_to_one = (values.sum(1) - 1).abs() < 1e-3  # Of half precision.
+    sums_to_one = (values.sum(1) - 1).abs() < 1e-3  # From half precision.
     if (sums_to_one & ~unknown.any(1)).all():
         return Classes(list(range(len(values))), values.argmax(1).tolist(), None)
     positive = values >= 0.5
@@ -107,7 +108,7 @@ def _regression(values: Tensor) -> str:
 
 
 def with_activation(method: SaliencyMethod, activation: Activation) -> SaliencyMethod:
-    """Return a method, and what it is made of, with another activation."""
+    """Return a method, and those it is made of, with another activation."""
     if not is_dataclass(method):
         return method
     changes: dict[str, Any] = {}
@@ -121,10 +122,11 @@ def with_activation(method: SaliencyMethod, activation: Activation) -> SaliencyM
 
 
 def find_activation(model: nn.Module) -> Activation | None:
-    """Return how a model's logits become probabilities, as its losses say; None if they say nothing or both.
+    """Return how a model's logits become probabilities, by its losses; None if they are unknown or disagree.
 
-    Asked are configurations with a ``problem_type``, then what it holds (losses, multi-label metrics,
-    functions), then what its own code calls by name, and what functions of the project called there call.
+    Searched are configurations with a ``problem_type``, then what the model holds (losses, multi-label
+    metrics, functions), then what its own code calls by name, and what the project's functions called there
+    call.
     """
     for module in model.modules():
         told = getattr(vars(module).get("config"), "problem_type", None)
@@ -138,7 +140,7 @@ def find_activation(model: nn.Module) -> Activation | None:
 
 
 def takes_probabilities(model: nn.Module) -> bool:
-    """Return whether a loss that a module holds, or calls by name, is computed from probabilities."""
+    """Return whether a loss that a module holds, or calls by name, takes probabilities."""
     plain = {name.lower().replace("_", "") for names in _names(model) for name in names}
     return bool(plain & {"bceloss", "binarycrossentropy"})
 
@@ -204,7 +206,7 @@ def _called_in(space: Mapping[str, Any], names: set[str]) -> Iterator[str]:
 def _mentioned(code: CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
-        if isinstance(constant, CodeType):  # What is defined inside.
+        if isinstance(constant, CodeType):  # Code that is defined inside.
             yield from _mentioned(constant)
 
 

@@ -1,4 +1,4 @@
-"""SampleKeeper: the same samples in every run, whatever comes by."""
+"""SampleKeeper: the same samples in every run, whatever batches pass."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sess_lightning.types import Batch
 
 @dataclass(frozen=True)
 class Kept:
-    """Samples as they came, on the host, and which of all samples they are.
+    """Samples as they passed, on the host, with their numbers among all samples.
 
     Attributes:
         samples: A row for each class to explain.
-        numbers: Which of all samples each row is of.
-        places: Where in the batch they were; empty where that is not known any more.
-        validated: Validation's logits of them in this run, where they are known.
-        chosen: How many images were chosen, those that cannot be explained included; None is all that are.
+        numbers: Each row's sample number.
+        places: Their places in the batch; empty if no longer known.
+        validated: Validation's logits of them in this run, if known.
+        chosen: How many images were chosen, including those that cannot be explained; None if all can.
     """
 
     samples: Batch
@@ -38,7 +38,7 @@ class Kept:
 
     @property
     def left_out(self) -> int:
-        """How many samples cannot be explained: no known class, or a pixel that is no number."""
+        """How many samples cannot be explained: without a known class, or with a pixel that is not finite."""
         return 0 if self.chosen is None else self.chosen - len(set(self.numbers))
 
     @property
@@ -48,13 +48,14 @@ class Kept:
 
     @property
     def digests(self) -> list[int]:
-        """What each row's image is known by: its pixels."""
+        """Digest of each row's image."""
         return [digest(image) for image in self.samples.images]
 
     def parts(self) -> list[Kept]:
-        """Return what can be explained at once.
+        """Return the parts that can be explained at once.
 
-        Alone are images of several classes, which share forward passes, and those whose call takes more.
+        Images with several classes, which share forward passes, are alone, and so are those whose call takes
+        other inputs.
         """
         alone = [own for own in self._images() if len(own) > 1 or self.samples.context]
         together = [own[0] for own in self._images() if own not in alone]
@@ -71,10 +72,10 @@ class Kept:
         return [*rows.values()]
 
     def known(self, classes: int) -> Kept:
-        """Return what a model with so many classes can be asked about; other labels stand for none.
+        """Return the samples whose label is one of a model's classes; other labels stand for none.
 
         Raises:
-            ValueError: If they do not look like unknown ones.
+            ValueError: If other labels do not look like unknown ones.
         """
         known = known_labels(self.samples.labels.tolist(), classes)
         return self if all(known) else self.take([row for row, is_known in enumerate(known) if is_known])
@@ -86,17 +87,17 @@ class Kept:
 
 
 def digest(image: Tensor) -> int:
-    """Return what an image is known by: 56 bits of a hash of its pixels."""
+    """Return an image's digest: 56 bits of a hash of its pixels."""
     pixels = image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return int.from_bytes(blake2b(pixels, digest_size=7).digest(), "big")
 
 
 class SampleKeeper:
-    """Takes samples from the batches that pass, and gives the same ones in every later run.
+    """Takes samples from passing batches, and returns the same ones in every later run.
 
-    Where it is known in which order samples pass, they are those at the same places of the data set, as they
-    are by now. Else they are kept as they first came, also for what comes after: another fit, validate or
-    test of the same training, or a training that a checkpoint resumes.
+    If the order of samples is known, they are those at the same places of the data set, in their current
+    state. Otherwise they are kept as they first passed, also for another fit, validate or test of the same
+    training, or for a training that is resumed from a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -109,19 +110,19 @@ class SampleKeeper:
 
     @property
     def total(self) -> int:
-        """How many samples this process explains in a run."""
+        """Number of samples that this rank explains in a run."""
         return 0 if self._part is None else self._part.count
 
     @property
     def ids(self) -> list[str]:
-        """The ids of the samples of the last run, where batches have them."""
+        """The ids of the last run's samples, if batches have ids."""
         return [name for kept in self._kept for name in kept.samples.ids or ()]
 
     def forget(self, is_same: bool = False) -> None:
-        """Begin anew: another loader, perhaps.
+        """Start again, perhaps with another loader.
 
         Args:
-            is_same: Whether the training is the same: then its samples are.
+            is_same: Whether the training is the same, and so are its samples.
         """
         if not is_same:
             self._carried, self._loaded = [], {}
@@ -131,16 +132,16 @@ class SampleKeeper:
         self.start_run()
 
     def settle(self, part: Choice | Share, size: tuple[int, int], is_first: bool, restores: bool) -> str:
-        """Settle which samples are taken.
+        """Decide which samples are taken.
 
         Args:
-            part: This process' part of all.
-            size: (height, width) of the images that pass.
-            is_first: Whether this process is the one whose samples are in checkpoints.
-            restores: Whether samples of other stages of this training are to be found again.
+            part: This rank's part of all samples.
+            size: (height, width) of the images.
+            is_first: Whether this is the rank whose samples are in checkpoints.
+            restores: Whether to find the samples of other stages of this training again.
 
         Returns:
-            What there is to tell; empty if nothing.
+            The text of a warning; empty if there is none.
         """
         self._restores = restores
         earlier, self._kept, self._part = self._kept, [], part
@@ -172,13 +173,13 @@ class SampleKeeper:
     ) -> int:  # fmt: skip
         """Take a batch's share of the samples.
 
-        Returns how many are left out, as they cannot be explained.
+        Returns how many are left out because they cannot be explained.
 
         Args:
             read: Reads the batch; called at most once.
-            batch_idx: Which batch this is.
-            batches: How many there are; may be infinite.
-            logits: Gives validation's logits of the images in some places of the batch.
+            batch_idx: Index of the batch.
+            batches: Number of batches; may be infinite.
+            logits: Returns validation's logits of the images at some places of the batch.
         """
         left_out = self._open()
         part = self._part
@@ -190,7 +191,7 @@ class SampleKeeper:
         return left_out + self._take_share(part, read(), batch_idx, batches, logits)
 
     def _open(self) -> int:
-        """Put what earlier runs kept first, and return how many of it are left out."""
+        """Put the samples of earlier runs first, and return how many of them are left out."""
         if self._is_open:
             return 0
         self._is_open = True
@@ -198,7 +199,7 @@ class SampleKeeper:
             self._kept = []
         self._waiting += [kept for kept in self._kept if kept.numbers]
         self._taken = sum(kept.size for kept in self._kept)
-        if self._taken < self.total:  # A loader that shuffles brings again what is kept already.
+        if self._taken < self.total:  # A shuffling loader brings samples again that are kept already.
             self._known = {one for kept in self._kept for one in kept.digests}
         return sum(kept.left_out for kept in self._kept)
 
@@ -206,7 +207,7 @@ class SampleKeeper:
         self, part: Share, batch: Batch, batch_idx: int, batches: float,
         logits: Callable[[list[int]], Tensor | None],
     ) -> int:  # fmt: skip
-        """Take what is due, and set aside what later batches may fail to give."""
+        """Take the samples that are due, and set some aside in case later batches have too few."""
         size = len(batch) if batch.count is None else batch.count
         count = max(0, min(part.due(batch_idx, batches) - self._taken, size))
         places = spread_in_batch(count, size, batch_idx)
@@ -224,19 +225,19 @@ class SampleKeeper:
         return left_out
 
     def _free(self) -> list[int]:
-        """Return the numbers that no sample has yet."""
+        """Return the numbers that are still free."""
         taken = {number for kept in self._kept for number in kept.numbers}
         return [number for number in self._part.numbers if number not in taken] if self._part else []
 
     def _unknown(self, kept: Kept) -> Kept:
-        """Return those of the samples that earlier runs have not kept."""
+        """Return the samples that earlier runs have not kept."""
         if not self._known:
             return kept
         rows = [row for row, one in enumerate(kept.digests) if one not in self._known]
         return replace(kept.take(rows), places=[kept.places[row] for row in rows])
 
     def _keep(self, kept: Kept) -> int:
-        """Keep samples for later runs, and have them wait to be explained in this one."""
+        """Keep samples for later runs, and queue them to be explained in this one."""
         if not kept.size:
             return 0
         self._kept.append(replace(kept, places=[], validated=None, chosen=kept.size))
@@ -246,10 +247,10 @@ class SampleKeeper:
         return kept.left_out
 
     def waiting(self) -> list[Kept]:
-        """Return what was taken since the last call, in parts that can be explained at once.
+        """Return the samples taken since the last call, in parts that can be explained at once.
 
-        Samples of one kind go together, but those whose call takes more than images. What batches failed to
-        give is made up for by what was set aside: call it before the last batch's weights are gone.
+        Samples of one kind are together, except those whose call takes more than images. Samples that batches
+        were short of are replaced by those set aside: call it while the last batch's weights are in place.
         """
         reserve, self._reserve = self._reserve, []
         missing = self.total - self._taken
@@ -262,11 +263,11 @@ class SampleKeeper:
         return [part for alike in kinds.values() for part in _joined(alike).parts()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the samples themselves where nothing else would find them again, else nothing."""
+        """Return the samples themselves if there is no other way to find them again, else nothing."""
         if isinstance(self._part, Choice):
             return {}
         kept = self._kept if self._part is not None and self._restores else self._carried
-        if not kept:  # What a checkpoint brought is not settled yet.
+        if not kept:  # What a checkpoint has restored is not decided yet.
             return {name: self._loaded[name] for name in ("kept", "chosen") if name in self._loaded}
         return {
             "kept": {i: (vars(one.samples), one.numbers) for i, one in enumerate(kept)},
@@ -274,17 +275,17 @@ class SampleKeeper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> str:
-        """Note what a checkpoint holds, for ``settle``."""
+        """Keep a checkpoint's state for ``settle``."""
         self._loaded = {name: state[name] for name in ("kept", "chosen") if name in state}
         return ""
 
 
 def _chosen(batch: Batch, numbers: Mapping[int, int]) -> Kept:
-    """Return the images at some places of a batch, those that can be explained.
+    """Return those images at some places of a batch that can be explained.
 
     Args:
-        batch: As it was read.
-        numbers: Place -> which of all samples it is.
+        batch: The batch.
+        numbers: Place -> sample number.
     """
     items = list(range(len(batch))) if batch.items is None else batch.items
     count = len(batch) if batch.count is None else batch.count
@@ -295,7 +296,7 @@ def _chosen(batch: Batch, numbers: Mapping[int, int]) -> Kept:
     if places:
         check_inputs("SESSCallback", samples.images.float(), samples.labels)
         check_boxes(samples)
-    samples = replace(samples, items=None, count=None, activation=None)  # Of the batch, not of these.
+    samples = replace(samples, items=None, count=None, activation=None)  # The batch's, not the samples'.
     chosen = sum(place < count for place in numbers)
     return Kept(samples, [numbers[place] for place in places], places, chosen=chosen)
 
@@ -319,9 +320,9 @@ def _restored(state: Mapping[str, Any]) -> list[Kept]:
 
 
 def _numbered(kept: Sequence[Kept], share: Share) -> list[Kept]:
-    """Return samples under the numbers of this run: their own where they may have them, as many as there are.
+    """Return samples with numbers of this run: their own where possible, as many as there are.
 
-    Those that cannot be explained have no number, but take a place.
+    Samples that cannot be explained have no number, but take a place.
     """
     mine, room = set(share.numbers), share.count
     taken = {number for one in kept for number in one.numbers}

@@ -1,4 +1,4 @@
-"""The loaders that validation or test reads, and what is known of their samples on every process."""
+"""The loaders that validation or test reads, and what is known of their samples on every rank."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DistributedSampler
 
 MOST_LOADERS = 8
-"""Of so many loaders processes tell one another."""
+"""The most loaders that ranks exchange information on."""
 UNKNOWN = -1
 
 
 class Holding(NamedTuple):
-    """What a process knows of a loader of its own.
+    """What a rank knows of one of its loaders.
 
     Attributes:
         length: Samples that pass in a run; below 0 if unknown.
-        sketch: Tells data sets apart, as far as that can be seen without reading a sample.
+        sketch: Identifies the data set, as far as possible without reading a sample.
     """
 
     length: int
@@ -32,18 +32,18 @@ class Holding(NamedTuple):
 
     @staticmethod
     def unknown() -> Holding:
-        """Return what is known where nothing can be found out."""
+        """Return what is known if nothing can be found out."""
         return Holding(UNKNOWN, 0)
 
 
 @dataclass(frozen=True)
 class Source:
-    """The loader whose samples are explained, None where the adapter's choice cannot be told.
+    """The loader whose samples are explained; None if it is unknown which one the adapter chooses.
 
     Attributes:
         loader: A DataLoader or anything else.
-        batches: How many of its batches pass on this process; may be infinite.
-        holdings: What each process holds, by rank.
+        batches: Number of its batches that pass on this rank; may be infinite.
+        holdings: What each rank holds.
     """
 
     loader: Any
@@ -52,13 +52,13 @@ class Source:
 
     @property
     def lengths(self) -> list[int] | None:
-        """How many samples pass on each process; None where one of them does not know."""
+        """Number of samples that pass on each rank; None if one of them does not know."""
         lengths = [holding.length for holding in self.holdings]
         return None if min(lengths) < 0 else lengths
 
     @property
     def is_sharded(self) -> bool:
-        """Whether processes were given different data, by hand and not by a sampler."""
+        """Whether ranks have different data sets, rather than a sampler."""
         sampler = getattr(getattr(self.loader, "batch_sampler", None), "sampler", None)
         by_hand = not isinstance(sampler, DistributedSampler)
         return by_hand and len({holding.sketch for holding in self.holdings}) > 1
@@ -69,10 +69,10 @@ class Loaders:
     """All loaders of a run, as Lightning combines them.
 
     Attributes:
-        all: They, flattened.
-        counts: How many batches of each pass on this process.
-        mode: How they are combined: one after the other (``"sequential"``), or in step.
-        structure: They, as the user gave them.
+        all: The loaders, flattened.
+        counts: Number of batches of each that pass on this rank.
+        mode: How they are combined: one after the other (``"sequential"``), or in parallel.
+        structure: The loaders as the user passed them.
     """
 
     all: Sequence[Any]
@@ -81,13 +81,13 @@ class Loaders:
     structure: Any
 
     def passing(self, watched: int) -> float:
-        """Return how many batches pass in a run; may be infinite."""
+        """Return the number of batches in a run; may be infinite."""
         if self.mode == "sequential":
             return self.counts[watched]
         return min(self.counts) if self.mode == "min_size" else max(self.counts)
 
     def provider(self, watched: int, batch: Any, tensors: Sequence[Any]) -> int | None:
-        """Return which loader gave the tensors that were read from a batch; None if that cannot be told."""
+        """Return the index of the loader that the tensors read from a batch come from; None if unknown."""
         if self.mode == "sequential":
             return watched
         memories = {_memory(tensor) for tensor in tensors if isinstance(tensor, Tensor)}
@@ -98,13 +98,13 @@ class Loaders:
         return gave[0] if len(gave) == 1 else None
 
     def holding(self, i: int) -> Holding:
-        """Return what this process knows of loader ``i``."""
+        """Return what this rank knows of loader ``i``."""
         loader = self.all[i]
         return Holding(_length(loader, min(self.counts[i], self.passing(i))), _sketch(loader))
 
 
 def loaders_of(trainer: Trainer) -> Loaders:
-    """Return the loaders of the validation or test that is under way."""
+    """Return the loaders of the current validation or test."""
     kind = trainer.state.fn
     loop: Any = trainer.test_loop if kind == "test" else trainer.validate_loop
     if kind == "fit":
@@ -119,10 +119,10 @@ def loaders_of(trainer: Trainer) -> Loaders:
 
 
 def survey(trainer: Trainer, loaders: Loaders | None) -> list[list[Holding]]:
-    """Return what each process knows of each loader; all of them have to ask.
+    """Return what each rank knows of each loader; all ranks must call this.
 
     Raises:
-        Nothing: what a process cannot find out is unknown, or the others would wait for it.
+        Nothing: if a rank cannot find something out, it is unknown; otherwise the others would wait for it.
     """
     found = [Holding.unknown() for _ in range(MOST_LOADERS)]
     for i in range(min(len(loaders.all), MOST_LOADERS) if loaders is not None else 0):
@@ -133,7 +133,7 @@ def survey(trainer: Trainer, loaders: Loaders | None) -> list[list[Holding]]:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return a tensor of every process, stacked by rank; all of them have to ask, with one shape."""
+    """Return a tensor of every rank, stacked; all ranks must call this, with the same shape."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return tensor[None]
     everyone = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
@@ -150,7 +150,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _parts(structure: Any, batch: Any) -> Iterator[Any]:
-    """Return of a batch of loaders in step what each of them gave."""
+    """Split a batch of parallel loaders into what each of them returned."""
     if isinstance(structure, Mapping):
         for key, inner in structure.items():
             yield from _parts(inner, batch[key])
@@ -170,13 +170,13 @@ def _length(loader: Any, batches: float) -> int:
 
 
 def _sketch(loader: Any) -> int:
-    """Return a number for the data that a loader reads."""
+    """Return a number that identifies the data that a loader reads."""
     told = "|".join(_words(getattr(loader, "dataset", None), 0))
     return int.from_bytes(sha1(told.encode(), usedforsecurity=False).digest()[:7], "big")
 
 
 def _words(data: Any, depth: int) -> Iterator[str]:
-    """Tell of a data set, without reading a sample, its type, its length, and its lists' ends."""
+    """Describe a data set without reading a sample: its type, its length, and the ends of its lists."""
     yield type(data).__qualname__
     if depth > 3 or data is None:
         return
@@ -190,7 +190,7 @@ def _words(data: Any, depth: int) -> Iterator[str]:
 
 
 def _ends(values: Any) -> Iterator[str]:
-    values = getattr(values, "iloc", values)  # Of a table, rows.
+    values = getattr(values, "iloc", values)  # The rows of a table.
     if getattr(values, "shape", True) == () or not len(values):
         return
     for value in (values[0], values[len(values) - 1]):

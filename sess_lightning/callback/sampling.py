@@ -1,4 +1,4 @@
-"""Which samples a run explains: the same in every run, on however many processes."""
+"""Which samples a run explains: the same in every run, whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ GOLDEN, SILVER = 0.618034, 0.414214
 
 
 def spread(count: int, size: int) -> list[int]:
-    """Return ``count`` of ``size`` places in order, one in each of as many equal stretches.
+    """Return ``count`` of ``size`` places in order, one in each of ``count`` equal sections.
 
-    Where in its stretch a place lies follows the golden ratio: data sets are often ordered by class, or in
-    cycles of classes, and evenly spaced places would meet one class again and again.
+    The place within a section follows the golden ratio: data sets are often ordered by class, or in cycles of
+    classes, and evenly spaced places would hit one class again and again.
     """
     edges = [k * size // count for k in range(count + 1)]
     return [edges[k] + int(GOLDEN * k % 1 * (edges[k + 1] - edges[k])) for k in range(count)]
 
 
 def spread_in_batch(count: int, size: int, batch_idx: int) -> list[int]:
-    """Return ``count`` places in a batch, evenly apart; where they begin differs from batch to batch."""
+    """Return ``count`` evenly spaced places in a batch; their start differs from batch to batch."""
     start = int(GOLDEN * batch_idx * size)
     return sorted((start + i * size // count) % size for i in range(count))
 
 
 def numbering(count: int) -> list[int]:
-    """Return a number for each of ``count`` samples in order; those with low numbers are spread, too."""
+    """Return a number for each of ``count`` samples in order, so that low numbers are spread out, too."""
     ranked = sorted(range(count), key=lambda k: SILVER * k % 1)
     return sorted(range(count), key=ranked.__getitem__)
 
 
 @dataclass(frozen=True)
 class Order:
-    """Where the items that pass on one process stand in the data set.
+    """The places in the data set of the items that pass on one rank.
 
     Attributes:
-        length: Samples that all processes see together.
+        length: Samples that all ranks see together.
         batch_size: Items in a full batch.
-        step: From an item to the next one, samples of the data set.
-        first: Sample that comes first.
-        mine: Of samples that every process sees, this one takes those whose number modulo ``mine[1]`` is
+        step: Distance from an item to the next one, in samples of the data set.
+        first: The first sample.
+        mine: Of samples that every rank sees, this one takes those whose number modulo ``mine[1]`` is
             ``mine[0]``.
-        items: Items that pass on this process; None where all processes have as many.
+        items: Items that pass on this rank; None if all ranks have the same number.
     """
 
     length: int
@@ -58,19 +58,19 @@ class Order:
     items: int | None = None
 
     shares = 1
-    """Numbers of samples that ``choose`` is asked for: one, of all processes."""
+    """How many counts ``choose`` is called with: one, for all ranks."""
 
     @property
     def own(self) -> int:
-        """How many items pass on this process, those included that a sampler has padded."""
+        """Number of items that pass on this rank, including a sampler's padding."""
         return -(-self.length // self.step) if self.items is None else self.items
 
     def passing(self, batch_idx: int) -> int:
-        """Return how many items the batch has to have if this is the order."""
+        """Return how many items the batch must have if this is the order."""
         return min(self.batch_size, self.own - batch_idx * self.batch_size)
 
     def choose(self, count: int) -> Choice:
-        """Return this process' part of ``count`` samples that are spread over the data set."""
+        """Return this rank's part of ``count`` samples that are spread over the data set."""
         rank, world = self.mine
         items = {
             (index - self.first) // self.step: k
@@ -82,14 +82,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Pile:
-    """Samples that pass in an order which is not known.
+    """Samples that pass in an unknown order.
 
     Attributes:
-        length: Samples on all processes or, where each chooses for itself, on this one at most.
+        length: Samples on all ranks or, where each chooses for itself, the most on this one.
         batch_size: Items in a full batch.
-        shares: Processes that each choose samples of their own, as they do not know how many others have.
-        mine: Where those of this process begin and end if all processes' lie one after the other.
-        every: How many lie there, those included that a sampler has padded.
+        shares: Ranks that each choose samples of their own, since they do not know how many the others have.
+        mine: Start and end of this rank's samples if all ranks' samples are concatenated.
+        every: Number of the concatenated samples, including a sampler's padding.
     """
 
     length: float
@@ -99,13 +99,13 @@ class Pile:
     every: int = 0
 
     def passing(self, batch_idx: int) -> int:
-        """Return how many items the batch has to have if the length is right."""
+        """Return how many items the batch must have if the length is right."""
         if self.mine is None:
             return self.batch_size
         return min(self.batch_size, self.mine[1] - self.mine[0] - batch_idx * self.batch_size)
 
     def choose(self, count: int) -> Share:
-        """Return this process' part of ``count`` samples."""
+        """Return this rank's part of ``count`` samples."""
         if self.mine is None:
             return Share(count, 0, count, self.batch_size)
         first, end = self.mine
@@ -115,12 +115,12 @@ class Pile:
 
 @dataclass(frozen=True)
 class Choice:
-    """The samples that one process explains.
+    """The samples that one rank explains.
 
     Attributes:
-        total: Samples on all processes.
+        total: Samples on all ranks.
         batch_size: Items in a full batch.
-        items: Item, in the order in which they pass on this process -> which of all samples it is.
+        items: Index of an item, in the order in which they pass on this rank -> its number among all samples.
     """
 
     total: int
@@ -129,11 +129,11 @@ class Choice:
 
     @property
     def count(self) -> int:
-        """How many samples this process explains."""
+        """Number of samples that this rank explains."""
         return len(self.items)
 
     def of_batch(self, batch_idx: int) -> dict[int, int]:
-        """Return the places of samples in a batch, and which samples they are."""
+        """Return the places of samples in a batch, and their numbers."""
         start = batch_idx * self.batch_size
         return {i - start: k for i, k in self.items.items() if start <= i < start + self.batch_size}
 
@@ -145,14 +145,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Share:
-    """How many samples one process explains, whichever they are.
+    """How many samples one rank explains, whichever they are.
 
     Attributes:
-        count: So many.
-        first: How many of all samples come before.
-        total: Samples that are numbered together: of all processes, or of this one alone.
+        count: Their number.
+        first: How many of all samples come before them.
+        total: Samples that are numbered together: those of all ranks, or of this one alone.
         batch_size: Items in a full batch.
-        length: Items that pass on this process; None if unknown.
+        length: Items that pass on this rank; None if unknown.
     """
 
     count: int
@@ -162,7 +162,7 @@ class Share:
     length: int | None = None
 
     def due(self, batch_idx: int, batches: float) -> int:
-        """Return how many samples are to have come out of the batches up to one."""
+        """Return how many samples are due up to a batch."""
         if batches == float("inf") or batch_idx + 1 >= batches:
             return self.count
         if self.length is None:
@@ -171,19 +171,19 @@ class Share:
         return self.count * passed // self.length if self.length else 0
 
     def is_past(self, batch_idx: int) -> bool:
-        """Return whether the loader has ended before a batch, which another loader fills."""
+        """Return whether the loader has ended before a batch, which then comes from another loader."""
         return self.length is not None and batch_idx * self.batch_size >= self.length
 
     @cached_property
     def numbers(self) -> list[int]:
-        """The numbers of this process' samples."""
+        """The numbers of this rank's samples."""
         return numbering(self.total)[self.first : self.first + self.count]
 
 
 def find_order(loader: Any, batches: float, rank: int = 0, world: int = 1) -> Order | None:
-    """Return in which order a loader's samples pass on this process.
+    """Return the order in which a loader's samples pass on this rank.
 
-    None where nothing says so: shuffled, streamed, batched by the data set, with a sampler of the user's own.
+    None if it is unknown: shuffled, streamed, batched by the data set, or with a custom sampler.
 
     Args:
         loader: A DataLoader or anything else.
@@ -206,12 +206,12 @@ def find_order(loader: Any, batches: float, rank: int = 0, world: int = 1) -> Or
 
 
 def find_samples(source: Source, images: int, batch_idx: int, rank: int, world: int) -> Order | Pile:
-    """Return what is known of the samples that pass on this process.
+    """Return what is known of the samples that pass on this rank.
 
     Args:
-        source: Where they come from.
-        images: How many came in the first batch that was seen.
-        batch_idx: Which one that is.
+        source: Their loader.
+        images: Number of images in the first batch that was seen.
+        batch_idx: Index of that batch.
         rank: Which process this is.
         world: How many there are.
     """
@@ -222,7 +222,7 @@ def find_samples(source: Source, images: int, batch_idx: int, rank: int, world: 
     first, every = sum(lengths[:rank]), sum(lengths)
     order = find_order(source.loader, source.batches, rank, world)
     if order is not None and source.is_sharded and order.step == 1:
-        # As if the shards were one data set, in which this one's samples stand together.
+        # As if the shards were one data set, in which this rank's samples are consecutive.
         order = replace(order, length=every, first=first, mine=(0, 1), items=lengths[rank])
     sampler = source.loader.batch_sampler.sampler
     length = (
@@ -230,5 +230,5 @@ def find_samples(source: Source, images: int, batch_idx: int, rank: int, world: 
     )
     size = source.loader.batch_sampler.batch_size
     found = order or Pile(float(length), size, mine=(first, first + lengths[rank]), every=every)
-    # Else the adapter, or what collates, leaves samples out.
+    # Otherwise the adapter or the collate function leaves samples out.
     return found if found.passing(batch_idx) == images else unknown

@@ -1,4 +1,4 @@
-"""Which training this is, and what of it outlives a fit, validate or test."""
+"""Which training this is, and its state that outlives a fit, validate or test."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sess_lightning.callback.runs import age
 
 
 class Remembering(Callback):
-    """Remembers a training through validate, fit, test and resumed fits of one module, and in checkpoints.
+    """Keeps a training's state through all fits, validations and tests of a module, and in checkpoints.
 
-    A fit of another module, or another fit of the same one from its first step on, is another training:
-    nothing of the one before enters its figures.
+    A fit of another module, or another fit of the same one from its first step on, is a new training: nothing
+    of the previous one enters its figures.
     """
 
     guard: RunGuard
@@ -33,16 +33,16 @@ class Remembering(Callback):
         self._before: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": None}  # A copy in another process has another module.
+        return {**self.__dict__, "_module": None}  # A copy in another process has a different module.
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin to fit, validate or test: go on with the training of before, or begin another one."""
+        """Begin to fit, validate or test: continue the previous training, or begin a new one."""
         self._loaded, self._before = None, {}
         is_same = self._module is None or self._module() is pl_module
         begins = stage == "fit" and trainer.global_step == 0
         goes_on = is_same and not (begins and self._has_fitted)
         if not goes_on:
-            self._before = self.state_dict() if is_same else {}  # A checkpoint may be about to be resumed.
+            self._before = self.state_dict() if is_same else {}  # A checkpoint may be loaded next.
             self.guard.failed = 0
             self.history.forget()
         self.keeper.forget(goes_on)
@@ -55,15 +55,15 @@ class Remembering(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Note how old the weights are that ``validate`` or ``test`` was given."""
+        """Note the epoch and step of the weights that ``validate`` or ``test`` was given."""
         with self.guard.protect("epoch is missing"):
             self._loaded = age(checkpoint)
         if self._before and trainer.state.fn == "fit":
-            self.load_state_dict(self._before)  # What the checkpoint itself holds comes next.
+            self.load_state_dict(self._before)  # The checkpoint's own state comes next.
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, of types that weights-only loading accepts."""
+        """Return what a resumed training needs, in types that weights-only loading accepts."""
         state: dict[str, Any] = {}
         for part in (self.guard, self.history, self.keeper):
             with self.guard.protect("state is missing in the checkpoint"):
@@ -72,7 +72,7 @@ class Remembering(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what a checkpoint holds; what another version has left out or added costs a line."""
+        """Restore the state from a checkpoint; differences of another version cost a line."""
         for part in (self.guard, self.history, self.keeper):
             with self.guard.protect("state in the checkpoint is left out"):
                 if text := part.load_state_dict(state_dict):

@@ -1,4 +1,4 @@
-"""Windows on their way through a model: their scores, and their maps. The model is an argument throughout."""
+"""Windows passing through a model: their scores, and their maps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Scored(NamedTuple):
     """The windows that were scored.
 
     Attributes:
-        which: For each target, their numbers in the plan, rising.
+        which: For each target, their indices in the plan, rising.
         logs: Their log-scores.
         maps: Their maps, on the method's own grid; None where scoring gives no maps.
     """
@@ -39,7 +39,7 @@ class WindowExtractor:
     Attributes:
         images: One for each target, or a single one for all targets.
         targets: The classes to explain.
-        plan: Where the windows lie.
+        plan: The places of the windows.
         antialias: Antialias when a scale is smaller than the image.
         stretch: Give maps in [0, 1]; False gives each in its own strength.
         batch_size: Windows that go through the model at once; None by the memory there is.
@@ -58,7 +58,7 @@ class WindowExtractor:
 
     @property
     def numbers(self) -> Int[Tensor, "T P"]:
-        """The numbers of all windows, for each target."""
+        """The indices of all windows, for each target."""
         return torch.arange(len(self.plan), device=self.images.device).expand(len(self.targets), -1)
 
     def score(self, model: nn.Module, activation: Activation) -> Scored:
@@ -97,7 +97,7 @@ class WindowExtractor:
     def extract_some(
         self, model: nn.Module, method: SaliencyMethod, which: Int[Tensor, "T K"]
     ) -> Iterator[Extraction]:
-        """Yield what a method says about some windows of each target, target by target, in full batches."""
+        """Yield a method's extractions of some windows of each target, target by target, in full batches."""
         of_window = self.targets.repeat_interleave(which.shape[1])
         limit = batch_limit(self.batch_size, self.images)
         return in_batches(

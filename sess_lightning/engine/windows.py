@@ -1,4 +1,4 @@
-"""SESS in the paper's order: scale, slide, pre-filter, fuse, smooth. Pure functions.
+"""Scale and slide: the sizes of scales, the places of windows, cutting and ranking them.
 
 Source: Tursun et al., "SESS: Saliency Enhancing with Scaling and Sliding", ECCV 2022, section 3.
 """
@@ -24,7 +24,7 @@ WindowSize: TypeAlias = int | tuple[int, int]
 
 
 class Plan(NamedTuple):
-    """Where every window lies; follows from the image's size and the hyper-parameters alone.
+    """The places of all windows; they follow from the image's size and the hyper-parameters alone.
 
     Attributes:
         size: (height, width) of the image.
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
         return self.scales[0] == self.window_size
 
     def first(self, scales: int) -> Plan:
-        """Return the part that the first ``scales`` are; its windows come first in the whole as well."""
+        """Return the plan of the first ``scales`` only; its windows come first in the whole plan, too."""
         return Plan(self.size, self.window_size, self.scales[:scales], self.boxes[:scales])
 
 
@@ -90,7 +90,7 @@ def least_side(size: tuple[int, int], window: tuple[int, int]) -> int:
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Return where windows begin along one axis; the last is pulled inside the border."""
+    """Return the starts of windows along one axis; the last is pulled inside the border."""
     return [*range(0, length - window, stride), length - window]
 
 
@@ -98,8 +98,8 @@ def window_boxes(height: int, width: int, window: WindowSize, stride: WindowSize
     """Return all windows of an image, row by row, as (x0, y0, x1, y1), half-open.
 
     Args:
-        height: Of the image, px.
-        width: Of the image, px.
+        height: Height of the image, px.
+        width: Width of the image, px.
         window: (height, width), or the side of a square, px.
         stride: Likewise.
 
@@ -110,7 +110,7 @@ def window_boxes(height: int, width: int, window: WindowSize, stride: WindowSize
 
 
 def both_sides(size: WindowSize) -> tuple[int, int]:
-    """Return (height, width), of a square where one number is given."""
+    """Return (height, width); a single number is the side of a square."""
     return (size, size) if isinstance(size, int) else size
 
 
@@ -168,15 +168,15 @@ def _views(image: Float[Tensor, "1 C _ _"], boxes: Sequence[Box]) -> list[Float[
 
 
 class WindowStream:
-    """All windows of images, cut when they are asked for and dropped once later ones are.
+    """All windows of images, cut on demand and dropped when later ones are cut.
 
     On a CPU each image is scaled by itself and windows are views until they are batched. An accelerator waits
     for its host rather than for memory: there, a scale's windows of several images are cut by one kernel, so
     that they stream scale by scale within such a group of images.
 
     Args:
-        images: To cut.
-        plan: Where the windows lie.
+        images: The images to cut.
+        plan: The places of the windows.
         antialias: Antialias when a scale is smaller than the image.
         limit: Windows in a batch; of a scale no more than twice as many are cut at a time, or one image's.
         together: Whether to cut a scale's windows by one kernel; None does on an accelerator.
@@ -202,7 +202,7 @@ class WindowStream:
     def take(self, which: slice) -> Float[Tensor, "K C h w"]:
         """Return a batch of windows, channels last, that the caller may write to.
 
-        What lies before the beginning of ``which`` cannot be had any more afterwards.
+        Windows before the beginning of ``which`` are no longer available afterwards.
         """
         while self._end < min(which.stop, len(self)):
             block = next(self._source)
@@ -224,7 +224,7 @@ class WindowStream:
         return values[self._order[0]]
 
     def gathered(self, values: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "B P ..."]:
-        """Return per image, in the plan's order, what windows in the stream's order have given."""
+        """Return windows' results in the stream's order by image and in the plan's order."""
         in_order: Tensor = values[self._order[1]].unflatten(0, (-1, len(self._plan)))
         return in_order
 
@@ -272,7 +272,7 @@ def _stream_order(
 
 
 def chunked(items: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
-    """Stack what comes into full batches of ``chunk``; the last one may be smaller."""
+    """Stack items into full batches of ``chunk``; the last one may be smaller."""
     items = iter(items)
     for item in items:
         yield stacked([item, *islice(items, chunk - 1)])
@@ -291,7 +291,7 @@ def descent(plan: Plan, share: float) -> tuple[int, int]:
 
 
 def kept_count(count: int, ratio: float) -> int:
-    """Return how many of ``count`` windows the pre-filter keeps, in Python floats as the authors do.
+    """Return how many of ``count`` windows the pre-filter keeps, computed in Python floats like the authors'.
 
     Raises:
         ValueError: If ``ratio`` is not in [0, 1).
@@ -302,7 +302,7 @@ def kept_count(count: int, ratio: float) -> int:
 
 
 def prefilter(scores: Float[Tensor, "*B P"], ratio: float) -> Int[Tensor, "*B K"]:
-    """Return the numbers of the windows with the highest scores; ties keep the earlier window.
+    """Return the indices of the windows with the highest scores; of ties, the earlier ones.
 
     Args:
         scores: Scores or log-scores; NaN ranks last.
@@ -312,12 +312,12 @@ def prefilter(scores: Float[Tensor, "*B P"], ratio: float) -> Int[Tensor, "*B K"
 
 
 def ranked(scores: Float[Tensor, "*B P"], rounding: float = 0.0) -> Int[Tensor, "*B P"]:
-    """Return the numbers of the windows by falling score; of equal ones the earlier first, NaN last.
+    """Return the indices of the windows by falling score; of equal ones the earlier first, NaN last.
 
     Args:
         scores: Any range.
-        rounding: Neighbours in the ranking that differ by no more count as equal. Windows of equal content
-            have scores that differ by rounding, another way in every batch.
+        rounding: Neighbours in the ranking that differ by no more count as equal. Scores of windows with
+            equal content differ by rounding, differently in every batch.
     """
     known = torch.where(scores.isnan(), -torch.inf, scores)
     falling = known.sort(dim=-1, descending=True, stable=True)
@@ -329,7 +329,7 @@ def ranked(scores: Float[Tensor, "*B P"], rounding: float = 0.0) -> Int[Tensor, 
 
 
 def sides_of(scales: Sequence[int] | None, window: int, num_scales: int) -> tuple[int, ...]:
-    """Return the shorter sides: those given, else the paper's ``num_scales``.
+    """Return the scales' shorter sides: the given ones, else the paper's ``num_scales``.
 
     Raises:
         ValueError: If there is none.
