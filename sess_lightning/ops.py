@@ -87,8 +87,8 @@ def size_of(images: Tensor) -> tuple[int, int]:
 
 def min_max(maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:
     """Stretch each map to [0, 1]; one flat but for rounding, or with a NaN or an infinity, becomes zeros."""
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return _stretch(maps, low, high)
+    low, high = maps.flatten(1).aminmax(dim=1)
+    return _stretch(maps, low[:, None, None], high[:, None, None])
 
 
 def min_max_upsampled(
@@ -105,8 +105,8 @@ def min_max_upsampled(
     if maps.shape[-2:] != size:
         # Between two lines of the coarse grid the surface is bilinear: its extremes lie next to lines.
         corners = _next_to_lines(_next_to_lines(maps.mT, size[0]).mT, size[1])
-    low, high = corners.amin((1, 2), keepdim=True), corners.amax((1, 2), keepdim=True)
-    return _stretch(maps, low, high), torch.cat([low, high], 1)[..., 0]
+    low, high = corners.flatten(1).aminmax(dim=1)
+    return _stretch(maps, low[:, None, None], high[:, None, None]), torch.stack([low, high], 1)
 
 
 def _next_to_lines(maps: Float[Tensor, "B h w"], target: int) -> Float[Tensor, "B h n"]:
@@ -132,15 +132,18 @@ def _neighbours(source: int, target: int, device: torch.device) -> tuple[Tensor,
 
 
 def _stretch(maps: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    span = high - low
     # A gain above 1 / tiny would overflow: subnormal spans count as flat.
-    usable = has_span(low, high) & torch.isfinite(span) & (span >= torch.finfo(maps.dtype).tiny)
-    return torch.where(usable, (maps - low) / torch.where(usable, span, 1), 0)
+    usable = has_span(low, high, torch.finfo(maps.dtype).tiny)
+    return ((maps - low) / (high - low)).masked_fill(~usable, 0)
 
 
-def has_span(low: Tensor, high: Tensor) -> Tensor:
-    """Return whether the lowest and the highest value differ by more than rounding."""
-    return high - low > ROUNDING * torch.maximum(low.abs(), high.abs())
+def has_span(low: Tensor, high: Tensor, least: float = 0.0) -> Tensor:
+    """Return whether the lowest and the highest value differ by more than rounding, and than ``least``.
+
+    False as well where one of them is NaN or infinite.
+    """
+    span = (high - low).nan_to_num(0, 0, 0)
+    return span > least + ROUNDING * torch.maximum(-low, high)
 
 
 def upsample(maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:

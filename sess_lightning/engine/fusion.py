@@ -125,9 +125,9 @@ def channel_weights(log_scores: Float[Tensor, "*B P"]) -> Float[Tensor, "*B P"]:
 
     Taken from log-scores: probabilities far below float32's range would end in 0 / 0.
     """
-    known = torch.where(log_scores.isnan(), -torch.inf, log_scores)
-    best = known.amax(-1, keepdim=True)
-    return torch.exp(known - torch.where(best.isneginf(), 0, best))
+    known = log_scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    best = known.amax(-1, keepdim=True).nan_to_num(neginf=0)
+    return torch.exp(known - best)
 
 
 def fuse(

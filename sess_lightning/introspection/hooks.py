@@ -112,19 +112,20 @@ def gradient(outputs: Float[Tensor, " B"], inputs: Tensor, retain_graph: bool = 
     Raises:
         RuntimeError: If no gradient flows from the one to the other.
     """
-    return gradients(outputs, {0: inputs}, retain_graph)[0]
+    return gradients(outputs.float().sum(), {0: inputs}, None, retain_graph)[0]
 
 
 def gradients(
-    outputs: Float[Tensor, " B"], inputs: Mapping[int, Tensor], retain_graph: bool = False
+    outputs: Tensor, inputs: Mapping[int, Tensor], weights: Tensor | None = None, retain_graph: bool = False
 ) -> dict[int, Tensor]:
-    """Return the gradients of the sum of ``outputs`` by several ``inputs``; zeros where none flows.
+    """Return the gradients of a scalar, or of a sum with ``weights``, by several ``inputs``.
+
+    They are zeros where no gradient flows.
 
     Raises:
         RuntimeError: If no gradient flows to any of them.
     """
-    total = outputs.float().sum()
-    found = _differentiated(total, [*inputs.values()], None, retain_graph)
+    found = _differentiated(outputs, [*inputs.values()], weights, retain_graph)
     if all(each is None for each in found):
         raise RuntimeError(
             "No gradient flows from the model's logits back to the target layer or the image: the forward "

@@ -59,24 +59,30 @@ def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> F
     """Return each target's logit; a head with a single logit speaks for class 1, and negated for class 0.
 
     Raises:
-        UnknownClassError: If a target is none of the model's classes. Where reading it would wait for the
-            device it is not read: there, such a target's logit is NaN.
+        ValueError: If a target is none of the model's classes. Where reading it would wait for the device it
+            is not read: there, such a target's logit is NaN.
+    """
+    check_targets(logits, targets)
+    if logits.shape[1] == 1:
+        logits = torch.cat([-logits, logits], 1)
+    # Clamped, because out of range is a fault that kills the whole process on a GPU.
+    known = targets.clamp(0, logits.shape[1] - 1)
+    return logits.gather(1, known[:, None].long()).squeeze(1).masked_fill(known != targets, torch.nan)
+
+
+def check_targets(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> None:
+    """Refuse targets that are none of the model's classes; those on a device are not read.
+
+    Raises:
+        ValueError: If there is one.
     """
     classes = max(2, logits.shape[1])
     if targets.device.type == "cpu" and not all(0 <= target < classes for target in targets.tolist()):
-        raise UnknownClassError(
+        raise ValueError(
             f"targets must be class indices in 0..{classes - 1}, as the model has, got {targets.tolist()}; "
             "leave out samples without a class, and check that labels and model count classes alike. "
-            + ORDINAL,
-            classes,
+            + ORDINAL
         )
-    if logits.shape[1] == 1:
-        logits = torch.cat([-logits, logits], 1)
-    known = (targets >= 0) & (targets < classes)
-    # Clamped, because out of range is a fault that kills the whole process on a GPU.
-    return torch.where(
-        known, logits.gather(1, targets[:, None].long().clamp(0, classes - 1))[:, 0], torch.nan
-    )
 
 
 def log_scores(

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sess_lightning.introspection.layers import TargetLayer, read_features, resolve_layer
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import log_scores, target_logits
+from sess_lightning.introspection.logits import log_scores
 from sess_lightning.methods.evidence import RIVALS as RIVALS  # Under its own name: defined here once.
 from sess_lightning.methods.evidence import TEMPERATURE as TEMPERATURE
-from sess_lightning.methods.evidence import Evidence, class_evidence, layer_evidence, log_odds
+from sess_lightning.methods.evidence import Evidence, class_evidence, layer_evidence, log_odds, logit
 from sess_lightning.methods.gradient import generator
 from sess_lightning.methods.templates import ExtractingMethod
 from sess_lightning.ops import ROUNDING, full_precision, min_max_upsampled, size_of
@@ -51,7 +51,7 @@ class _FromFeatures(ExtractingMethod):
 
     @property
     def _evidence(self) -> Evidence:
-        return log_odds if self.of == "log_odds" and self.activation == "softmax" else target_logits
+        return log_odds if self.of == "log_odds" and self.activation == "softmax" else logit
 
     @abstractmethod
     def combine(

@@ -1,40 +1,68 @@
 """The evidence for a class, with its features and gradients at a layer, from one forward pass."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sess_lightning.introspection.hooks import gradients
 from sess_lightning.introspection.layers import TargetLayer, read_features
-from sess_lightning.introspection.logits import target_logits
+from sess_lightning.introspection.logits import check_targets
 
 Evidence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Logits (B, N) and targets (B,) -> the evidence for each target, (B,)."""
+"""Logits (B, N) and targets (B,) -> the weights of the logits whose sum is the evidence, (B, N)."""
 TEMPERATURE = 2.0
 """Softens the distribution over rival classes: at 1, a confident model would have a single rival."""
 RIVALS = 50
 """How many rival classes count: the likeliest ones."""
 
 
-def log_odds(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """Return each target's logit less the mean logit of the classes it could be mistaken for.
+def logit(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[Tensor, "B N"]:
+    """Weigh each target's logit by 1; a single logit speaks for class 1, and negated for class 0.
 
-    The mean is weighted by the probability of each rival class (at temperature 2, the 50 likeliest, held
-    constant under differentiation), so that what speaks for the target and its rivals alike cancels. With two
-    classes this is the log-odds of the target; a head with a single logit gives those by itself.
+    A target that is no class of the model has no weight at all.
+
+    Raises:
+        ValueError: If a target on the CPU is no class.
     """
-    logits = logits.to(torch.float32)
+    check_targets(logits, targets)
     if logits.shape[1] == 1:
-        return target_logits(logits, targets)
-    # Not one_hot, which reads the targets and waits for the device.
-    chosen = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    rivals = logits.detach().masked_fill(chosen, -torch.inf) / TEMPERATURE
+        return ((targets == 1).to(logits) - (targets == 0).to(logits))[:, None]
+    return _is_target(logits, targets).to(logits.dtype)
+
+
+def log_odds(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[Tensor, "B N"]:
+    """Weigh each target's logit against those of the classes it could be mistaken for.
+
+    Rivals have their share of the probability among rivals (at temperature 2, the 50 likeliest), held
+    constant under differentiation, so that what speaks for the target and its rivals alike cancels. With two
+    classes the weighted sum is the log-odds of the target; a head with a single logit gives those by itself.
+
+    Raises:
+        ValueError: If a target on the CPU is no class.
+    """
+    weights = logit(logits, targets)
+    if logits.shape[1] == 1:
+        return weights
+    # In half precision a rival's weight would lose its digits before it is summed.
+    rivals = logits.to(torch.float32).masked_fill(_is_target(logits, targets), -torch.inf) / TEMPERATURE
     likeliest = rivals.topk(min(RIVALS, logits.shape[1] - 1), dim=1)
-    mean = (likeliest.values.softmax(1) * logits.gather(1, likeliest.indices)).sum(1)
-    return target_logits(logits, targets) - mean
+    against = torch.zeros_like(rivals).scatter(1, likeliest.indices, likeliest.values.softmax(1))
+    return (weights - against).to(logits.dtype)
+
+
+def _is_target(logits: Tensor, targets: Tensor) -> Bool[Tensor, "B N"]:
+    # Not one_hot, which reads the targets and waits for the device.
+    return _numbers(logits.shape[1], logits.device) == targets[:, None]
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _numbers(count: int, device: torch.device) -> Int[Tensor, " N"]:
+    return torch.arange(count, device=device)
 
 
 def layer_evidence(
@@ -42,7 +70,7 @@ def layer_evidence(
     target_layer: TargetLayer,
     images: Float[Tensor, "B C H W"],
     targets: Int[Tensor, " B"],
-    evidence: Evidence = target_logits,
+    evidence: Evidence = logit,
 ) -> tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"], Float[Tensor, "B N"]]:
     """Return a layer's features, the gradients on its grid of the evidence for a class, and the logits.
 
@@ -53,7 +81,8 @@ def layer_evidence(
         target_layer: As for ``GradCAM``.
         images: As the model takes them.
         targets: Class index of each image.
-        evidence: Logits and targets -> what is differentiated, by default the target's logit.
+        evidence: Logits and targets -> the weights of the logits whose sum is differentiated, by default
+            the target's alone.
 
     Raises:
         ValueError: If the layer's features lie on no grid.
@@ -67,11 +96,12 @@ def class_evidence(
     target_layer: TargetLayer,
     images: Float[Tensor, "B C H W"],
     targets: Sequence[Int[Tensor, " B"]],
-    evidence: Evidence = target_logits,
+    evidence: Evidence = logit,
 ) -> Iterator[tuple[Float[Tensor, "B K h w"], Float[Tensor, "B K h w"], Float[Tensor, "B N"]]]:
     """Yield what ``layer_evidence`` returns for each of several targets: one forward pass for all."""
     logits, features, site = read_features(model, target_layer, images)
     on_grid = site.to_maps(features).detach().to(torch.float32)
     for place, each in enumerate(targets, 1):
-        found = gradients(evidence(logits, each), features, retain_graph=place < len(targets))
+        weights = evidence(logits.detach(), each)
+        found = gradients(logits, features, weights, retain_graph=place < len(targets))
         yield on_grid, site.to_maps(found).detach().to(torch.float32), logits.detach()

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 from sess_lightning.introspection.hooks import gradients
 from sess_lightning.introspection.layers import TargetLayer, read_features, resolve_layer
 from sess_lightning.introspection.lending import explaining
-from sess_lightning.introspection.logits import log_scores, target_logits
+from sess_lightning.introspection.logits import log_scores
+from sess_lightning.methods.evidence import logit
 from sess_lightning.methods.templates import ExtractingMethod
 from sess_lightning.ops import full_precision, min_max_upsampled, size_of
 from sess_lightning.types import Activation, Extraction
@@ -204,8 +205,8 @@ class ExcitationBackprop(ExtractingMethod):
             resolve_layer(model, self.target_layer, images)  # The search uses plain gradients.
             with excitation():
                 logits, features, site = read_features(model, self.target_layer, images)
-            wins = target_logits(logits, targets)
-            found = site.to_maps(gradients(wins, features, retain_graph=self.contrastive))
+            wins = logit(logits.detach(), targets)
+            found = site.to_maps(gradients(logits, features, wins, retain_graph=self.contrastive))
             if self.contrastive:
-                found = found - site.to_maps(gradients(-wins, features))
+                found = found - site.to_maps(gradients(logits, features, -wins))
             return found.to(torch.float32), logits.detach()

@@ -265,18 +265,18 @@ class SESS(WrappingMethod):
         """
         extractor = self._extractor(images, targets, plan)
         scored = self._scored(model, extractor)
-        places = self._places(scored, plan)
-        kept, weighing = scored.which.gather(1, places), scored.logs.gather(1, places)
-        logs = scored.logs.new_full((len(targets), len(plan)), -torch.inf)
-        logs = logs.scatter(1, scored.which, scored.logs)
+        logs = scored.logs
+        if logs.shape[1] < len(plan):
+            logs = logs.new_full((len(targets), len(plan)), -torch.inf).scatter(1, scored.which, logs)
+        first = None if scored.maps is None else scored.maps[:, 0]
+        scored = self._filtered(scored, plan)
         maps: Tensor | Iterator[Tensor]
         if scored.maps is not None:
-            maps = scored.maps.gather(1, places[..., None, None].expand(-1, -1, *scored.maps.shape[2:]))
+            maps = scored.maps
         else:
-            extractions = extractor.extract_some(model, self.base, kept)
+            extractions = extractor.extract_some(model, self.base, scored.which)
             maps = chain.from_iterable(extractor.maps_of(part) for part in extractions)
-        fused = self._fuse(maps, weighing, kept, plan)
-        return fused, logs, None if scored.maps is None else scored.maps[:, 0]
+        return self._fuse(maps, scored.logs, scored.which, plan), logs, first
 
     def _fuse(
         self,
@@ -285,7 +285,7 @@ class SESS(WrappingMethod):
         kept: Int[Tensor, "T K"],
         plan: Plan,
     ) -> Float[Tensor, "T H W"]:
-        weights = channel_weights(log_scores * self.weight_power)
+        weights = channel_weights(log_scores if self.weight_power == 1 else log_scores * self.weight_power)
         if not self.channel_weights:
             weights = torch.ones_like(weights)
         # Divided by coverage, maps are summed; "average" divides by their number, which min-max undoes.
@@ -310,15 +310,23 @@ class SESS(WrappingMethod):
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"], plan: Plan
     ) -> Int[Tensor, "T K"]:
         """Return the numbers of the windows that are kept, rising; as for ``fused``."""
-        scored = self._scored(model, self._extractor(images, targets, plan))
-        return scored.which.gather(1, self._places(scored, plan))
+        return self._filtered(self._scored(model, self._extractor(images, targets, plan)), plan).which
 
     def _extractor(self, images: Tensor, targets: Tensor, plan: Plan) -> WindowExtractor:
         return WindowExtractor(images, targets, plan, self.antialias, self.stretch, self.batch_size)
 
-    def _places(self, scored: Scored, plan: Plan) -> Int[Tensor, "T K"]:
+    def _filtered(self, scored: Scored, plan: Plan) -> Scored:
+        kept = self._scored_and_kept(plan)[1]
+        if kept == scored.which.shape[1]:
+            return scored
         # In the plan's order: where all are kept, the windows need not be cut one by one.
-        return ranked(scored.logs, SCORES_APART)[:, : self._scored_and_kept(plan)[1]].sort(dim=-1).values
+        places = ranked(scored.logs, SCORES_APART)[:, :kept].sort(dim=-1).values
+        of_map, maps = places[..., None, None], scored.maps
+        return Scored(
+            scored.which.gather(1, places),
+            scored.logs.gather(1, places),
+            None if maps is None else maps.gather(1, of_map.expand(-1, -1, *maps.shape[2:])),
+        )
 
     def _scored(self, model: nn.Module, extractor: WindowExtractor) -> Scored:
         if self.coarse_to_fine is not None:
