@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -62,6 +62,11 @@ def _exact_products_before_torch_2_9() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def sent(numbers: Sequence[Any], device: torch.device) -> Int[Tensor, ...]:
+    """Return whole numbers as a tensor on a device; ``torch.tensor(device=)`` would wait for it."""
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def wait_for(device: torch.device | str) -> None:
@@ -182,6 +187,8 @@ def resize_matrix(
     return weights / weights.sum(1, keepdim=True)
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def gaussian_matrix(
     size: int, kernel_size: int, sigma: float, device: torch.device
 ) -> Float[Tensor, "{size} {size}"]:

@@ -7,12 +7,16 @@ convention that decides what its values mean, or refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Real
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+from sess_lightning.ops import sent
 
 Regions: TypeAlias = Tensor | Sequence[Tensor]
 """Masks (B, h, w), or boxes (N, 4) per image: half-open (x0, y0, x1, y1) px."""
@@ -294,11 +298,21 @@ def pad_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], device: torch.device) -> Fl
         ValueError: If an entry is not (N, 4).
     """
     _check_box_shapes(boxes)
-    most = max((len(each) for each in boxes), default=0)
-    padded = torch.zeros(len(boxes), most, 4, device=device, dtype=torch.float32)
-    for row, each in zip(padded, boxes, strict=True):
-        row[: len(each)] = each.to(padded)
-    return padded
+    rows = [each.to(device, torch.float32) for each in boxes]
+    rows.append(torch.zeros(1, 4, device=device))
+    return torch.cat(rows)[_padding(tuple(map(len, boxes)), device)]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _padding(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, "B N"]:
+    """Return where in the rows of all images each image's rows are; the row behind them all fills up."""
+    most, ends = max(counts, default=0), [*accumulate(counts)]
+    filled = [
+        [*range(end - count, end), *[sum(counts)] * (most - count)]
+        for count, end in zip(counts, ends, strict=True)
+    ]
+    return sent(filled, device).reshape(len(counts), most)
 
 
 def has_region(regions: Regions, device: torch.device) -> Bool[Tensor, " B"]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Literal, NamedTuple, TypeAlias
+from itertools import groupby
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.batching import batch_limit, blank_batch, by_image, in_batches
+from sess_lightning.batching import batch_limit, blank_batch, in_batches
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, score
-from sess_lightning.ops import blur, size_of
+from sess_lightning.ops import blur, sent, size_of
 from sess_lightning.types import Activation
 
 Ties: TypeAlias = Literal["first", "random"]
@@ -181,11 +181,54 @@ class _Transition(NamedTuple):
         """Return the steps that have to be scored: without the ends where they are known."""
         return range(0 if self.ends[0] is None else 1, steps + 1 if self.ends[1] is None else steps)
 
-    def paint(self, seen: Float[Tensor, "S C H W"], which: slice, asked: range) -> None:
-        """Write the states ``which``, image by image and step by step, into ``seen``."""
-        for image, some, place in by_image(which, len(asked)):
-            changed = _changed(self.step_of[image], asked[some], seen.shape[1])
-            torch.where(changed, self.end[image], self.start[image], out=seen[place])
+
+class _Painter:
+    """The images along several transitions, one behind the other, and with them their targets.
+
+    On a CPU they are painted image by image, as they lie. On an accelerator, which waits for its host, a
+    batch is painted at once, at the price of a copy of all ends.
+
+    Args:
+        transitions: What to paint.
+        asked: Of each, which steps.
+        together: Whether to paint a batch at once; None does on an accelerator.
+    """
+
+    def __init__(
+        self, transitions: Sequence[_Transition], asked: Sequence[range], together: bool | None = None
+    ) -> None:
+        device = transitions[0].start.device
+        self._together = device.type != "cpu" if together is None else together
+        self._starts, self._ends, self._steps, targets = (
+            [row for one in transitions for row in getattr(one, name)]
+            if not self._together and name != "targets"
+            else torch.cat([getattr(one, name) for one in transitions])
+            for name in ("start", "end", "step_of", "targets")
+        )
+        counts = [len(one.targets) for one in transitions]
+        owners = [some for some, count in zip(asked, counts, strict=True) for _ in range(count)]
+        self._owner = [place for place, some in enumerate(owners) for _ in some]
+        self._at = [step for some in owners for step in some]
+        self._on_device = [sent(numbers, device) for numbers in (self._owner, self._at)]
+        self.targets = targets[self._on_device[0]]
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def paint(self, which: slice) -> Float[Tensor, "K C H W"]:
+        """Return some of the images, channels last."""
+        if self._together:
+            owner, at = (numbers[which] for numbers in self._on_device)
+            changed = (self._steps[owner] < at[:, None, None])[:, None]
+            return _last(torch.where(changed, self._ends[owner], self._starts[owner]))
+        owners = self._owner[which]
+        seen, done = blank_batch(len(owners), self._starts[owners[0]][None]), 0
+        for one, items in groupby(owners):
+            place = slice(done, done := done + len([*items]))
+            steps = self._at[which][place]
+            changed = _changed(self._steps[one], range(steps[0], steps[-1] + 1), seen.shape[1])
+            torch.where(changed, self._ends[one], self._starts[one], out=seen[place])
+        return seen
 
 
 def _draw(
@@ -195,32 +238,25 @@ def _draw(
     activation: Activation,
     batch_size: int | None,
 ) -> list[Float[Tensor, "B {steps}+1"]]:
-    """Return the target's probability along every transition; batches run across transitions."""
+    """Return the target's probability along every transition; batches run on from one into the next."""
     for one in transitions:
         if len(one.targets):
             check_inputs("Insertion and deletion", one.start, one.targets)
     asked = [one.asked(steps) for one in transitions]
-    counts = [len(one.targets) * len(some) for one, some in zip(transitions, asked, strict=True)]
-    first = [0, *accumulate(counts)]
     with explaining(model), torch.no_grad():
-        laid = [one._replace(start=_last(one.start), end=_last(one.end)) for one in transitions]
-        target_of = torch.cat([
-            borrowed(one.targets).repeat_interleave(len(some))
-            for one, some in zip(laid, asked, strict=True)
-        ])  # fmt: skip
+        laid = [
+            one._replace(start=_last(one.start), end=_last(one.end), targets=borrowed(one.targets))
+            for one in transitions
+        ]
+        painter = _Painter(laid, asked)
 
         def scored(_: Sequence[int], which: slice) -> Tensor:
-            seen = blank_batch(which.stop - which.start, laid[0].start)
-            for one, some, begin, end in zip(laid, asked, first, first[1:], strict=False):
-                low, high = max(which.start, begin), min(which.stop, end)
-                if low < high:
-                    place = seen[low - which.start : high - which.start]
-                    one.paint(place, slice(low - begin, high - begin), some)
-            return score(model, seen, target_of[which], activation).exp()
+            return score(model, painter.paint(which), painter.targets[which], activation)
 
-        batches = in_batches(scored, range(first[-1]), batch_limit(batch_size, laid[0].start))
-        none = torch.zeros(0, device=target_of.device)
-        probabilities = torch.cat([none, *batches]).split(counts)
+        batches = in_batches(scored, range(len(painter)), batch_limit(batch_size, laid[0].start))
+        none = torch.zeros(0, device=painter.targets.device)
+        counts = [len(one.targets) * len(some) for one, some in zip(laid, asked, strict=True)]
+        probabilities = torch.cat([none, *batches]).exp().split(counts)
     return [
         _with_ends(inner.view(len(one.targets), len(some)), one.ends)
         for inner, some, one in zip(probabilities, asked, transitions, strict=True)
@@ -248,14 +284,15 @@ def pixel_steps(maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first") 
     """Return the step, from 0, at which each pixel changes: most salient first."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    flat = maps.flatten(1).nan_to_num(0)
-    order = torch.arange(flat.shape[1], device=flat.device)
-    if ties == "random":
-        order = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0)).to(flat.device)
-    elif ties != "first":
+    if ties not in get_args(Ties):
         raise ValueError(f'ties must be "first" or "random", got {ties!r}.')
-    ranked = order[flat[:, order].sort(dim=1, descending=True, stable=True).indices]
-    step_of_rank = torch.arange(flat.shape[1], device=flat.device) // -(-flat.shape[1] // steps)
+    flat, count = maps.flatten(1).nan_to_num(0), maps.shape[1] * maps.shape[2]
+    step_of_rank = torch.arange(count, device=flat.device) // -(-count // steps)
+    if ties == "first":
+        ranked = flat.sort(dim=1, descending=True, stable=True).indices
+    else:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(flat.device)
+        ranked = order[flat[:, order].sort(dim=1, descending=True, stable=True).indices]
     return torch.empty_like(ranked).scatter_(1, ranked, step_of_rank.expand_as(ranked)).view(maps.shape)
 
 

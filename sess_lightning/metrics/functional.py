@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, Real
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
@@ -20,7 +21,7 @@ from sess_lightning.metrics.curves import (
     pixel_steps,
     tied_share,
 )
-from sess_lightning.ops import ROUNDING, has_span, size_of, upsample
+from sess_lightning.ops import ROUNDING, has_span, sent, size_of, upsample
 from sess_lightning.regions import Regions, box_masks, has_region, pad_boxes, read_regions
 
 __all__ = [
@@ -127,19 +128,21 @@ def rank_correlation(first: Float[Tensor, "B N"], second: Float[Tensor, "B N"]) 
 
 
 def _near_mask(masks: Tensor, u: Tensor, v: Tensor, tolerance: float) -> Tensor:
-    reach = int(tolerance)
-    offsets = [
-        (dx, dy)
-        for dy in range(-reach, reach + 1)
-        for dx in range(-reach, reach + 1)
-        if dx * dx + dy * dy < tolerance * tolerance
-    ]
-    disc = torch.tensor(offsets, device=masks.device)
+    disc = _disc(tolerance, masks.device)
     x, y = u[:, None] + disc[:, 0], v[:, None] + disc[:, 1]
     height, width = masks.shape[-2:]
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     index = (y * width + x).clamp(0, height * width - 1)
-    return (masks.flatten(1).gather(1, index) & inside).any(1)
+    near: Tensor = masks.flatten(1).gather(1, index) & inside
+    return near.any(1)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _disc(tolerance: float, device: torch.device) -> Int[Tensor, "K 2"]:
+    """Return the (x, y) offsets that are nearer than ``tolerance``."""
+    reach = [*range(-int(tolerance), int(tolerance) + 1)]
+    return sent([(x, y) for y in reach for x in reach if x * x + y * y < tolerance * tolerance], device)
 
 
 def _near_box(boxes: Sequence[Tensor], u: Tensor, v: Tensor, tolerance: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,13 +13,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 from sess_lightning.batching import batch_limit, in_batches, stacked
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores, predict_beside
-from sess_lightning.metrics.functional import (
-    blurred_baseline,
-    insertion_and_deletion_curves,
-    pointing_hits,
-    relevance_mass,
-    tied_share,
-)
+from sess_lightning.metrics.assessment import Assessment, Scene, method_rows, played, relevance_masses
+from sess_lightning.metrics.functional import blurred_baseline, insertion_and_deletion_curves
 from sess_lightning.metrics.per_sample import PerSample, keep_apart
 from sess_lightning.metrics.summary import (
     NO_TRIAL,
@@ -31,8 +26,8 @@ from sess_lightning.metrics.summary import (
     samples,
     scores,
 )
-from sess_lightning.ops import has_span, size_of
-from sess_lightning.regions import Regions, has_region, read_regions
+from sess_lightning.ops import sent, size_of
+from sess_lightning.regions import Regions, read_regions
 from sess_lightning.scores import check_names
 from sess_lightning.types import SaliencyMethod
 
@@ -40,38 +35,6 @@ __all__ = ["NO_TRIAL", "OWN", "Assessment", "SESSMetric", "Samples", "Summary"]
 
 OWN = ""
 """The key of the method itself, beside those of the methods it is compared with."""
-
-
-class Assessment(NamedTuple):
-    """One method's maps of a batch, and what they scored.
-
-    Attributes:
-        maps: Saliency in [0, 1].
-        insertion: Curves; NaN where the budget left an image out.
-        deletion: Curves; NaN where the budget left an image out.
-        hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
-        mass: Share of the map inside the region; NaN without one.
-        seconds: How long the maps took; NaN without a clock.
-    """
-
-    maps: Float[Tensor, "B H W"]
-    insertion: Float[Tensor, "B T"]
-    deletion: Float[Tensor, "B T"]
-    hits: Int[Tensor, " B"]
-    mass: Float[Tensor, " B"]
-    seconds: float = float("nan")
-
-
-class _Scene(NamedTuple):
-    """What all methods' maps of a batch are scored on; ``ends`` are the scores that all curves share."""
-
-    images: Float[Tensor, "B C H W"]
-    blurred: Float[Tensor, "B C H W"]
-    targets: Int[Tensor, " B"]
-    predicted: Int[Tensor, " B"]
-    ends: Float[Tensor, "B 3"]
-    regions: Regions | None
-    size: tuple[int, int] | None
 
 
 class SESSMetric(PerSample):
@@ -199,8 +162,8 @@ class SESSMetric(PerSample):
         with explaining(model), torch.no_grad():
             scene = self._scene(model, trials, targets, regions, size)
             numbers = self._numbers(numbers, len(targets), shared)
-            self.latest = self._assessed(model, images if shared else scene.images, scene, numbers)
-            self._append(scene, numbers, difficult, shared)
+            self.latest, share = self._assessed(model, images if shared else scene.images, scene, numbers)
+            self._append(scene, share, numbers, difficult, shared)
 
     def leave_out(self, count: int) -> None:
         """Count samples that cannot be explained."""
@@ -213,13 +176,15 @@ class SESSMetric(PerSample):
         targets: Tensor,
         regions: Regions | None,
         size: tuple[int, int] | None,
-    ) -> _Scene:
+    ) -> Scene:
         if regions is not None:
             regions = read_regions(regions, size=size_of(images), labels=targets)
+            if len(regions) != len(targets):
+                raise ValueError(f"regions: got {len(regions)} for {len(targets)} maps; give one per map.")
         images, targets = borrowed(images), borrowed(targets).long()
         blurred = blurred_baseline(images)
         ends, predicted = self._ends(model, images, blurred, targets)
-        return _Scene(images, blurred, targets, predicted, ends, regions, size)
+        return Scene(images, blurred, targets, predicted, ends, regions, size)
 
     def _numbers(self, numbers: Sequence[int] | None, count: int, shared: bool) -> Sequence[int]:
         """Return the number of each sample's image."""
@@ -229,26 +194,31 @@ class SESSMetric(PerSample):
         return [numbers[0]] * count if shared else numbers
 
     def _assessed(
-        self, model: nn.Module, images: Tensor, scene: _Scene, numbers: Sequence[int]
-    ) -> dict[str, Assessment]:
-        """Return every method's maps, and what they scored."""
+        self, model: nn.Module, images: Tensor, scene: Scene, numbers: Sequence[int]
+    ) -> tuple[dict[str, Assessment], Float[Tensor, " B"]]:
+        """Return every method's maps and what they scored, and the regions' share of the images."""
         explained = self._explained(model, images, scene.targets)
-        curves = self._curves(model, [maps for maps, _ in explained], scene, numbers)
-        return {
-            name: self._assess(maps, drawn, scene)._replace(seconds=seconds)
-            for (name, drawn), (maps, seconds) in zip(curves.items(), explained, strict=True)
+        maps = [maps for maps, _ in explained]
+        curves = self._curves(model, maps, scene, numbers)
+        hits = played(maps, scene, self.tolerance)
+        *masses, share = relevance_masses([*maps, torch.ones_like(maps[0])], scene)
+        assessed = {
+            name: Assessment(maps[i], curves[name][0], curves[name][1], hits[i], masses[i], explained[i][1])
+            for i, name in enumerate(self.methods)
         }
+        return assessed, share
 
-    def _append(self, scene: _Scene, numbers: Sequence[int], difficult: Tensor | None, shared: bool) -> None:
+    def _append(
+        self, scene: Scene, share: Tensor, numbers: Sequence[int], difficult: Tensor | None, shared: bool
+    ) -> None:
         """Append the rows of a batch: of all states, or, after an error, of none."""
         maps, unknown = self.latest[OWN].maps, torch.full_like(scene.targets, NO_TRIAL)
-        begins = torch.tensor([1 + number for number in numbers]).to(unknown)
-        if shared:
-            begins[1:] = 0
+        begins = [1 + number if i == 0 or not shared else 0 for i, number in enumerate(numbers)]
         self.append(
-            targets=scene.targets, predicted=scene.predicted, ends=scene.ends, begins=begins,
+            targets=scene.targets, predicted=scene.predicted, ends=scene.ends,
+            begins=sent(begins, maps.device),
             difficult=unknown if difficult is None else difficult.to(unknown),
-            share=_masses(torch.ones_like(maps), scene), **_method_rows([*self.latest.values()]),
+            share=share, **method_rows([*self.latest.values()]),
         )  # fmt: skip
         if self.grid:
             self.append(small=adaptive_avg_pool2d(maps[:, None], self.grid)[:, 0])
@@ -278,12 +248,9 @@ class SESSMetric(PerSample):
         if self._zero is None or self._zero[0] != key:
             self._zero = key, classify(model, torch.zeros_like(images[:1])).float()
         zero = self._zero[1].expand(len(images), -1)
-        ends = (
-            log_scores(logits, targets, activation),
-            log_scores(self._logits(model, blurred), targets, activation),
-            log_scores(zero, targets, activation),
-        )
-        return torch.stack(ends, 1).exp(), predict_beside(logits, targets, activation)
+        each = torch.cat([logits, self._logits(model, blurred), zero])
+        ends = log_scores(each, targets.repeat(3), activation).exp().view(3, -1).mT
+        return ends, predict_beside(logits, targets, activation)
 
     def _logits(self, model: nn.Module, images: Tensor) -> Float[Tensor, "B N"]:
         size = batch_limit(self.batch_size, images)
@@ -291,7 +258,7 @@ class SESSMetric(PerSample):
         return torch.cat([*logits]).float()
 
     def _curves(
-        self, model: nn.Module, maps: Sequence[Tensor], scene: _Scene, numbers: Sequence[int]
+        self, model: nn.Module, maps: Sequence[Tensor], scene: Scene, numbers: Sequence[int]
     ) -> dict[str, Float[Tensor, "2 B T"]]:
         """Return every method's curves; NaN where its limit leaves an image out."""
         device = scene.images.device
@@ -308,13 +275,6 @@ class SESSMetric(PerSample):
             whole[:, some] = torch.stack(pair)
             curves[name] = whole
         return curves
-
-    def _assess(self, maps: Tensor, curves: Float[Tensor, "2 B T"], scene: _Scene) -> Assessment:
-        hits = torch.full_like(scene.targets, NO_TRIAL)
-        if scene.regions is not None:
-            hit = pointing_hits(maps, scene.regions, self.tolerance, scene.size)
-            hits = torch.where(has_region(scene.regions, maps.device), hit.to(hits), hits)
-        return Assessment(maps, curves[0], curves[1], hits, _masses(maps, scene))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Update, and return what ``compute`` gives for this batch alone; its samples are numbered on."""
@@ -370,31 +330,8 @@ class SESSMetric(PerSample):
         self.latest, self._zero = {}, None
 
 
-def _masses(maps: Tensor, scene: _Scene) -> Float[Tensor, " B"]:
-    if scene.regions is None:
-        return torch.full_like(maps[:, 0, 0], torch.nan)
-    return relevance_mass(maps, scene.regions, scene.size)
-
-
-def _method_rows(assessments: Sequence[Assessment]) -> dict[str, Tensor]:
-    """Return the rows of all methods, (B, M, ...)."""
-    columns = {
-        "probabilities": [torch.stack([one.insertion, one.deletion], 1) for one in assessments],
-        "hits": [one.hits for one in assessments],
-        "mass": [one.mass for one in assessments],
-        "tied": [tied_share(one.maps) for one in assessments],
-        "flat": [_is_flat(one.maps).long() for one in assessments],
-    }
-    return {name: torch.stack(parts, 1) for name, parts in columns.items()}
-
-
-def _is_flat(maps: Tensor) -> Bool[Tensor, " B"]:
-    low, high = maps.amin((1, 2)), maps.amax((1, 2))
-    return ~(has_span(low, high) | high.isnan())
-
-
 def _drawn(numbers: Sequence[int], limit: int | None, device: torch.device) -> slice | Tensor:
     """Return an index of the images whose curves are drawn."""
     if limit is None or all(number < limit for number in numbers):
         return slice(None)
-    return torch.tensor([i for i, n in enumerate(numbers) if n < limit], dtype=torch.int64, device=device)
+    return sent([i for i, n in enumerate(numbers) if n < limit], device)

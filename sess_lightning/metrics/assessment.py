@@ -1,0 +1,89 @@
+"""What the maps of a batch score: of all methods at once, and as rows of a metric's states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sess_lightning.metrics.functional import pointing_hits, relevance_mass, tied_share
+from sess_lightning.metrics.summary import NO_TRIAL
+from sess_lightning.ops import has_span
+from sess_lightning.regions import Regions, has_region
+
+
+class Assessment(NamedTuple):
+    """One method's maps of a batch, and what they scored.
+
+    Attributes:
+        maps: Saliency in [0, 1].
+        insertion: Curves; NaN where the budget left an image out.
+        deletion: Curves; NaN where the budget left an image out.
+        hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
+        mass: Share of the map inside the region; NaN without one.
+        seconds: How long the maps took; NaN without a clock.
+    """
+
+    maps: Float[Tensor, "B H W"]
+    insertion: Float[Tensor, "B T"]
+    deletion: Float[Tensor, "B T"]
+    hits: Int[Tensor, " B"]
+    mass: Float[Tensor, " B"]
+    seconds: float = float("nan")
+
+
+class Scene(NamedTuple):
+    """What all methods' maps of a batch are scored on; ``ends`` are the scores that all curves share."""
+
+    images: Float[Tensor, "B C H W"]
+    blurred: Float[Tensor, "B C H W"]
+    targets: Int[Tensor, " B"]
+    predicted: Int[Tensor, " B"]
+    ends: Float[Tensor, "B 3"]
+    regions: Regions | None
+    size: tuple[int, int] | None
+
+
+def played(maps: Sequence[Float[Tensor, "B H W"]], scene: Scene, tolerance: float) -> list[Int[Tensor, " B"]]:
+    """Return the Pointing Game's hits of each method's maps."""
+    if scene.regions is None:
+        return [torch.full_like(scene.targets, NO_TRIAL)] * len(maps)
+    # Of all methods at once: on an accelerator a small step costs as much for many maps as for one.
+    every, regions = torch.cat([*maps]), _repeated(scene.regions, len(maps))
+    hit = pointing_hits(every, regions, tolerance, scene.size).to(scene.targets)
+    hits: Tensor = torch.where(has_region(regions, every.device), hit, NO_TRIAL)
+    return list(hits.split(len(scene.targets)))
+
+
+def relevance_masses(maps: Sequence[Float[Tensor, "B H W"]], scene: Scene) -> list[Float[Tensor, " B"]]:
+    """Return the share of each method's maps inside the regions; NaN without any."""
+    if scene.regions is None:
+        return [torch.full_like(one[:, 0, 0], torch.nan) for one in maps]
+    masses = relevance_mass(torch.cat([*maps]), _repeated(scene.regions, len(maps)), scene.size)
+    return list(masses.split(len(scene.targets)))
+
+
+def _repeated(regions: Regions, times: int) -> Regions:
+    return regions.repeat(times, 1, 1) if isinstance(regions, Tensor) else [*regions] * times
+
+
+def method_rows(assessments: Sequence[Assessment]) -> dict[str, Tensor]:
+    """Return the rows of all methods, (B, M, ...)."""
+    maps = torch.cat([one.maps for one in assessments])
+    each = len(assessments[0].maps)
+    columns = {
+        "probabilities": [torch.stack([one.insertion, one.deletion], 1) for one in assessments],
+        "hits": [one.hits for one in assessments],
+        "mass": [one.mass for one in assessments],
+        "tied": tied_share(maps).split(each),
+        "flat": _is_flat(maps).long().split(each),
+    }
+    return {name: torch.stack([*parts], 1) for name, parts in columns.items()}
+
+
+def _is_flat(maps: Tensor) -> Bool[Tensor, " B"]:
+    low, high = maps.amin((1, 2)), maps.amax((1, 2))
+    return ~(has_span(low, high) | high.isnan())
