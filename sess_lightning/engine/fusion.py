@@ -5,18 +5,20 @@ Source: Tursun et al., "SESS: Saliency Enhancing with Scaling and Sliding", ECCV
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain, islice
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sess_lightning.engine.windows import Plan
-from sess_lightning.ops import ROUNDING, blur, full_precision, resize_matrix
+from sess_lightning.engine.windows import Plan, chunked
+from sess_lightning.ops import ROUNDING, blur, full_precision, resize_matrix, size_of
 
 Fusion: TypeAlias = Literal["mean", "max", "average"]
+AnyFusion: TypeAlias = Fusion | Literal["coverage"]
 CPU_BYTES, DEVICE_BYTES = 16 * 4 * 224 * 224, 2**28
 """How much of canvases to draw at a time: larger leaves a CPU's caches; an accelerator waits for its host."""
 
@@ -128,6 +130,44 @@ def channel_weights(log_scores: Float[Tensor, "*B P"]) -> Float[Tensor, "*B P"]:
     known = log_scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     best = known.amax(-1, keepdim=True).nan_to_num(neginf=0)
     return torch.exp(known - best)
+
+
+def fuse_maps(
+    maps: Float[Tensor, "B K h w"] | Iterator[Float[Tensor, "h w"]],
+    weights: Float[Tensor, "B K"],
+    plan: Plan,
+    which: Int[Tensor, "B K"],
+    *,
+    theta: float = 0.0,
+    fusion: AnyFusion = "mean",
+) -> Float[Tensor, "B H W"]:
+    """Fuse the maps of some windows of a plan; see ``fuse``.
+
+    Args:
+        maps: All of them; or a stream, image by image, of which no more than are drawn at a time are held.
+        weights: Channel-wise weights, the best window's being 1.
+        plan: Where the windows lie.
+        which: The window each map belongs to.
+        theta: As for ``fuse``.
+        fusion: As for ``fuse``, or ``"coverage"``: per scale over the windows that cover a pixel, then over
+            scales.
+    """
+    # Divided by coverage, maps are summed; "average" divides by their number, which min-max undoes.
+    kind: Fusion = "average" if fusion == "coverage" else fusion
+    strips_of = coverage_strips if fusion == "coverage" else canvas_strips
+    most = canvases(plan.size, weights.device)
+    if isinstance(maps, Tensor):
+        strips = strips_of(plan, size_of(maps), weights.device)
+        return fuse(
+            maps.split(max(1, most // len(maps)), 1), weights, strips, which, theta=theta, fusion=kind
+        )
+    first = next(maps)
+    strips, maps = strips_of(plan, size_of(first), weights.device), chain([first], maps)
+    fused = []
+    for weight, places in zip(weights.split(1), which.split(1), strict=True):
+        parts = (part[None] for part in chunked(islice(maps, places.shape[1]), most))
+        fused.append(fuse(parts, weight, strips, places, theta=theta, fusion=kind))
+    return torch.cat(fused)
 
 
 def fuse(

@@ -93,7 +93,7 @@ def read_features(
 def _found(model: nn.Module, stated: Grid | None, images: Float[Tensor, "B C H W"]) -> Site:
     """Return where features are read if no layer is named; searched for once."""
     key, sites = (None, stated, size_of(images)), _SITES.setdefault(model, {})
-    if key not in sites or sites[key].name not in dict(model.named_modules()):
+    if key not in sites or not _has_module(model, sites[key].name):
         with explaining(model):
             sites[key] = Site(*search(model, borrowed(images[:1]), stated))
     return sites[key]
@@ -172,8 +172,16 @@ def _named(model: nn.Module, target_layer: TargetLayer) -> tuple[str | None, Gri
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
-    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    return modules[name]  # Scripted models have no get_submodule.
+    for part in name.split(".") if name else ():
+        model = model._modules[part]  # type: ignore[assignment]  # Scripted models have no get_submodule.
+    return model
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    try:
+        return isinstance(_module(model, name), nn.Module)
+    except KeyError:
+        return False
 
 
 def _plain(name: str) -> str:

@@ -72,7 +72,7 @@ def stated_size(model: nn.Module) -> Size | None:
 
 
 def _stated_sizes(module: nn.Module) -> Iterator[Any]:
-    if hasattr(module, "encoder"):
+    if "encoder" in vars(module) or "encoder" in module._modules:
         yield vars(module).get("image_size")
     cfg = vars(module).get("pretrained_cfg")
     if isinstance(cfg, Mapping) and cfg.get("fixed_input_size"):

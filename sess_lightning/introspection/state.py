@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -53,7 +53,7 @@ class State(Ledger):
     def __init__(self) -> None:
         super().__init__()
         self.devices: set[torch.device] = set()
-        self._modules: list[dict[str, Any]] = []
+        self._empty: list[Any] = []
         self._parameters: list[Tensor] = []
         self._swapped: set[int] = set()
 
@@ -101,27 +101,27 @@ class State(Ledger):
     @override
     def _put_back_dicts(self) -> None:
         super()._put_back_dicts()
-        kept = {*map(id, self._stores), *self._swapped}
-        for attributes in self._modules:
-            for store in filter(None, _stores_of(attributes)):
-                if id(store) not in kept and type(store) in DICTS:
-                    store.clear()
+        for store in filter(None, self._empty):
+            store.clear()
 
     def _note_module(self, attributes: dict[str, Any], sharded: bool) -> None:
         self.keep(attributes)
-        self._modules.append(attributes)
         for name in attributes.keys() - _MODULES_OWN:
             value = attributes[name]
             if type(value) not in ATOMIC:
                 lent = self.lent(value)
                 if lent is not value:
                     attributes[name] = lent
-        buffers, parameters, *_ = stores = _stores_of(attributes)
+        # Scripted and traced modules hold none of them.
+        buffers, parameters, *_ = stores = [attributes.get(name) for name in _STORES_IN_ORDER]
         if sharded:
             self._swapped.add(id(parameters))
-        for store in filter(None, stores):
+        for store in stores:
             if isinstance(store, dict) and id(store) not in self._swapped:
-                self.keep(store)
+                if store:
+                    self.keep(store)
+                elif type(store) in DICTS:
+                    self._empty.append(store)
         if buffers:
             self._note_tensors(buffers, self._tensors)
         if parameters:
@@ -144,11 +144,6 @@ class State(Ledger):
 _MODULES_OWN = frozenset(vars(nn.Module()))
 _STORES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
 _STORES_IN_ORDER = ("_buffers", "_parameters", *sorted(_STORES - {"_buffers", "_parameters"}))
-
-
-def _stores_of(attributes: Mapping[str, Any]) -> list[Any]:
-    # Scripted and traced modules hold none of them.
-    return [attributes.get(name, {}) for name in _STORES_IN_ORDER]
 
 
 @cache

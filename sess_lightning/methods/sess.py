@@ -2,28 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
-from typing import Literal, TypeAlias, get_args
+from itertools import chain
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sess_lightning.engine.extraction import Scored, WindowExtractor
-from sess_lightning.engine.fusion import (
-    Fusion,
-    canvas_strips,
-    canvases,
-    channel_weights,
-    coverage_strips,
-    fuse,
-    smooth,
-)
+from sess_lightning.engine.fusion import AnyFusion, Fusion, channel_weights, fuse_maps, smooth
 from sess_lightning.engine.windows import (
     Plan,
     WindowSize,
     both_sides,
-    chunked,
     descent,
     kept_count,
     least_side,
@@ -39,8 +30,6 @@ from sess_lightning.methods.coarse_to_fine import descend
 from sess_lightning.methods.templates import WrappingMethod
 from sess_lightning.ops import min_max, size_of, upsample
 from sess_lightning.types import Explanation, SaliencyMethod
-
-AnyFusion: TypeAlias = Fusion | Literal["coverage"]
 
 SCORES_APART = 1e-4
 """By how much log-scores differ that rank windows: equal windows differ by up to 2e-5 between CPUs."""
@@ -288,22 +277,7 @@ class SESS(WrappingMethod):
         weights = channel_weights(log_scores if self.weight_power == 1 else log_scores * self.weight_power)
         if not self.channel_weights:
             weights = torch.ones_like(weights)
-        # Divided by coverage, maps are summed; "average" divides by their number, which min-max undoes.
-        fusion, strips_of = self.fusion, canvas_strips
-        if fusion == "coverage":
-            fusion, strips_of = "average", coverage_strips
-        most = canvases(plan.size, weights.device)
-        if isinstance(maps, Tensor):
-            strips = strips_of(plan, size_of(maps), weights.device)
-            parts = maps.split(max(1, most // len(maps)), 1)
-            return fuse(parts, weights, strips, kept, theta=self.theta, fusion=fusion)
-        first = next(maps)  # They come one after another, image by image, and are never all there.
-        strips, maps = strips_of(plan, size_of(first), weights.device), chain([first], maps)
-        fused = []
-        for weight, which in zip(weights.split(1), kept.split(1), strict=True):
-            stream = (part[None] for part in chunked(islice(maps, which.shape[1]), most))
-            fused.append(fuse(stream, weight, strips, which, theta=self.theta, fusion=fusion))
-        return torch.cat(fused)
+        return fuse_maps(maps, weights, plan, kept, theta=self.theta, fusion=self.fusion)
 
     @torch.no_grad()
     def kept_windows(
