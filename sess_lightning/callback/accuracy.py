@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -77,7 +78,7 @@ def doubt(key: str, named: str, metrics: Mapping[str, Tensor], prefix: str) -> s
         logged = ", ".join(sorted(name for name in metrics if not _is_ours(name, prefix))) or "none"
         return f"accuracy={named!r} is not among the logged keys ({logged}); the alarm is off."
     value = float(metrics[key]) if key else 0.0
-    if not -ROUNDING <= value <= PERCENT * (1 + ROUNDING):
+    if math.isfinite(value) and not -ROUNDING <= value <= PERCENT * (1 + ROUNDING):
         return f"{key} is {value:.4g}: no accuracy, neither a share nor in percent; the alarm is off."
     return ""
 

@@ -20,6 +20,7 @@ from sess_lightning.metrics.sess_metric import NO_TRIAL, OWN, Samples
 from sess_lightning.ops import has_span, min_max, size_of, upsample, wait_for
 from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
 from sess_lightning.reporting.run import display_names
+from sess_lightning.reporting.text import writable
 from sess_lightning.types import Batch, SaliencyMethod
 
 
@@ -58,11 +59,13 @@ class Legend:
         if index < 0:
             return "none"
         names = self.class_names
-        return names[int(index)] if names and 0 <= int(index) < len(names) else f"class {int(index)}"
+        known = names and 0 <= int(index) < len(names)
+        return writable(names[int(index)]) if names and known else f"class {int(index)}"
 
     def title(self, sample: Batch | None, number: int) -> str:
         """Return a sample's name; None stands for a sample of another rank."""
-        return sample.ids[0] if self.shows_ids and sample and sample.ids else f"sample {number + 1}"
+        ids = sample.ids if self.shows_ids and sample else None
+        return writable(ids[0]) if ids else f"sample {number + 1}"
 
     def picture(self, sample: Batch, small: Tensor) -> Picture:
         """Return a sample's image with its small map over it."""

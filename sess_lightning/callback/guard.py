@@ -7,7 +7,7 @@ import signal
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import isfunction, ismethod
@@ -17,10 +17,15 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from sess_lightning.callback.versions import Reader
 from sess_lightning.introspection.lending import keep_rng
 from sess_lightning.ops import is_out_of_memory
 from sess_lightning.types import SESSWarning
 
+MOST_TOLD = 2000
+"""Characters of an error's text that a warning repeats."""
+UNKNOWN = 'SESSCallback(on_error="raise") shows where it happened.'
+"""The remedy where no better one is known."""
 PATIENCE = 3
 """After so many failed runs in a row the callback is switched off."""
 
@@ -107,10 +112,11 @@ class RunGuard:
         """Return the state that a resumed training needs."""
         return {"failed": self.failed}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> str:
-        """Restore the state from a checkpoint."""
-        self.failed = int(state.get("failed", 0))
-        return ""
+    def load_state_dict(self, state: Any) -> set[str]:
+        """Restore the state from a checkpoint, and return the names of its odd fields."""
+        reader = Reader(state)
+        self.failed = reader.read("failed", int, 0)
+        return reader.odd
 
     def warn(self, text: str, once: bool = False) -> None:
         """Warn, naming process and epoch; with ``once``, a text is not repeated until the next start."""
@@ -125,10 +131,14 @@ class RunGuard:
 
 
 def _told(error: Exception, costs: str) -> str:
+    try:
+        text, remedy = str(error)[:MOST_TOLD], _remedy(error)
+    except Exception:  # noqa: BLE001
+        text, remedy = "its text cannot be read.", UNKNOWN
     if isinstance(error, UnsafeError):
-        return f"off until the next start: {error}"
+        return f"off until the next start: {text}"
     lost = costs or "explanations are left out"
-    return f"{type(error).__name__}: {error} Training goes on; this run's {lost}. {_remedy(error)}"
+    return f"{type(error).__name__}: {text} Training goes on; this run's {lost}. {remedy}"
 
 
 def _remedy(error: Exception) -> str:
@@ -140,7 +150,7 @@ def _remedy(error: Exception) -> str:
         return "Check that the disk has room."
     if isinstance(error, OSError) and error.errno in _NO_ACCESS:
         return "Check that the folder may be written to."
-    return 'SESSCallback(on_error="raise") shows where it happened.'
+    return UNKNOWN
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -13,6 +13,7 @@ from sess_lightning.callback.accuracy import PERCENT, doubt, find_accuracy, is_e
 from sess_lightning.callback.alarm import describe, findings
 from sess_lightning.callback.runs import Run, drift, remembered
 from sess_lightning.callback.selection import Selection, select
+from sess_lightning.callback.versions import Reader
 from sess_lightning.scores import SELECTION
 
 _Record = TypeVar("_Record", Run, Selection)
@@ -145,28 +146,39 @@ class RunHistory:
             "alarmed": self.alarmed, "selection": dict(vars(self.selection)), "percent": self._is_percent,
         }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> str:
-        """Restore the state from a checkpoint, and return what one of another version lacks or adds."""
-        self.training.update({str(k): str(v) for k, v in dict(state.get("history", {})).items()})
-        self.alarmed, self._epoch = bool(state.get("alarmed", False)), state.get("epoch")
-        self._is_percent = bool(state.get("percent", False))
-        self.last = {str(name): float(value) for name, value in dict(state.get("last", {})).items()}
-        odd: set[str] = set()
-        self.runs = _read(Run, state.get("runs", []), odd)
-        if self._epoch is None and self.runs:
-            self._epoch = self.runs[-1].epoch
-        self.selection = next(iter(_read(Selection, [state.get("selection", {})], odd)), Selection())
-        names = ", ".join(sorted(odd))
-        return names and f"the checkpoint is of another version ({names}); earlier runs may be missing."
+    def load_state_dict(self, state: Any) -> set[str]:
+        """Restore the state from a checkpoint, and return the names of its odd fields."""
+        reader = Reader(state)
+        texts = reader.read("history", dict, {}).items()
+        self.training.update({str(key): str(value) for key, value in texts})
+        self.alarmed, self._is_percent = (
+            reader.read("alarmed", bool, False),
+            reader.read("percent", bool, False),
+        )
+        numbers = reader.read("last", dict, {}).items()
+        self.last = {str(name): float(value) for name, value in numbers if isinstance(value, (int, float))}
+        self.runs = _read(Run, reader.read("runs", list, []), reader.odd)
+        epoch = reader.read("epoch", int, self.runs[-1].epoch if self.runs else -1)
+        self._epoch = None if epoch < 0 else epoch
+        chosen = _read(Selection, [reader.read("selection", dict, {})], reader.odd)
+        self.selection = next(iter(chosen), Selection())
+        return reader.odd
 
 
-def _read(kind: type[_Record], states: Iterable[Mapping[str, Any]], odd: set[str]) -> list[_Record]:
-    """Return the complete records; missing and unknown fields are added to ``odd``."""
+def _read(kind: type[_Record], states: Iterable[Any], odd: set[str]) -> list[_Record]:
+    """Return the complete records; missing and unknown fields, and those of another type, go to ``odd``."""
     records = []
     needed = {field.name for field in fields(kind) if field.default is MISSING}
     known = {field.name for field in fields(kind)}
     for state in states:
+        if not isinstance(state, Mapping):
+            odd.add(kind.__name__.lower())
+            continue
         odd |= (needed - state.keys()) | (state.keys() - known)
         if needed <= state.keys():
-            records.append(kind(**{name: state[name] for name in known & state.keys()}))
+            record = kind(**{name: state[name] for name in known & state.keys()})
+            if record.is_whole:
+                records.append(record)
+            else:
+                odd.add(kind.__name__.lower())
     return records

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from sess_lightning.callback.batches import check_boxes
 from sess_lightning.callback.classes import known_labels
 from sess_lightning.callback.sampling import Choice, Share, spread_in_batch
+from sess_lightning.callback.versions import Reader
 from sess_lightning.introspection.logits import check_inputs
 from sess_lightning.ops import size_of
 from sess_lightning.types import Batch
@@ -103,7 +104,7 @@ class SampleKeeper:
     def __init__(self) -> None:
         self._part: Choice | Share | None = None
         self._kept: list[Kept] = []
-        self._loaded: Mapping[str, Any] = {}
+        self._loaded: list[Kept] = []
         self._carried: list[Kept] = []
         self._restores = False
         self.start_run()
@@ -125,9 +126,9 @@ class SampleKeeper:
             is_same: Whether the training is the same, and so are its samples.
         """
         if not is_same:
-            self._carried, self._loaded = [], {}
+            self._carried, self._loaded = [], []
         elif self._restores and isinstance(self._part, Share) and self._kept:
-            self._carried, self._loaded = self._kept, {}
+            self._carried, self._loaded = self._kept, []
         self._part, self._kept = None, []
         self.start_run()
 
@@ -148,7 +149,7 @@ class SampleKeeper:
         if isinstance(part, Choice):
             return ""
         if not earlier and restores:
-            earlier = (_restored(self._loaded) if is_first else []) or self._carried
+            earlier = (self._loaded if is_first else []) or self._carried
         fitting = [kept for kept in earlier if size_of(kept.samples.images) == size]
         various = len({size_of(kept.samples.images) for kept in earlier}) > 1
         self._kept = _numbered(earlier if various else fitting, part)
@@ -267,17 +268,42 @@ class SampleKeeper:
         if isinstance(self._part, Choice):
             return {}
         kept = self._kept if self._part is not None and self._restores else self._carried
-        if not kept:  # What a checkpoint has restored is not decided yet.
-            return {name: self._loaded[name] for name in ("kept", "chosen") if name in self._loaded}
+        kept = kept or self._loaded  # What a checkpoint has restored is not decided yet.
+        if not kept:
+            return {}
         return {
             "kept": {i: (vars(one.samples), one.numbers) for i, one in enumerate(kept)},
             "chosen": {i: one.chosen for i, one in enumerate(kept)},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> str:
-        """Keep a checkpoint's state for ``settle``."""
-        self._loaded = {name: state[name] for name in ("kept", "chosen") if name in state}
-        return ""
+    def load_state_dict(self, state: Any) -> set[str]:
+        """Keep a checkpoint's samples for ``settle``, and return the names of its odd fields."""
+        reader = Reader(state)
+        chosen = reader.read("chosen", dict, {})
+        self._loaded = [
+            Kept(Batch(**values), list(numbers), chosen=chosen.get(i))
+            for i, values, numbers in _known(reader)
+        ]
+        return reader.odd
+
+
+def _known(reader: Reader) -> Iterator[tuple[Any, dict[str, Any], list[int]]]:
+    """Yield the samples in a checkpoint that this version can read: index, fields of the batch, numbers."""
+    known = {field.name for field in fields(Batch)}
+    for i, entry in reader.read("kept", dict, {}).items():
+        try:
+            values, numbers = dict(entry[0]), [int(number) for number in entry[1]]
+            reader.odd |= values.keys() - known
+            values = {name: value for name, value in values.items() if name in known}
+            images, labels = values["images"], values["labels"]
+            if not (isinstance(images, Tensor) and images.ndim == 4 and isinstance(labels, Tensor)):
+                raise TypeError("no images, or no labels")
+            if not len(images) == len(labels) == len(numbers):
+                raise ValueError("rows of different numbers")
+        except (TypeError, ValueError, KeyError, IndexError):
+            reader.odd.add("kept")
+            continue
+        yield i, values, numbers
 
 
 def _chosen(batch: Batch, numbers: Mapping[int, int]) -> Kept:
@@ -308,15 +334,6 @@ def _joined(waiting: Sequence[Kept]) -> Kept:
         [number for kept in waiting for number in kept.numbers],
         validated=torch.cat(validated) if len(validated) == len(waiting) else None,
     )
-
-
-def _restored(state: Mapping[str, Any]) -> list[Kept]:
-    """Return a checkpoint's samples."""
-    chosen = state.get("chosen", {})
-    return [
-        Kept(Batch(**fields), list(numbers), chosen=chosen.get(i))
-        for i, (fields, numbers) in state.get("kept", {}).items()
-    ]
 
 
 def _numbered(kept: Sequence[Kept], share: Share) -> list[Kept]:

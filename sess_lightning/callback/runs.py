@@ -50,6 +50,19 @@ class Run:
     accuracy: float = float("nan")
     guess: float = float("nan")
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all fields are what they should be: a checkpoint of another version may hold others."""
+        numbers = (self.epoch, self.step, self.accuracy, self.guess)
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            return False
+        if not (isinstance(self.small, Tensor) and self.small.ndim == 3 and isinstance(self.samples, tuple)):
+            return False
+        columns = self.figures if isinstance(self.figures, dict) else {}
+        return {*FIGURES, "region_share"} <= columns.keys() and all(
+            isinstance(column, Tensor) and column.shape == self.small.shape[:1] for column in columns.values()
+        )
+
     def mean(self, figure: str) -> float:
         """Return a figure's mean over the samples that have it."""
         return float(self.figures[figure].nanmean())

@@ -26,6 +26,11 @@ class Selection:
     accuracy: float = -1.0
     quality: float = 0.0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all fields are what they should be: a checkpoint of another version may hold others."""
+        return all(isinstance(value, (int, float)) for value in vars(self).values())
+
 
 def select(before: Selection, accuracy: float, quality: float, count: float) -> Selection:
     """Take in one more run: its ``value`` is the largest so far exactly if it is now the one to keep.

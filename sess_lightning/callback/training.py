@@ -13,6 +13,12 @@ from sess_lightning.callback.history import RunHistory
 from sess_lightning.callback.keeping import SampleKeeper
 from sess_lightning.callback.runs import age
 
+FIELDS = {
+    "failed", "last", "history", "runs", "epoch", "alarmed", "selection", "percent", "kept", "chosen",
+    "samples",  # Of versions that kept samples by their batches.
+}  # fmt: skip
+"""What a checkpoint may hold of a callback."""
+
 
 class Remembering(Callback):
     """Keeps a training's state through all fits, validations and tests of a module, and in checkpoints.
@@ -73,7 +79,14 @@ class Remembering(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state from a checkpoint; differences of another version cost a line."""
+        odd: set[str] = set()
         for part in (self.guard, self.history, self.keeper):
             with self.guard.protect("state in the checkpoint is left out"):
-                if text := part.load_state_dict(state_dict):
-                    self.guard.warn(text)
+                odd |= part.load_state_dict(state_dict)
+        if isinstance(state_dict, dict):
+            odd |= {str(name) for name in state_dict.keys() - FIELDS}
+        if odd:
+            self.guard.warn(
+                f"the checkpoint is of another version ({', '.join(sorted(odd))}); earlier runs or samples "
+                "may be missing."
+            )

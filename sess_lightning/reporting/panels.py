@@ -119,8 +119,8 @@ def _colours(name: str) -> npt.NDArray[np.float32]:
 def overlay(
     picture: Picture, saliency: Float[Tensor, "H W"], colours: str = "jet", strength: float = 0.5
 ) -> Picture:
-    """Blend a map in [0, 1] over an image; where it is low, the image shows through, darkened."""
-    values = saliency.detach().float().cpu().clamp(0, 1).numpy()
+    """Blend a map in [0, 1] over an image; where it is low or NaN, the image shows through, darkened."""
+    values = saliency.detach().float().cpu().nan_to_num(0).clamp(0, 1).numpy()
     tinted = _colours(colours)[(values * 255).round().astype(np.int64)]
     return ((1 - strength) * picture + strength * tinted).round().astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Texts for terminals and files."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def writable(text: str) -> str:
+    """Return a text that every file takes: names of files that are not UTF-8 hold what cannot be written."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -90,6 +90,118 @@ class WandbLogger(CSVLogger):
         return run
 
 
+class TensorBoardLogger(CSVLogger):
+    """Goes by the name by which TensorBoard's logger is known; its files are gone."""
+
+    @property
+    def experiment(self):
+        writer = mock.Mock()
+        for name in ("add_image", "add_text", "add_figure", "add_scalar"):
+            getattr(writer, name).side_effect = FileNotFoundError(errno.ENOENT, "events are gone")
+        return writer
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+
+class MLFlowLogger(CSVLogger):
+    """Goes by the name by which MLflow's logger is known; its server is down."""
+
+    run_id = "1"
+
+    @property
+    def experiment(self):
+        client = mock.Mock()
+        for name in ("log_text", "log_image", "log_artifact", "log_artifacts", "set_tag"):
+            getattr(client, name).side_effect = ConnectionError("no server")
+        return client
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+
+class WordlessError(Exception):
+    """Fails while it is told."""
+
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+@dataclass(frozen=True)
+class Wrong(Red):
+    """Returns maps that are none."""
+
+    kind: str = "NaN"
+
+    def explain(self, model, images, targets):
+        maps, scores = super().explain(model, images, targets)
+        if self.kind == "NaN":
+            return Explanation(maps * torch.nan, scores)
+        return Explanation(maps[:, :7, :7], scores)
+
+
+class Fixed(Quiet):
+    """Takes batches of four, as compiled engines do."""
+
+    def forward(self, images):
+        if len(images) != 4:
+            raise AssertionError("a batch of four, please")
+        return super().forward(images)
+
+
+class Hooked(Quiet):
+    """A hook of its user's bears no second look."""
+
+    def on_validation_start(self):
+        self.hook = self.net[0].register_forward_hook(self.refuse)
+
+    def on_validation_end(self):
+        self.hook.remove()
+
+    def refuse(self, *call):
+        raise LookupError("seen enough")
+
+
+class Prickly(Quiet):
+    """Cannot be asked for the names of its classes."""
+
+    @property
+    def class_names(self):
+        raise RuntimeError("no names")
+
+
+class Boundless(Quiet):
+    """Logs an accuracy that is no number."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("val_acc", torch.nan, batch_size=1)
+
+
+def unknown(index, image, label, boxes):
+    return image, torch.full_like(label, -1)
+
+
+def unreal(index, image, label, boxes):
+    return image * torch.nan, label
+
+
+def unwritable(index, image, label, boxes):
+    return image, {"label": label, "id": f"picture \udcff{index}"}
+
+
+def refusing(module, images):
+    if on_last():
+        raise RecursionError("round and round")
+    return module.net(images)
+
+
+def impatient(batch):
+    if on_last():
+        raise StopIteration
+    return batch
+
+
 STAGES = {
     "the metric is made": "sess_lightning.callback.explaining.SESSMetric",
     "a batch is read": "sess_lightning.callback.explaining.read_batch",
@@ -223,5 +335,36 @@ FAULTS = {
     "curves cannot be drawn": Fault(
         "RuntimeError: no font", UNSEEN, logger=False,
         around=lambda folder: mock.patch.object(sink, "curve_figure", side_effect=RuntimeError("no font")),
+    ),
+    "an error that cannot be told": Fault("WordlessError", LOST, {"method": Red(WordlessError)}),
+    "the time is over": Fault("TimeoutError: out of luck", LOST, {"method": Red(TimeoutError)}),
+    "maps are NaN": Fault(None, FINE, {"method": Wrong()}),
+    "maps are of another size": Fault(
+        "Training goes on; this run's explanations are left out", LOST, {"method": Wrong(kind="small")}
+    ),
+    "no class is known": Fault("RuntimeError: no sample came by", LOST, read=unknown),
+    "no pixel is a number": Fault("RuntimeError: no sample came by", LOST, read=unreal),
+    "the adapter ends on one process": Fault("StopIteration", LOST, {"batch_adapter": impatient}),
+    "the adapter returns nothing": Fault("TypeError", LOST, {"batch_adapter": lambda batch: None}),
+    "what is explained fails on one process": Fault(
+        "RecursionError: round and round", LOST, {"forward": refusing}
+    ),
+    "what is explained is no logits": Fault(
+        "TypeError", LOST, {"forward": lambda module, images: "logits"}
+    ),
+    "the forward pass takes batches of four": Fault(
+        "AssertionError: a batch of four, please", LOST, module=Fixed
+    ),
+    "a hook refuses": Fault("LookupError: seen enough", LOST, module=Hooked),
+    "names cannot be found": Fault(None, FINE, module=Prickly),
+    "the accuracy is no number": Fault(None, FINE, module=Boundless),
+    "ids cannot be written": Fault(None, FINE, read=unwritable, logger=False),
+    "TensorBoard's files are gone": Fault("events are gone", UNSEEN, logger=TensorBoardLogger),
+    "MLflow's server is down": Fault("ConnectionError: no server", UNSEEN, logger=MLFlowLogger),
+    "the page cannot be written": Fault(
+        "RuntimeError: no page", UNSEEN, logger=False,
+        around=lambda folder: mock.patch(
+            "sess_lightning.reporting.report.sink.ReportSink.write", side_effect=RuntimeError("no page")
+        ),
     ),
 }  # fmt: skip

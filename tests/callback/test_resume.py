@@ -113,23 +113,86 @@ def test_a_checkpoint_of_other_settings_can_be_resumed(tmp_path):
     assert its.logger.of("sess/n") == [8]
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda state: state["runs"][0].pop("small"), "small"),
-        (lambda state: state["runs"][0].update(weather="fine"), "weather"),
-        (lambda state: state["selection"].update(mood=1), "mood"),
-    ],
-)
-def test_a_checkpoint_of_another_version_is_resumed_with_one_line(change, named):
-    first, second = quick(), quick()
-    small = torch.zeros(2, 4, 4)
-    first.history.runs = [Run(0, 3, (1, 2), dict.fromkeys(FIGURES, small[:, 0, 0]), small)]
-    state = first.state_dict()
+def remembering():
+    """A callback with a run behind it and samples of a shuffled loader."""
+    callback, small = quick(), torch.zeros(2, 4, 4)
+    figures = dict.fromkeys((*FIGURES, "region_share"), small[:, 0, 0])
+    callback.history.runs = [Run(0, 3, (1, 2), figures, small)]
+    kept = {"images": torch.rand(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    callback.keeper.load_state_dict({"kept": {0: (kept, [0, 1])}, "chosen": {0: 2}})
+    return callback
+
+
+def of(part, *path):
+    """Return what a state holds below keys and indices."""
+    for key in path:
+        part = part[key]
+    return part
+
+
+CHANGES = {
+    "a field of a run is missing": (lambda state: of(state, "runs", 0).pop("small"), "small"),
+    "a field of a run is unknown": (lambda state: of(state, "runs", 0).update(weather="fine"), "weather"),
+    "a run is none": (lambda state: state.update(runs=[7]), "run"),
+    "runs are none": (lambda state: state.update(runs="none"), "runs"),
+    "an epoch of a run is a text": (lambda state: of(state, "runs", 0).update(epoch="1"), "run"),
+    "a run has figures of another name": (
+        lambda state: of(state, "runs", 0).update(figures={"mass": torch.zeros(2)}), "run",
+    ),
+    "a run has figures of another length": (
+        lambda state: of(state, "runs", 0, "figures").update(overall=torch.zeros(3)), "run",
+    ),
+    "selection has an unknown field": (lambda state: state["selection"].update(mood=1), "mood"),
+    "selection holds a text": (lambda state: state["selection"].update(best="best"), "selection"),
+    "selection is a list": (lambda state: state.update(selection=[1]), "selection"),
+    "the count of failures is a text": (lambda state: state.update(failed="two"), "failed"),
+    "the epoch is a list": (lambda state: state.update(epoch=[1]), "epoch"),
+    "the scores are a list": (lambda state: state.update(last=[1]), "last"),
+    "the training is a text": (lambda state: state.update(history="a"), "history"),
+    "a field is unknown": (lambda state: state.update(invented_later=1), "invented_later"),
+    "a field of the samples is unknown": (
+        lambda state: of(state, "kept", 0, 0).update(depth=torch.zeros(2)), "depth",
+    ),
+    "a field of the samples is missing": (lambda state: of(state, "kept", 0, 0).pop("labels"), "kept"),
+    "samples are fewer than their numbers": (lambda state: of(state, "kept", 0, 1).append(2), "kept"),
+    "samples are none": (lambda state: state.update(kept={0: None}), "kept"),
+    "samples are a list": (lambda state: state.update(kept=[1]), "kept"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
+@pytest.mark.parametrize("case", CHANGES)
+@pytest.mark.usefixtures("unchecked")
+def test_a_checkpoint_of_another_version_is_resumed_with_one_line(tmp_path, recwarn, case):
+    change, named = CHANGES[case]
+    state = remembering().state_dict()
+    state["kept"] = {i: (dict(values), list(numbers)) for i, (values, numbers) in state["kept"].items()}
     change(state)
-    with pytest.warns(SESSWarning, match=rf"the checkpoint is of another version \({named}\)") as caught:
-        second.load_state_dict(state)
+    callback = quick(on_error="warn")
+    callback.load_state_dict(state)
+    its = fit(tmp_path, callback, val=squares(shuffle=True))
+    (told,) = [str(each.message) for each in recwarn if issubclass(each.category, SESSWarning)]
+    assert f"the checkpoint is of another version ({named}); earlier runs or samples may be missing" in told
+    assert its.logger.of("sess/n") == [4]
+    assert its.logger.of("sess/failed") == [0]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_state_that_is_none_at_all_is_resumed_with_one_line():
+    with pytest.warns(SESSWarning, match=r"of another version \(no mapping\)") as caught:
+        quick().load_state_dict([1, 2])
     assert len(caught) == 1
+
+
+def test_what_a_checkpoint_holds_besides_is_kept():
+    first, second = remembering(), quick()
+    state = first.state_dict()
+    state["runs"][0]["weather"] = "fine"
+    with pytest.warns(SESSWarning, match="weather"):
+        second.load_state_dict(state)
+    assert [run.step for run in second.history.runs] == [3]
+    assert second.state_dict()["kept"][0][1] == [0, 1]
 
 
 def test_a_checkpoint_that_holds_nothing_is_no_reason_to_warn(recwarn):

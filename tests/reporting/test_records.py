@@ -132,7 +132,7 @@ def test_a_small_smooth_picture_keeps_its_size_and_colours():
         ("scalars", "[]"), ("scalars", "null"), ("metrics", "3"), ("curves", '{"": [[0, 1]]}'),
         ("curves", '{"": [[0, 1], [1]]}'), ("curves", '{"": null}'), ("panel", "[null]"), ("panel", "[{}]"),
         ("tables", '{"classes": [1]}'), ("tables", "[]"), ("settings", "7"), ("alerts", "7"),
-        ("names", "[1]"),
+        ("names", "[1]"), ("epoch", "[[0]]"), ("run", "null"), ("run", "[1]"), ("run", '{"a": 1}'),
     ],
 )  # fmt: skip
 def test_a_line_that_is_no_run_is_skipped(tmp_path, field, value):

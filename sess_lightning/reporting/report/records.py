@@ -239,8 +239,14 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {str(key): str(value) for key, value in values.items()}
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
+    return value
+
+
 READERS: dict[str, Callable[[Any], Any]] = {
-    "run": str, "epoch": int, "step": int, "scalars": _finite, "metrics": _finite, "curves": _curves,
+    "run": _text, "epoch": int, "step": int, "scalars": _finite, "metrics": _finite, "curves": _curves,
     "panel": lambda samples: [_sample(sample) for sample in samples],
     "tables": lambda tables: {name: [dict(row) for row in rows] for name, rows in tables.items()},
     "settings": dict, "alerts": lambda texts: [str(text) for text in texts], "method": str, "names": _texts,
