@@ -311,5 +311,8 @@ class SESSCallback(Remembering, RunHooks):
                     self.publisher.alert("Clever Hans?", text)
                 for text in unmeasured(trainer, prefix, self.history.known) if fits else ():
                     self.guard.warn(text, once=True)
+                text = self.examiner.disagreement(self.history.runs, self.history.key) if self._due else ""
+                if text and trainer.is_global_zero:
+                    self.guard.warn(text)
         with self.guard.protect("figures of its own are missing"):
             self.publisher.close(of_others(metrics, f"{prefix}/"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from sess_lightning.callback.guard import UnsafeError
 from sess_lightning.callback.keeping import Kept
 from sess_lightning.callback.loaders import Holding, Loaders, Source, loaders_of, survey
 from sess_lightning.callback.plan import RunPlan, plan_run
+from sess_lightning.callback.runs import Run
 from sess_lightning.callback.settings import Settings
 from sess_lightning.callback.watching import Watcher
 from sess_lightning.introspection.lending import borrowed, explaining, muted
@@ -95,6 +96,14 @@ class Examiner:
         if isinstance(chosen, SESS) and isinstance(chosen.base, Gradient):
             return f"{self.watcher.text}; no layer of it has places, which Grad-CAM needs: {chosen} instead"
         return self.watcher.text
+
+    def disagreement(self, runs: Sequence[Run], key: str) -> str:
+        """Return a warning if the newest run's samples do not agree with the logged accuracy; else ""."""
+        # What several labels of an image say together is no share of images.
+        metric, several = self._metric, self.watcher.classes != 1
+        if not runs or metric is None or (several and metric.methods[OWN].activation == "sigmoid"):
+            return ""
+        return self.watcher.disagreement(runs[-1], key)
 
     @property
     def details(self) -> Mapping[str, Any]:

@@ -30,6 +30,7 @@ class RunHistory:
 
     Attributes:
         runs: The runs that are kept: the first, the best and the newest.
+        key: Key of the accuracy; empty until one was found.
         alarmed: Whether the alarm has been raised, which happens once.
         selection: The epoch to keep, so far.
         training: Identifies the training, for the page of the report.
@@ -40,7 +41,7 @@ class RunHistory:
         self._prefix, self._named, self._rings, self._loader = prefix, accuracy or "", rings, loader
         self._is_percent = False
         self.runs: list[Run] = []
-        self.alarmed = False
+        self.alarmed, self.key = False, ""
         self.selection = Selection()
         self.training: dict[str, str] = {}
         self.last: dict[str, float] = {}
@@ -100,7 +101,7 @@ class RunHistory:
         Returns:
             The text of a warning: the alarm, once in a training, or that there is no accuracy; else empty.
         """
-        key = find_accuracy(metrics, self._prefix, self._loader, self._named) or ""
+        self.key = key = find_accuracy(metrics, self._prefix, self._loader, self._named) or ""
         accuracy = self._accuracy(metrics, key)  # Before the earlier runs are used: it may reveal their unit.
         run, self._open, earlier = self._open, None, self.runs
         if run is not None:

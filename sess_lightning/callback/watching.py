@@ -11,14 +11,16 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sess_lightning.callback.agreement import disagrees
 from sess_lightning.callback.classes import takes_probabilities
+from sess_lightning.callback.runs import Run
 from sess_lightning.introspection.calls import calling
 from sess_lightning.introspection.logits import log_scores, logits_of
 from sess_lightning.introspection.probabilities import Ending, Endings, ending_of, to_logits
 from sess_lightning.introspection.witness import Call, Seen, Witness, is_compiled
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN
-from sess_lightning.ops import size_of
+from sess_lightning.ops import is_out_of_memory, size_of
 from sess_lightning.types import Activation, Batch
 
 LARGEST = 0.02
@@ -41,7 +43,7 @@ class Watcher:
         self._witness: Witness | None = None
         self._seen: Seen | None = None
         self._open = ExitStack()
-        self._is_proven = False
+        self._is_proven = self._has_disagreed = False
         self._ending: Ending | None = None
         self._outputs = 0  # Per image; 0 until some were seen, and with them their ending.
 
@@ -60,7 +62,7 @@ class Watcher:
         """Begin to fit, validate or test."""
         self.leave()
         self._call, self._is_settled, self._is_proven = None, False, False
-        self._ending, self._outputs = None, 0
+        self._ending, self._outputs, self._has_disagreed = None, 0, False
 
     def look(self, model: nn.Module) -> None:
         """Watch the next step."""
@@ -148,10 +150,40 @@ class Watcher:
         """Return the logits of a call that was not watched; the first one shows the ending of its outputs."""
         with Endings() if self._ending or not self._outputs else nullcontext() as endings:
             forward = model.forward if self._forward is None else partial(self._forward, model)
-            outputs = logits_of(forward(images))
+            outputs = self._called(forward, images)
             if not self._outputs:
                 self._read(model, outputs, None if endings is None else endings.of(outputs))
             return to_logits(outputs, self._ending, endings)
+
+    def _called(self, forward: Any, images: Tensor) -> Float[Tensor, "B N"]:
+        try:
+            return logits_of(forward(images))
+        except Exception as error:
+            if self._outputs or is_out_of_memory(error):  # It can be called so.
+                raise
+            name = "module(images)" if self._forward is None else "forward="
+            raise RuntimeError(
+                f"{name} gives no logits ({type(error).__name__}: {error}). Say how the model is called: "
+                "SESSCallback(forward=lambda module, images: logits)."
+            ) from error
+
+    def disagreement(self, run: Run, key: str) -> str:
+        """Return a warning, once, if the samples are no sample of what the accuracy is measured on; else "".
+
+        Args:
+            run: A run whose accuracy is known.
+            key: Under which the accuracy is logged.
+        """
+        targets, right = run.samples[len(run.small) :], run.is_right
+        if self._has_disagreed or not targets or not disagrees(run.accuracy, right, targets):
+            return ""
+        self._has_disagreed = True
+        return (
+            f"of the {len(right)} explained samples {int(right.sum())} are classified correctly, more or "
+            f"less than chance allows (99.9 %) for {key} = {run.accuracy:.3f}: {self.text}. Say what is "
+            "validated, SESSCallback(forward=lambda module, images: logits), or which key has the accuracy "
+            "of these images, accuracy=."
+        )
 
     def doubt(self, metric: SESSMetric, validated: Float[Tensor, "B N"] | None) -> str:
         """Return a warning, once, if the explained model is not the validated one; else an empty text.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 
 from jaxtyping import Float
@@ -54,10 +55,10 @@ def default_method(model: nn.Module, image: Float[Tensor, "1 C H W"]) -> Salienc
         model: Any classifier.
         image: As the model takes it.
     """
-    try:
-        find_target_layer(model, image)
-    except NoPlacesError:
-        return SESS(Gradient())
-    except (RuntimeError, TypeError, ValueError):
-        pass  # The run says it, of the very images that it is about.
+    # Any other error is the run's to tell, of the very images that it is about.
+    with suppress(Exception):
+        try:
+            find_target_layer(model, image)
+        except NoPlacesError:
+            return SESS(Gradient())
     return SESS(GradCAM())
