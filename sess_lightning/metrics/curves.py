@@ -24,6 +24,9 @@ def blurred_baseline(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W
     """Return the images without evidence that insertion starts from: a heavy Gaussian blur.
 
     51 x 51 px with sigma 50 at a shorter side of 224 px (RISE, Group-CAM), in proportion for other sizes.
+
+    >>> blurred_baseline(torch.ones(1, 3, 64, 64)).std() < 1e-5
+    tensor(True)
     """
     factor = min(images.shape[-2:]) / 224
     return blur(images, 2 * max(1, round(25 * factor)) + 1, 50 * factor).to(images.dtype)
@@ -54,17 +57,20 @@ def insertion_curve(
         ties: Order of pixels of equal saliency: raster order (``"first"``) or a seeded random one.
         activation: How logits become probabilities.
         batch_size: Images that go through the model at once; None by the memory there is.
-        ends: Scores of the baseline and of the image where they are known; each saves one forward pass per
-            image.
+        ends: Scores of baseline and image, where known; each saves one forward pass per image.
 
     Raises:
         ValueError: If shapes do not fit.
 
     Source: Petsiuk et al., "RISE", BMVC 2018.
+
+    >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    >>> images = torch.eye(32).expand(2, 3, -1, -1)
+    >>> insertion_curve(model, images, images[:, 0], torch.tensor([0, 1]), steps=4).shape
+    torch.Size([2, 5])
     """
     start = blurred_baseline(images) if baseline is None else _like(images, baseline)
-    _check_maps(maps, images.shape[0], size_of(images))
-    transition = _Transition(start, images, pixel_steps(borrowed(maps), steps, ties), targets, ends)
+    transition = _Transition.by(maps, start, images, targets, ends, steps, ties)
     return _draw(model, [transition], steps, activation, batch_size)[0]
 
 
@@ -85,10 +91,14 @@ def deletion_curve(
 
     Like ``insertion_curve``, from the image to its baseline: None is zeros, the data set's mean in normalised
     space. ``ends`` are the scores of the image and of the baseline.
+
+    >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    >>> images = torch.eye(32).expand(2, 3, -1, -1)
+    >>> deletion_curve(model, images, images[:, 0], torch.tensor([0, 1]), steps=4).shape
+    torch.Size([2, 5])
     """
     end = torch.zeros_like(images) if baseline is None else _like(images, baseline)
-    _check_maps(maps, images.shape[0], size_of(images))
-    transition = _Transition(images, end, pixel_steps(borrowed(maps), steps, ties), targets, ends)
+    transition = _Transition.by(maps, images, end, targets, ends, steps, ties)
     return _draw(model, [transition], steps, activation, batch_size)[0]
 
 
@@ -105,7 +115,9 @@ def insertion_and_deletion_curves(
     ends: tuple[Tensor, Tensor, Tensor] | None = None,
     which: Sequence[slice | Tensor] | None = None,
 ) -> list[tuple[Float[Tensor, "_ {steps}+1"], Float[Tensor, "_ {steps}+1"]]]:
-    """Return both curves for several maps of each image, from one stream of full batches.
+    """Return (insertion, deletion) curves of each method's maps, from one stream of full batches.
+
+    Raises ``ValueError`` if shapes do not fit.
 
     Args:
         model: Any classifier; given back as it was.
@@ -119,11 +131,10 @@ def insertion_and_deletion_curves(
         ends: Scores of the images, the blurred images and zeros, which all curves share; None scores them.
         which: For each method, an index of the images whose curves are measured; None measures all.
 
-    Returns:
-        For each method, the insertion and the deletion curves.
-
-    Raises:
-        ValueError: If shapes do not fit.
+    >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    >>> images = torch.eye(32).expand(2, 3, -1, -1)
+    >>> len(insertion_and_deletion_curves(model, images, [images[:, 0]], torch.tensor([0, 1]), steps=4))
+    1
     """
     whole = _Pictures.of(images, blurred, targets, ends)
     transitions = []
@@ -176,6 +187,14 @@ class _Transition(NamedTuple):
     step_of: Int[Tensor, "B H W"]
     targets: Int[Tensor, " B"]
     ends: Ends
+
+    @classmethod
+    def by(
+        cls, maps: Tensor, start: Tensor, end: Tensor, targets: Tensor, ends: Ends, steps: int, ties: Ties
+    ) -> _Transition:
+        """Return the transition in which the most salient pixels change first."""
+        _check_maps(maps, len(start), size_of(start))
+        return cls(start, end, pixel_steps(borrowed(maps), steps, ties), targets, ends)
 
     def asked(self, steps: int) -> range:
         """Return the steps that have to be scored: without the ends where they are known."""
@@ -281,7 +300,11 @@ def _changed(step_of: Int[Tensor, "H W"], steps: range, channels: int) -> Bool[T
 
 
 def pixel_steps(maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first") -> Int[Tensor, "B H W"]:
-    """Return the step, from 0, at which each pixel changes: most salient first."""
+    """Return the step, from 0, at which each pixel changes: most salient first.
+
+    >>> pixel_steps(torch.tensor([[[0.1, 0.9], [0.5, 0.3]]]), steps=2).tolist()
+    [[[1, 0], [0, 1]]]
+    """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
     if ties not in get_args(Ties):
@@ -300,6 +323,9 @@ def tied_share(maps: Float[Tensor, "B H W"]) -> Float[Tensor, " B"]:
     """Return the share of each map's pixels that are tied with another: their order is arbitrary.
 
     NaN counts as 0, as in ``pixel_steps``.
+
+    >>> tied_share(torch.tensor([[[0.0, 0.0], [0.5, 0.3]]]))
+    tensor([0.5000])
     """
     ranked = maps.flatten(1).nan_to_num(0).sort(dim=1).values
     same = ranked[:, 1:] == ranked[:, :-1]
@@ -308,7 +334,11 @@ def tied_share(maps: Float[Tensor, "B H W"]) -> Float[Tensor, " B"]:
 
 
 def curve_auc(curves: Float[Tensor, "*B T"]) -> Float[Tensor, "*B"]:
-    """Return the area under curves over [0, 1], by the trapezoid rule."""
+    """Return the area under curves over [0, 1], by the trapezoid rule.
+
+    >>> curve_auc(torch.tensor([0.0, 0.5, 1.0]))
+    tensor(0.5000)
+    """
     return (curves.sum(-1) - (curves[..., 0] + curves[..., -1]) / 2) / (curves.shape[-1] - 1)
 
 

@@ -64,6 +64,9 @@ def pointing_hits(
         ValueError: If there is not one region per map, or the tolerance is not positive.
 
     Source: Zhang et al., "Excitation Backprop", IJCV 2018, with TorchRay's rules.
+
+    >>> pointing_hits(torch.eye(32)[None], [torch.tensor([[0.0, 0.0, 4.0, 4.0]])], tolerance=2.0)
+    tensor([True])
     """
     if tolerance <= 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}; 1 asks for the region itself.")
@@ -104,6 +107,9 @@ def relevance_mass(
         size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
 
     Source: Arras, Osman, Samek, "CLEVR-XAI", Information Fusion 2022.
+
+    >>> relevance_mass(torch.ones(1, 32, 32), [torch.tensor([[0.0, 0.0, 16.0, 32.0]])])
+    tensor([0.5000])
     """
     regions = read_regions(regions, size=size_of(maps))
     target = (size_of(regions) if isinstance(regions, Tensor) else size) or size_of(maps)
@@ -120,6 +126,9 @@ def rank_correlation(first: Float[Tensor, "B N"], second: Float[Tensor, "B N"]) 
     """Return Spearman's rank correlation of each pair of rows, ties sharing their mean rank.
 
     NaN where a row is constant.
+
+    >>> rank_correlation(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[9.0, 4.0, 1.0]])).round(decimals=4)
+    tensor([-1.])
     """
     constant = (first == first[:, :1]).all(1) | (second == second[:, :1]).all(1)
     # At least two columns: torchmetrics reads a single one as a vector.
@@ -158,7 +167,11 @@ def _near_box(boxes: Sequence[Tensor], u: Tensor, v: Tensor, tolerance: float) -
 def class_mean(
     hits: Real[Tensor, "*B K"], trials: Real[Tensor, "*B K"], unseen_as_zero: bool = False
 ) -> Float[Tensor, "*B"]:
-    """Return the mean of hits / trials over classes with trials, or over all, the others as 0 (TorchRay)."""
+    """Return the mean of hits / trials over classes with trials, or over all, the others as 0 (TorchRay).
+
+    >>> class_mean(torch.tensor([1, 1, 0]), torch.tensor([2, 1, 0]))
+    tensor(0.7500)
+    """
     accuracy = hits / trials.clamp(min=1)
     seen = trials.shape[-1] if unseen_as_zero else (trials > 0).sum(-1)
     return accuracy.sum(-1) / seen

@@ -12,9 +12,29 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+from typing_extensions import override
 
 
-class PerSample(Metric):
+class WholeCounts(Metric):
+    """Keeps whole numbers whole under ``set_dtype``, which would make floats of all states."""
+
+    @override
+    def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
+        """Convert the floats among the states."""
+        states = {name: getattr(self, name) for name in self._defaults}
+        whole = {
+            name: (value, self._defaults[name])
+            for name, value in states.items()
+            if not any(part.is_floating_point() for part in ([value] if isinstance(value, Tensor) else value))
+        }
+        super().set_dtype(dst_type)
+        for name, (value, default) in whole.items():
+            setattr(self, name, value)
+            self._defaults[name] = default
+        return self
+
+
+class PerSample(WholeCounts):
     """Keeps rows per sample and gathers them from all ranks, even if one of them saw no sample."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -34,7 +54,15 @@ class PerSample(Metric):
     def append(self, **rows: Tensor) -> None:
         """Append rows to the states of these names."""
         for name, new in rows.items():
-            getattr(self, name).append(new)
+            getattr(self, name).append(new.to(self._empty[name].dtype))
+
+    @override
+    def set_dtype(self, dst_type: str | torch.dtype) -> Metric:
+        """Convert the floats among the rows, those to come included."""
+        super().set_dtype(dst_type)
+        for name, empty in self._empty.items():
+            self._empty[name] = empty.to(self.dtype) if empty.is_floating_point() else empty
+        return self
 
     def rows(self, name: str) -> Tensor:
         """Return a state's rows, (N, *shape)."""

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics import Metric
+from typing_extensions import override
 
 from sess_lightning.metrics.functional import class_mean, pointing_hits
-from sess_lightning.metrics.per_sample import keep_apart
+from sess_lightning.metrics.per_sample import WholeCounts, keep_apart
 from sess_lightning.ops import size_of
 from sess_lightning.regions import Regions, has_region, read_regions
 
 
-class PointingGame(Metric):
+class PointingGame(WholeCounts):
     """Does the highest point of a map lie on the object? Mean over classes of hits / (hits + misses).
 
     Args:
         num_classes: Number of classes.
         tolerance: Distance below which a point hits, px of the regions' resolution, exclusive.
         unseen_as_zero: Count classes without a trial as 0 in the mean, as TorchRay does.
+        average: ``"macro"`` for the mean over classes, ``"none"`` for each class's accuracy, which
+            ``torchmetrics.wrappers.ClasswiseWrapper`` names; NaN for classes without a trial.
         kwargs: For ``torchmetrics.Metric``.
 
     Attributes:
@@ -29,7 +31,20 @@ class PointingGame(Metric):
         misses: Misses per class, int64.
         skipped: Maps without a region, int64.
 
+    Raises:
+        ValueError: If an argument makes no sense.
+
     Source: Zhang et al., IJCV 2018, with TorchRay's rules.
+
+    >>> import torch
+    >>> from sess_lightning.metrics import PointingGame
+    >>> maps = torch.zeros(2, 32, 32)
+    >>> maps[:, 16, 16] = 1
+    >>> boxes = [torch.tensor([[8.0, 8.0, 24.0, 24.0]]), torch.tensor([[0.0, 0.0, 4.0, 4.0]])]
+    >>> game = PointingGame(num_classes=2, tolerance=2.0)
+    >>> game.update(maps, boxes, torch.tensor([0, 1]))
+    >>> game.compute(), game.per_class()
+    (tensor(0.5000), tensor([1., 0.]))
     """
 
     is_differentiable = False
@@ -37,17 +52,26 @@ class PointingGame(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
+    plot_legend_name = "Class"
     hits: Tensor
     misses: Tensor
     skipped: Tensor
 
     def __init__(
-        self, num_classes: int, tolerance: float = 15.0, unseen_as_zero: bool = False, **kwargs: Any
+        self,
+        num_classes: int,
+        tolerance: float = 15.0,
+        unseen_as_zero: bool = False,
+        average: Literal["macro", "none"] = "macro",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if num_classes < 1:
             raise ValueError(f"PointingGame: num_classes must be at least 1, got {num_classes}.")
-        self.num_classes, self.tolerance, self.unseen_as_zero = num_classes, tolerance, unseen_as_zero
+        if average not in ("macro", "none"):
+            raise ValueError(f'PointingGame: average must be "macro" or "none", got {average!r}.')
+        self.num_classes, self.tolerance = num_classes, tolerance
+        self.unseen_as_zero, self.average = unseen_as_zero, average
         for name in ("hits", "misses"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("skipped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -86,10 +110,22 @@ class PointingGame(Metric):
         self.misses = self.misses.index_add(0, targets.long(), (trial & ~hit).long())
         self.skipped = self.skipped + (~trial).sum()
 
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the mean accuracy over classes; NaN if there was no trial."""
+    def compute(self) -> Float[Tensor, "*K"]:
+        """Return the mean accuracy over classes, NaN if there was no trial; or the accuracies themselves."""
+        if self.average == "none":
+            return self.per_class().nan_to_num(0.0) if self.unseen_as_zero else self.per_class()
         return class_mean(self.hits, self.hits + self.misses, self.unseen_as_zero)
 
     def per_class(self) -> Float[Tensor, " K"]:
         """Return each class's accuracy; NaN for classes without a trial."""
         return self.hits / (self.hits + self.misses)
+
+    @override
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot accuracies as points, or over time; return matplotlib's figure and axes.
+
+        Args:
+            val: What ``compute`` or ``forward`` returned, or a list of such; None computes it.
+            ax: Axes to draw on; None makes a figure.
+        """
+        return self._plot(val, ax)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
+from typing_extensions import override
 
 from sess_lightning.batching import batch_limit, in_batches, stacked
 from sess_lightning.introspection.lending import borrowed, explaining
@@ -16,6 +17,7 @@ from sess_lightning.introspection.logits import check_inputs, classify, log_scor
 from sess_lightning.metrics.assessment import Assessment, Scene, method_rows, played, relevance_masses
 from sess_lightning.metrics.functional import blurred_baseline, insertion_and_deletion_curves
 from sess_lightning.metrics.per_sample import PerSample, keep_apart
+from sess_lightning.metrics.plots import MAIN, plot_scores
 from sess_lightning.metrics.summary import (
     NO_TRIAL,
     Rows,
@@ -67,6 +69,14 @@ class SESSMetric(PerSample):
 
     Attributes:
         latest: What the last update found, by method; the method itself is ``""``.
+
+    >>> import torch
+    >>> from sess_lightning.methods import SESS, GradCAM
+    >>> layers = torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    >>> metric = SESSMetric(SESS(GradCAM(), num_scales=2), steps=4)
+    >>> metric.update(torch.nn.Sequential(*layers), torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))
+    >>> {"overall", "base/overall", "minus_base/overall"} <= metric.compute().keys()
+    True
     """
 
     is_differentiable = False
@@ -240,7 +250,7 @@ class SESSMetric(PerSample):
     ) -> tuple[Float[Tensor, "B 3"], Int[Tensor, " B"]]:
         """Return the scores of image, blurred image and zeros, and the prediction."""
         activation = self.methods[OWN].activation
-        logits = self._logits(model, images)
+        logits = _logits(model, images, self.batch_size)
         # Zeros look the same in every batch, for as long as nothing writes to the model: once per run.
         tensors = (*model.parameters(), *model.buffers())
         versions = [(id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
@@ -248,14 +258,9 @@ class SESSMetric(PerSample):
         if self._zero is None or self._zero[0] != key:
             self._zero = key, classify(model, torch.zeros_like(images[:1])).float()
         zero = self._zero[1].expand(len(images), -1)
-        each = torch.cat([logits, self._logits(model, blurred), zero])
+        each = torch.cat([logits, _logits(model, blurred, self.batch_size), zero])
         ends = log_scores(each, targets.repeat(3), activation).exp().view(3, -1).mT
         return ends, predict_beside(logits, targets, activation)
-
-    def _logits(self, model: nn.Module, images: Tensor) -> Float[Tensor, "B N"]:
-        size = batch_limit(self.batch_size, images)
-        logits = in_batches(lambda part, _: classify(model, stacked(part)), images, size)
-        return torch.cat([*logits]).float()
 
     def _curves(
         self, model: nn.Module, maps: Sequence[Tensor], scene: Scene, numbers: Sequence[int]
@@ -324,10 +329,21 @@ class SESSMetric(PerSample):
         # On the host first: not every device has the float64 that figures are computed in.
         return in_order({name: self.rows(name).cpu() for name in self.states}, int(self.left_out))
 
+    @override
+    def plot(self, val: Any = None, ax: Any = None, keys: Sequence[str] = MAIN) -> Any:
+        """Plot figures as points, or over time; arguments as for ``plot_scores``."""
+        return plot_scores(self.compute() if val is None else val, ax, keys)
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.latest, self._zero = {}, None
+
+
+def _logits(model: nn.Module, images: Tensor, batch_size: int | None) -> Float[Tensor, "B N"]:
+    size = batch_limit(batch_size, images)
+    logits = in_batches(lambda part, _: classify(model, stacked(part)), images, size)
+    return torch.cat([*logits]).float()
 
 
 def _drawn(numbers: Sequence[int], limit: int | None, device: torch.device) -> slice | Tensor:

@@ -1,0 +1,50 @@
+"""The examples in docstrings are run, and whoever looks for one finds it."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import sess_lightning
+from sess_lightning import metrics
+from sess_lightning.metrics import functional
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(sess_lightning.__path__, "sess_lightning.")
+    if not module.name.endswith(("__main__", "commands"))
+]
+SHOWN = [
+    *(getattr(metrics, name) for name in metrics.__all__),
+    *(
+        value
+        for name in functional.__all__
+        if callable(value := getattr(functional, name)) and name[0].islower()
+    ),
+]
+
+
+def examples(module):
+    return [test for test in doctest.DocTestFinder().find(importlib.import_module(module)) if test.examples]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_examples_in_docstrings_give_what_they_say(module):
+    said = []
+    for example in examples(module):
+        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=said.append)
+    assert "".join(said) == ""
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.__name__)
+def test_every_metric_and_function_shows_an_example(shown):
+    assert ">>>" in inspect.getdoc(shown)
+
+
+def test_a_wrong_example_is_noticed():
+    said = []
+    test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
+    doctest.DocTestRunner().run(test, out=said.append)
+    assert "Expected:\n    3\nGot:\n    2" in "".join(said)
