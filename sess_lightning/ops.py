@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 ROUNDING = 1e-6
-"""Share of a map's peak that counts as 0: float32 leaves some 1e-7 where the exact value is 0."""
+"""Share of a map's peak that counts as 0: float32 leaves about 1e-7 where the exact value is 0."""
 
 
 @contextmanager
@@ -26,10 +26,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _exact_products(kind: str) -> Iterator[None]:
-    """Switch the device's matrix products to float32 where something less is allowed; then switch back.
+    """Switch the device's matrix products to float32 if less is allowed, and switch back afterwards.
 
     Since torch 2.9 each backend has its own field, and the old global switch raises or reports something else
-    once a field was set: where the field exists, only it is read and written.
+    once a field has been set: if the field exists, only it is read and written.
     """
     backend = torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn
     products: Any = getattr(backend, "matmul", None)
@@ -70,7 +70,7 @@ def sent(numbers: Sequence[Any], device: torch.device) -> Int[Tensor, ...]:
 
 
 def wait_for(device: torch.device | str) -> None:
-    """Wait until a device has done what it was asked for; a CPU always has."""
+    """Wait until a device has finished; a CPU always has."""
     # torch 2.6 raises where there is none; later versions return None.
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None and accelerator.type == torch.device(device).type:
@@ -78,7 +78,7 @@ def wait_for(device: torch.device | str) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell by the type, or by what backends say: MPS, XPU, cuBLAS, cuDNN, the CPU's allocator."""
+    """Return whether an error is out of memory, by its type or by the backend's message."""
     words = ("out of memory", "alloc_failed", "not enough memory", "can't allocate memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         word in str(error).lower() for word in words
@@ -91,7 +91,7 @@ def size_of(images: Tensor) -> tuple[int, int]:
 
 
 def min_max(maps: Float[Tensor, "B h w"]) -> Float[Tensor, "B h w"]:
-    """Stretch each map to [0, 1]; one flat but for rounding, or with a NaN or an infinity, becomes zeros."""
+    """Stretch each map to [0, 1]; one that is flat up to rounding, or not finite, becomes zeros."""
     low, high = maps.flatten(1).aminmax(dim=1)
     return _stretch(maps, low[:, None, None], high[:, None, None])
 
@@ -108,7 +108,7 @@ def min_max_upsampled(
     """
     corners = maps
     if maps.shape[-2:] != size:
-        # Between two lines of the coarse grid the surface is bilinear: its extremes lie next to lines.
+        # Between two lines of the coarse grid the surface is bilinear, with its extremes next to lines.
         corners = _next_to_lines(_next_to_lines(maps.mT, size[0]).mT, size[1])
     low, high = corners.flatten(1).aminmax(dim=1)
     return _stretch(maps, low[:, None, None], high[:, None, None]), torch.stack([low, high], 1)
@@ -117,7 +117,7 @@ def min_max_upsampled(
 def _next_to_lines(maps: Float[Tensor, "B h w"], target: int) -> Float[Tensor, "B h n"]:
     """Upsample rows to ``target`` samples, and return only those next to the source's samples."""
     lower, upper, share = _neighbours(maps.shape[-1], target, maps.device)
-    # A lerp, as it leaves a flat map exactly flat.
+    # A lerp leaves a flat map exactly flat.
     return maps[..., lower].lerp(maps[..., upper], share.to(maps.dtype))
 
 
@@ -200,7 +200,7 @@ def gaussian_matrix(
     reached = reached % period
     reached = torch.minimum(reached, period - reached)
     weights = (kernel / kernel.sum()).expand(size, -1)
-    # Named, because a Trainer in half precision changes the default.
+    # Given explicitly: a Trainer in half precision changes the default.
     empty = torch.zeros(size, size, device=device, dtype=torch.float32)
     return empty.scatter_add_(1, reached, weights)
 
@@ -228,7 +228,7 @@ def blur(
 
 
 def upper_percentile(maps: Float[Tensor, "B h w"], percent: float) -> Float[Tensor, " B"]:
-    """Return a high percentile of each map, linearly interpolated; sorts only what lies above it.
+    """Return a high percentile of each map, linearly interpolated; only the values above it are sorted.
 
     Raises:
         ValueError: If ``percent`` is not in [0, 100].

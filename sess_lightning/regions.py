@@ -1,7 +1,7 @@
-"""Where the objects are: masks and boxes as people have them, read as yes or no and as pixels.
+"""Where the objects are: masks and boxes in the forms that people have, read as booleans and pixels.
 
-One reader serves the callback, the metrics and the evaluation. Numbers are never summed: a mask is read by a
-convention that decides what its values mean, or refused.
+The callback, the metrics and the evaluation share this reader. Numbers are never summed: a mask is read by a
+convention that decides what its values mean, or it is refused.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Labels: TypeAlias = Tensor | Sequence[int]
 """Class index of each image."""
 
 VOID = 255
-"""What segmentations call a pixel of no class."""
+"""The value of pixels without a class in segmentations."""
 IGNORED = (VOID, -1, -100)
 TRIMAP = (1, 2, 3)
-"""Of the Oxford pets: the pet, the background, the border between them."""
+"""Values of the Oxford pets: the pet, the background, the border between them."""
 MATTES = ((0, 127, 255), (0, 128, 255))
-"""Of matting: the background, the unknown, the object."""
+"""Values of matting: the background, the unknown, the object."""
 LEAST_ON_SLOPES, MOST_FLAT = 0.5, 0.01
 """Shares of a resized mask's in-between pixels: beside both a lower and a higher one, and beside neither.
 
@@ -37,21 +37,21 @@ Measured on an ellipse and a rectangle of 48 to 500 px resized to 41 to 224 px: 
 rings are no slopes), and none.
 """
 OVERSHOOT = 0.25
-"""How far bicubic and Lanczos resizing swing beyond a mask's own values, as a share of them."""
+"""How far bicubic and Lanczos resizing overshoot a mask's own values, as a fraction of them."""
 
 
 def read_regions(
     regions: Any, *, size: tuple[int, int] | None = None, labels: Labels | None = None
 ) -> Bool[Tensor, "B h w"] | list[Float[Tensor, "_ 4"]]:
-    """Read masks or boxes of a batch, whichever they are.
+    """Read the masks or boxes of a batch.
 
     Boxes are a tensor (B, 4) or (B, N, 4), or per image a tensor (N, 4) or (4,); masks are (B, h, w),
     (B, 1, h, w), or per image (h, w) or (N, h, w). Masks of numbers are read by ``read_masks``.
 
     Args:
         regions: Masks or boxes.
-        size: (height, width) of the images: tells a mask that is 4 px wide from boxes.
-        labels: Each image's class, by which masks of class indices are read.
+        size: (height, width) of the images: distinguishes a mask that is 4 px wide from boxes.
+        labels: Each image's class, to read masks of class indices.
 
     Raises:
         ValueError: If they are neither, or if nothing decides what a mask's values mean.
@@ -75,7 +75,7 @@ def _are_boxes(region: Tensor, size: tuple[int, int] | None) -> bool:
 def read_boxes(boxes: Any) -> list[Float[Tensor, "_ 4"]]:
     """Read the boxes of a batch: a tensor (B, 4) or (B, N, 4), or one tensor per image.
 
-    What torchvision's ``BoundingBoxes`` say of their format is followed.
+    The format of torchvision's ``BoundingBoxes`` is respected.
 
     Raises:
         ValueError: If an image's boxes are not (N, 4).
@@ -87,14 +87,14 @@ def read_boxes(boxes: Any) -> list[Float[Tensor, "_ 4"]]:
 
 
 def _corners(boxes: Any) -> Tensor:
-    # BoundingBoxes forget their format when they are indexed or stacked.
+    # BoundingBoxes lose their format when they are indexed or stacked.
     form = getattr(getattr(boxes, "format", None), "value", "XYXY")
     plain = torch.as_tensor(boxes).as_subclass(Tensor).float()
     return plain if form == "XYXY" else convert_boxes(plain, form)
 
 
 def convert_boxes(boxes: Float[Tensor, "*B 4"], form: str) -> Float[Tensor, "*B 4"]:
-    """Return boxes as (x0, y0, x1, y1); ``form`` is torchvision's word, such as ``"XYWH"``."""
+    """Return boxes as (x0, y0, x1, y1); ``form`` is torchvision's name, such as ``"XYWH"``."""
     from torchvision.ops import box_convert
 
     converted: Tensor = box_convert(boxes, form.lower(), "xyxy")
@@ -115,14 +115,14 @@ PIXELS = (
 
 
 def check_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int], remedy: str = PIXELS) -> None:
-    """Refuse boxes that are inside out, reach out of the image, or look like shares of its sides.
+    """Refuse boxes that are inside out, reach beyond the image, or look like fractions of its sides.
 
     Rows of zeros and of -1 are padding.
 
     Args:
-        boxes: Per image. Their values are read: call it on the host.
+        boxes: The boxes of each image. Their values are read: call this on the host.
         size: (height, width) of the image they refer to, px.
-        remedy: How they should be written.
+        remedy: The remedy to name in the error.
 
     Raises:
         ValueError: Naming the first such box.
@@ -147,7 +147,7 @@ def check_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int], re
 
 
 def read_masks(masks: Any, labels: Labels | None = None) -> Bool[Tensor, "B h w"]:
-    """Read masks of any numbers as yes or no.
+    """Read masks of any numbers as booleans.
 
     Decided by convention are 0 and one other value (255 beside them is no class, as are -1 and -100), mattes
     (0, 128, 255), trimaps (1, 2, 3), class indices where each image holds its label's, and all of these
@@ -155,8 +155,8 @@ def read_masks(masks: Any, labels: Labels | None = None) -> Bool[Tensor, "B h w"
 
     Args:
         masks: A tensor (B, h, w) or (B, 1, h, w), or per image one (h, w) or (N, h, w). Several channels must
-            say the same, or only one of them anything; the N masks of one image in a list are its objects'.
-        labels: Each image's class, by which class indices are read.
+            agree, or only one may hold anything; the N masks of one image in a list are its objects'.
+        labels: Each image's class, to read class indices.
 
     Raises:
         ValueError: If no convention decides.
@@ -209,7 +209,7 @@ def _as_bool(masks: Real[Tensor, "B h w"], labels: Labels | None) -> Bool[Tensor
 
 
 def _is_binary(values: Tensor) -> bool:
-    """Whether there is nothing but 0 and one positive value, or nothing but one of 0, 1 and 255."""
+    """Return whether a mask holds only 0 and one positive value, or only one of 0, 1 and 255."""
     top = values.amax()
     two_valued = ((values == 0) | (values == top)).all() and top >= 0
     return bool(two_valued and ((values == 0).any() or top in (1, VOID)))
@@ -223,7 +223,7 @@ def _by_convention(values: Tensor, named: Tensor, labels: Labels | None) -> Bool
         return values == VOID
     classes: list[float] = [value for value in present if value not in (0, *IGNORED)]
     if all(value > 0 and value.is_integer() for value in classes):
-        # One value beside 0 and void; of a resized 0/255 mask, no in-between value fills a block of pixels.
+        # One value beside 0 and void; in a resized 0/255 mask, no in-between value fills a block of pixels.
         if len(classes) == 1 and 0 in present and (classes[0] == 1 or _fills(values == classes[0])):
             return values == classes[0]
         if labels is not None and not _is_resized(values) and _are_classes(values, labels):
@@ -234,7 +234,7 @@ def _by_convention(values: Tensor, named: Tensor, labels: Labels | None) -> Bool
 
 
 def _fills(mask: Bool[Tensor, "B h w"]) -> bool:
-    """Whether a mask holds 3 x 3 px somewhere."""
+    """Return whether a mask contains a block of 3 x 3 px."""
     return bool((F.avg_pool2d(mask[:, None].float(), 3, 1) == 1).any())
 
 
@@ -244,7 +244,7 @@ def _labelled(values: Tensor, labels: Labels) -> Tensor:
 
 
 def _are_classes(values: Tensor, labels: Labels) -> bool:
-    """Whether every image holds its label's index; indices that only count up from 1 may be its objects'."""
+    """Return whether every image holds its label's index; indices counted up from 1 may be objects'."""
     counted_up = True
     for mask, label in zip(values, torch.as_tensor(labels).tolist(), strict=True):
         here = [int(value) for value in mask.unique().tolist() if value not in (0, *IGNORED)]
@@ -255,7 +255,7 @@ def _are_classes(values: Tensor, labels: Labels) -> bool:
 
 
 def _is_resized(values: Float[Tensor, "B h w"]) -> bool:
-    """Whether what lies between no and yes is on a slope between them, as interpolation leaves it."""
+    """Return whether values between no and yes are on a slope between them, as interpolation makes it."""
     top = _top(values)
     nearly = (1 - OVERSHOOT) * top
     if not -OVERSHOOT * top <= values.amin() <= nearly <= values.amax() <= (1 + OVERSHOOT) * top:
@@ -269,7 +269,7 @@ def _is_resized(values: Float[Tensor, "B h w"]) -> bool:
 
 
 def _top(values: Tensor) -> float:
-    """What a yes is: 1 or 255."""
+    """Return the value of a yes: 1 or 255."""
     return 1.0 if values.amax() <= 1 + OVERSHOOT else float(VOID)
 
 
@@ -292,7 +292,7 @@ def box_masks(
 
 
 def pad_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], device: torch.device) -> Float[Tensor, "B N 4"]:
-    """Return boxes as one tensor, short lists filled up with empty boxes.
+    """Return boxes as one tensor, with short lists filled up by empty boxes.
 
     Raises:
         ValueError: If an entry is not (N, 4).
@@ -316,7 +316,7 @@ def _padding(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, "B N"
 
 
 def has_region(regions: Regions, device: torch.device) -> Bool[Tensor, " B"]:
-    """Return which images have a region at all, of masks or boxes as read; the others are no trials."""
+    """Return which images have a region at all, from masks or boxes as read; the others are no trials."""
     if isinstance(regions, Tensor):
         return regions.bool().flatten(1).any(1)
     x0, y0, x1, y1 = pad_boxes(regions, device).unbind(-1)
@@ -324,10 +324,10 @@ def has_region(regions: Regions, device: torch.device) -> Bool[Tensor, " B"]:
 
 
 def describe_regions(regions: Regions | None) -> str:
-    """Say what the regions are and how large the median one is: ``"boxes 20 x 20 px"``.
+    """Describe the regions by their kind and the median size: ``"boxes 20 x 20 px"``.
 
-    The median shows at a glance what nothing can prove, such as boxes that were meant as (x, y, w, h). Reads
-    values: call it on the host.
+    The median shows at a glance what cannot be proven, such as boxes that were meant as (x, y, w, h). Reads
+    values: call this on the host.
     """
     if regions is None:
         return "no boxes or masks"

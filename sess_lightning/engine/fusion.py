@@ -1,4 +1,4 @@
-"""SESS in the paper's order: scale, slide, pre-filter, fuse, smooth. Pure functions.
+"""Fuse and smooth: calibration, weights, equation 2 and the final blur. Pure functions.
 
 Source: Tursun et al., "SESS: Saliency Enhancing with Scaling and Sliding", ECCV 2022, section 3.
 """
@@ -49,7 +49,7 @@ def _positions(plan: Plan, axis: int) -> tuple[list[tuple[int, int]], list[int]]
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def coverage_strips(plan: Plan, grid: tuple[int, int], device: torch.device) -> tuple[Strips, Strips]:
-    """Return ``canvas_strips`` divided by how many windows of a scale cover a pixel, and by the scales.
+    """Return ``canvas_strips`` divided by the number of a scale's windows that cover a pixel, and of scales.
 
     The plain sum of maps drawn with them is, at each pixel, the mean over scales of the mean over the windows
     that cover it. The windows of a scale are all pairs of a row and a column, so that their number at a pixel
@@ -68,11 +68,11 @@ def coverage_strips(plan: Plan, grid: tuple[int, int], device: torch.device) -> 
         return shared(0, rows, len(plan.scales)), shared(1, columns, 1)
 
 
-# Few are kept: those of a full-size grid are the size of a batch of images.
+# Only a few are kept: those of a full-size grid are as large as a batch of images.
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def canvas_strips(plan: Plan, grid: tuple[int, int], device: torch.device) -> tuple[Strips, Strips]:
-    """Return what lays a map of ``grid`` on its scale's canvas and resizes that to the image: rows, columns.
+    """Return the matrices that put a map of ``grid`` on its scale's canvas and resize that: rows, columns.
 
     Calibration in the paper is: upsample the map to the window, put it on zeros as large as the scaled image,
     resize that to the image. All three are linear and separable, so they are one small matrix per axis.
@@ -92,7 +92,7 @@ def canvas_strips(plan: Plan, grid: tuple[int, int], device: torch.device) -> tu
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
 def crop_strips(plan: Plan, antialias: bool, device: torch.device) -> tuple[Strips, Strips]:
-    """Return what cuts windows straight out of the unscaled image: rows, columns."""
+    """Return the matrices that cut windows directly out of the unscaled image: rows, columns."""
 
     def strips(axis: int) -> Strips:
         distinct, index = _positions(plan, axis)
@@ -125,7 +125,7 @@ def window_means(maps: Float[Tensor, "B H W"], rows: Strips, columns: Strips) ->
 def channel_weights(log_scores: Float[Tensor, "*B P"]) -> Float[Tensor, "*B P"]:
     """Return each window's score as a share of the best window's.
 
-    Taken from log-scores: probabilities far below float32's range would end in 0 / 0.
+    Computed from log-scores: probabilities far below float32's range would give 0 / 0.
     """
     known = log_scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     best = known.amax(-1, keepdim=True).nan_to_num(neginf=0)
@@ -250,7 +250,7 @@ def canvases(size: tuple[int, int], device: torch.device) -> int:
 
 
 def smooth(maps: Float[Tensor, "B H W"], kernel_size: int = 11, sigma: float = 5.0) -> Float[Tensor, "B H W"]:
-    """Blur away the seams that windows leave behind.
+    """Blur the seams between windows.
 
     Args:
         maps: Fused saliency, any range.

@@ -1,4 +1,4 @@
-"""Cutting a model's graph at a layer, and differentiating by what passed through it."""
+"""Cutting a model's graph at a layer, and differentiating with respect to its features."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sess_lightning.introspection.logits import classify
 
 @dataclass
 class Tap:
-    """What passed through a layer.
+    """The outputs of a layer's calls.
 
     Attributes:
-        calls: The outputs of the layer's calls that were cut, by number, detached, with gradients on:
-            differentiate the head's output by them.
-        count: Calls so far, cut or not.
+        calls: The outputs of the layer's calls that were cut, by index, detached, with gradients on: the
+            head's output is differentiated with respect to them.
+        count: Number of calls so far, cut or not.
     """
 
     calls: dict[int, Tensor] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Tap:
 
 @contextmanager
 def recording(layer: nn.Module, calls: Collection[int] | None = None) -> Iterator[Tap]:
-    """Cut the graph at a layer: run the forward under ``no_grad`` and only what follows is recorded.
+    """Cut the graph at a layer: in a forward pass under ``no_grad``, only what follows it is recorded.
 
     Args:
         layer: Where to cut.
@@ -55,8 +55,8 @@ def recording(layer: nn.Module, calls: Collection[int] | None = None) -> Iterato
             )
         features = features.detach().requires_grad_()
         tap.calls[number] = features
-        torch.set_grad_enabled(True)  # The surrounding no_grad puts the mode back.
-        # The clone lets whatever follows work in place: a leaf may not be written to.
+        torch.set_grad_enabled(True)  # The surrounding no_grad restores the mode.
+        # The clone allows what follows to work in place: a leaf must not be written to.
         return with_first_tensor(output, features.clone())
 
     handle = layer.register_forward_hook(cut)
@@ -69,7 +69,7 @@ def recording(layer: nn.Module, calls: Collection[int] | None = None) -> Iterato
 def head_forward(
     model: nn.Module, layer: nn.Module, images: Float[Tensor, "B C H W"]
 ) -> tuple[Float[Tensor, "B N"], Tensor]:
-    """Run one forward and return the logits and a layer's last features, with a graph from these to those."""
+    """Run one forward pass; return the logits and a layer's last features, with a graph between them."""
     logits, calls = cut_forward(model, layer, images)
     return logits, calls[max(calls)]
 
@@ -80,7 +80,7 @@ def cut_forward(
     images: Float[Tensor, "B C H W"],
     calls: Collection[int] | None = None,
 ) -> tuple[Float[Tensor, "B N"], dict[int, Tensor]]:
-    """Run one forward, its graph cut at a layer; return the logits and, by number, the features cut off.
+    """Run one forward pass, its graph cut at a layer; return the logits and, by number, the features cut off.
 
     Args:
         model: Any classifier.
@@ -107,7 +107,7 @@ def cut_forward(
 
 
 def gradient(outputs: Float[Tensor, " B"], inputs: Tensor, retain_graph: bool = False) -> Tensor:
-    """Return the gradient of the sum of ``outputs`` by ``inputs``; no ``.grad`` is touched.
+    """Return the gradient of the sum of ``outputs`` with respect to ``inputs``; no ``.grad`` is touched.
 
     Raises:
         RuntimeError: If no gradient flows from the one to the other.
@@ -181,7 +181,7 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def with_first_tensor(output: Any, tensor: Tensor) -> Any:
-    """Return a layer's output with another first tensor."""
+    """Return a layer's output with its first tensor replaced."""
     if isinstance(output, Tensor):
         return tensor
     first = first_tensor(output)

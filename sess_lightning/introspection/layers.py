@@ -1,4 +1,4 @@
-"""Where in a model features are read: the layer, which of its calls, and how each lies on the image."""
+"""Where in a model features are read: the layer, which of its calls, and their grids on the image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class OnGrid:
     rows of 14 places behind 5 others.
 
     Attributes:
-        layer: As a dotted name or a module; None finds the last one that has such a grid.
+        layer: A dotted name or a module; None finds the last one that has such a grid.
         grid: How its features lie on the image.
     """
 
@@ -36,15 +36,15 @@ class OnGrid:
 
 
 TargetLayer: TypeAlias = str | nn.Module | OnGrid | None
-"""A dotted name, a module, either of them on a stated grid, or None to have one found."""
+"""A dotted name, a module, either of them on a stated grid, or None to find one."""
 
 
 class Site(NamedTuple):
     """Where in a model features are read.
 
     Attributes:
-        name: Of the layer.
-        grids: For each of its calls in one forward pass that is read, by number, how it lies on the image.
+        name: Name of the layer.
+        grids: For each of its calls that is read, by index in one forward pass, its grid on the image.
     """
 
     name: str
@@ -91,7 +91,7 @@ def read_features(
 
 
 def _found(model: nn.Module, stated: Grid | None, images: Float[Tensor, "B C H W"]) -> Site:
-    """Return where features are read if no layer is named; searched for once."""
+    """Return where features are read if no layer is named; the search runs once."""
     key, sites = (None, stated, size_of(images)), _SITES.setdefault(model, {})
     if key not in sites or not _has_module(model, sites[key].name):
         with explaining(model):
@@ -102,7 +102,7 @@ def _found(model: nn.Module, stated: Grid | None, images: Float[Tensor, "B C H W
 def _settle(
     model: nn.Module, name: str, stated: Grid | None, images: Float[Tensor, "B C H W"]
 ) -> tuple[Site, Float[Tensor, "B N"], dict[int, Tensor]]:
-    """Run a named layer for the first time, and find out how its features lie on the images."""
+    """Run a named layer for the first time, and find out its features' grid on the images."""
     layer, size = _module(model, name), size_of(images)
     logits, features = cut_forward(model, layer, images)
     shape = tuple(features[0].shape)
@@ -114,7 +114,7 @@ def _settle(
             grids = place_layer(model, layer, borrowed(images[:1]), stated)
     if not grids:
         raise ValueError(_no_grid(layer, tuple(features[max(features)].shape), tuple(images.shape)))
-    if max(grids) < max(features):  # What runs later would cut off the calls that are read.
+    if max(grids) < max(features):  # Later calls would cut off those that are read.
         logits, features = cut_forward(model, layer, images, [*grids])
     site = _SITES.setdefault(model, {})[name, stated, size] = Site(name, grids)
     return site, logits, features
@@ -131,7 +131,7 @@ def resolve_layer(model: nn.Module, target_layer: TargetLayer, images: Float[Ten
 
 
 def find_target_layer(model: nn.Module, images: Float[Tensor, "B C H W"]) -> nn.Module:
-    """Find the last layer whose features still lie on a grid, by one traced forward of one image.
+    """Find the last layer whose features still lie on a grid, by one traced forward pass of one image.
 
     The answer is remembered per model and image size; ``search`` says which layer that is.
 
@@ -142,10 +142,10 @@ def find_target_layer(model: nn.Module, images: Float[Tensor, "B C H W"]) -> nn.
 
 
 def check_layer(model: nn.Module, target_layer: TargetLayer) -> None:
-    """Refuse a target layer that the model does not have; nothing is run.
+    """Refuse a target layer that the model does not have, without running anything.
 
     Raises:
-        ValueError: With the nearest names.
+        ValueError: Naming the most similar layers.
     """
     _named(model, target_layer)
 
@@ -203,7 +203,7 @@ def _unknown(wanted: str, names: list[str]) -> str:
 
 
 def _no_grid(layer: nn.Module, shape: tuple[int, ...], images: tuple[int, ...]) -> str:
-    """Return what to say of a layer whose features lie on no grid."""
+    """Return the error message for a layer whose features lie on no grid."""
     return (
         f"target_layer {type(layer).__name__} gives features of shape {shape}, which lie on no grid over "
         f"{images} images; name an earlier layer, leave it out to have one found, or state how its features "

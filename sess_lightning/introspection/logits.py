@@ -1,4 +1,4 @@
-"""What a model is: its logits, its scores, its layers."""
+"""A model's logits, scores and predictions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sess_lightning.types import Activation
 
 
 def logits_of(output: Any) -> Float[Tensor, "B N"]:
-    """Return the logits in what a classifier returned: a tensor, a tuple (first), a dict or a ``.logits``.
+    """Return the logits in a classifier's output: a tensor, a tuple (its first), a dict or a ``.logits``.
 
     Raises:
         TypeError: If no logits are found.
@@ -47,7 +47,7 @@ class UnknownClassError(ValueError):
     """A target is none of the model's classes.
 
     Attributes:
-        classes: How many the model has.
+        classes: Number of the model's classes.
     """
 
     def __init__(self, text: str, classes: int) -> None:
@@ -59,13 +59,13 @@ def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> F
     """Return each target's logit; a head with a single logit speaks for class 1, and negated for class 0.
 
     Raises:
-        ValueError: If a target is none of the model's classes. Where reading it would wait for the device it
-            is not read: there, such a target's logit is NaN.
+        ValueError: If a target is none of the model's classes. If reading it would wait for the device, it is
+            not read, and such a target's logit is NaN.
     """
     check_targets(logits, targets)
     if logits.shape[1] == 1:
         logits = torch.cat([-logits, logits], 1)
-    # Clamped, because out of range is a fault that kills the whole process on a GPU.
+    # Clamped, because on a GPU an index out of range kills the whole process.
     known = targets.clamp(0, logits.shape[1] - 1)
     return logits.gather(1, known[:, None].long()).squeeze(1).masked_fill(known != targets, torch.nan)
 
@@ -103,7 +103,7 @@ def log_scores(
 
 
 def classify(model: nn.Module, images: Real[Tensor, "B C H W"]) -> Float[Tensor, "B N"]:
-    """Run one forward and return the logits.
+    """Run one forward pass and return the logits.
 
     Raises:
         ValueError: If the model does not take images with this number of channels.
@@ -123,18 +123,18 @@ ORDINAL = (
     "An ordinal head has a logit less than there are classes: explain the highest threshold that a label "
     "passes, batch_adapter=lambda batch: (batch[0], batch[1] - 1)."
 )
-"""What labels may mean that a model has no logit for, and a way on."""
+"""What labels without a logit may mean, and a remedy."""
 NO_CLASS = -1
-"""Predicted where a multi-label model gives every class less than one half."""
+"""The prediction of a multi-label model that gives every class less than one half."""
 
 
 def predict_beside(
     logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"], activation: Activation = "softmax"
 ) -> Int[Tensor, " B"]:
-    """Return what is predicted where ``targets`` are asked for.
+    """Return the predictions to compare with ``targets``.
 
-    Of a multi-label model that is the target itself if it has at least one half, else the likeliest class
-    that has, else ``NO_CLASS``; of any other, what ``predict`` returns.
+    For a multi-label model, that is the target itself if it has at least one half, else the likeliest class
+    that has, else ``NO_CLASS``; for any other model, the result of ``predict``.
     """
     top = predict(logits)
     if activation != "sigmoid" or logits.shape[1] == 1:
@@ -155,16 +155,16 @@ def score(
     targets: Int[Tensor, " B"],
     activation: Activation = "softmax",
 ) -> Float[Tensor, " B"]:
-    """Return the log-score of each target: one plain forward."""
+    """Return the log-score of each target: one plain forward pass."""
     return log_scores(classify(model, images), targets, activation)
 
 
 def check_inputs(speaker: str, images: Tensor, targets: Tensor) -> None:
-    """Refuse what no method can explain; values are read only where that waits for no device.
+    """Refuse what no method can explain; values are read only if that waits for no device.
 
     Raises:
         TypeError: If an argument is not a tensor of the right kind.
-        ValueError: If a shape is wrong, or a picture on the CPU holds NaN or infinity.
+        ValueError: If a shape is wrong, or an image on the CPU holds NaN or infinity.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         raise TypeError(

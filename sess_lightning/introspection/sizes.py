@@ -1,4 +1,4 @@
-"""Which images a model takes: those it was fed, and the size it says it was built for."""
+"""Which image sizes a model takes: those it was fed, and the one it says it was built for."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _TAKES: WeakKeyDictionary[nn.Module, dict[Size, bool]] = WeakKeyDictionary()
 
 
 def note_fed(model: nn.Module, size: Size) -> None:
-    """Note that a model has taken images of a size, (height, width): it need not be tried."""
+    """Note that a model has taken images of a size, (height, width), so that it need not be tried."""
     _TAKES.setdefault(model, {})[size] = True
 
 
 def input_size(model: nn.Module, size: Size) -> Size:
-    """Return which (height, width) windows should have, so that a model takes them as it does images.
+    """Return the (height, width) of windows that a model takes.
 
-    That of the images. Only where the model states another size and refuses such images, as one forward pass
-    of zeros shows, once per model and size, it is the one that it states.
+    It is that of the images, unless the model states another size and refuses such images, as one forward
+    pass of zeros shows, once per model and size: then it is the stated one.
 
     Args:
         model: Any classifier.
@@ -52,13 +52,13 @@ def _takes(model: nn.Module, size: Size) -> bool:
 
 
 def input_window(model: nn.Module) -> int | None:
-    """Return the shorter side of ``stated_size``; None where the model states none."""
+    """Return the shorter side of ``stated_size``; None if the model states none."""
     size = stated_size(model)
     return None if size is None else min(size)
 
 
 def stated_size(model: nn.Module) -> Size | None:
-    """Return the (height, width) a model was built for, where it says so; None otherwise.
+    """Return the (height, width) that a model says it was built for; None if it does not say.
 
     Read from torchvision's ``image_size``, timm's ``pretrained_cfg`` and Hugging Face's
     ``config.image_size``, on the model or on a wrapped one.

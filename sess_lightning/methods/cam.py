@@ -1,4 +1,4 @@
-"""Class activation maps: one forward, and a backward through what follows the target layer only."""
+"""Class activation maps: one forward pass, and a backward pass through the layers after the target layer."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,11 @@ from sess_lightning.types import Activation, Extraction
 
 @dataclass(frozen=True)
 class _FromFeatures(ExtractingMethod):
-    """What the family shares: features, gradients by them, and one rule to combine the two.
+    """What the family shares: features, their gradients, and a rule to combine the two.
 
     Written here rather than taken from a library because SESS calls it per window: scores and maps come out
-    of one forward, the backward runs through the head only, and maps stay on the layer's small grid until
-    fused. Each rule is tested against the library ``grad-cam``.
+    of one forward pass, the backward pass runs through the head only, and maps stay on the layer's small grid
+    until fused. Each rule is tested against the library ``grad-cam``.
 
     Attributes:
         target_layer: The layer, as a dotted name or a module; None finds the last one that keeps a grid.
@@ -62,13 +62,13 @@ class _FromFeatures(ExtractingMethod):
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Extraction:
-        """Return maps on the layer's grid, and log-scores, from one forward."""
+        """Return maps on the layer's grid, and log-scores, from one forward pass."""
         return self.join_parts([self._combined(model, images, targets)], targets, size_of(images))
 
     def extract_part(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Any:
-        """Return maps as they are combined, and logits, from one forward."""
+        """Return maps as they are combined, and logits, from one forward pass."""
         if not self._extracts_by_itself:
             return super().extract_part(model, images, targets)
         return self._combined(model, images, targets)
@@ -95,7 +95,7 @@ class _FromFeatures(ExtractingMethod):
     def extract_classes(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"]
     ) -> list[Extraction]:
-        """Return ``extract`` of all images for each of ``targets``, from one forward."""
+        """Return ``extract`` of all images for each of ``targets``, from one forward pass."""
         if not self._extracts_by_itself:
             return super().extract_classes(model, images, targets)
         with explaining(model):
@@ -151,7 +151,7 @@ class CAM(_FromFeatures):
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Extraction:
-        """Return maps on the layer's grid, and log-scores, from one forward.
+        """Return maps on the layer's grid, and log-scores, from one forward pass.
 
         Raises:
             ValueError: If the head is not a single linear layer after global average pooling.
@@ -171,7 +171,7 @@ _LINEAR_HEADS: WeakKeyDictionary[nn.Module, tuple[str, ref[nn.Module]]] = WeakKe
 
 
 def _check_linear_head(model: nn.Module, target_layer: TargetLayer, image: Float[Tensor, "1 C H W"]) -> None:
-    """Refuse a model without CAM's head, by a forward of one image; the answer is remembered per layer."""
+    """Refuse a model without CAM's head, by a forward pass of one image, remembered per layer."""
     layer = resolve_layer(model, target_layer, image)
     names = {module: name for name, module in model.named_modules()}
     remembered = _LINEAR_HEADS.get(layer)
@@ -211,7 +211,7 @@ class GradCAMPlusPlus(_FromFeatures):
     Of exp(logit), whose higher derivatives are powers of the logit's gradient g where the head is piecewise
     linear: alpha = g^2 / (2 g^2 + sum(A) g^3), weight = sum(alpha relu(g)), each sum over places (equations
     19 and 21; exp(logit) itself cancels). The paper has no epsilon; ``grad-cam`` adds 1e-6 to alpha's
-    denominator, which is followed here: it tells, as g^2 is often no larger.
+    denominator, which is followed here: it matters, since g^2 is often no larger.
 
     Attributes:
         target_layer: As for ``GradCAM``.
@@ -245,17 +245,17 @@ def _plus_plus(
 class SmoothGradCAMPlusPlus(GradCAMPlusPlus):
     """Smooth Grad-CAM++ (Omeiza et al., 2019): Grad-CAM++ with g, g^2 and g^3 averaged over noisy copies.
 
-    Features, and scores, are those of the image itself. Under a linear head gradients do not depend on the
-    image, and it is Grad-CAM++ at a higher price: name an earlier layer. Every image
-    of a batch meets the same noise, so that its map does not depend on its neighbours.
+    Features and scores are those of the image itself. Under a linear head, gradients do not depend on the
+    image and this is only a more expensive Grad-CAM++: choose an earlier layer. Every image of a batch gets
+    the same noise, so that its map does not depend on its neighbours.
 
     Attributes:
         target_layer: As for ``GradCAM``.
         activation: How the model's logits become probabilities.
         epsilon: As for ``GradCAMPlusPlus``.
-        num_samples: Noisy copies, one forward each.
+        num_samples: Noisy copies, one forward pass each.
         noise: The noise's standard deviation, as a share of each image's range.
-        seed: Of the noise's own generator; the global one is never touched.
+        seed: Seed of the noise's own generator; the global one is never touched.
     """
 
     num_samples: int = 10
@@ -294,7 +294,7 @@ class SmoothGradCAMPlusPlus(GradCAMPlusPlus):
 
     def _noisy(self, images: Float[Tensor, "B C H W"]) -> Iterator[Float[Tensor, "B C H W"]]:
         spread = self.noise * (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True))
-        # A meta tensor has no generator, and no values either.
+        # A meta tensor has neither a generator nor values.
         source = generator(images.device, self.seed) if images.device.type != "meta" else None
         for _ in range(self.num_samples):
             noise = torch.randn(images.shape[1:], generator=source, device=images.device, dtype=torch.float32)
@@ -337,7 +337,7 @@ class HiResCAM(_FromFeatures):
 class XGradCAM(_FromFeatures):
     """XGrad-CAM (Fu et al., BMVC 2020): gradients averaged with each channel's own features as weights.
 
-    A channel whose features sum to 0, but for rounding, has its weight not divided. ``grad-cam`` adds 1e-7 to
+    The weight of a channel whose features sum to 0, up to rounding, is not divided. ``grad-cam`` adds 1e-7 to
     each sum instead, which differs for sums of that size only.
 
     Attributes:

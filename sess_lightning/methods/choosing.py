@@ -49,7 +49,7 @@ def default_method(model: nn.Module, image: Float[Tensor, "1 C H W"]) -> Salienc
     """Return what explains a model if nothing is asked for.
 
     ``SESS(GradCAM())``, or ``SESS(Gradient())`` where no layer could have places, as in an MLP. One forward
-    pass of the image tells, that which finds Grad-CAM's layer.
+    pass pass of the image tells, that which finds Grad-CAM's layer.
 
     Args:
         model: Any classifier.

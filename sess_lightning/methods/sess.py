@@ -32,7 +32,7 @@ from sess_lightning.ops import min_max, size_of, upsample
 from sess_lightning.types import Explanation, SaliencyMethod
 
 SCORES_APART = 1e-4
-"""By how much log-scores differ that rank windows: equal windows differ by up to 2e-5 between CPUs."""
+"""Log-scores must differ by this much to rank windows: equal windows differ by up to 2e-5 between CPUs."""
 
 
 @dataclass(frozen=True)
@@ -41,42 +41,41 @@ class SESS(WrappingMethod):
 
     Many windows of the image at many scales are explained by the base method and fused, weighted by the
     model's score of each window. Windows of all images are packed into full batches; a base that yields maps
-    and scores in one forward (the CAM family) costs exactly one forward per window, any other a scoring
-    forward per window and its own cost per window kept.
+    and scores in one forward pass (the CAM family) costs exactly one forward pass per window, any other a
+    scoring forward per window and its own cost per window kept.
 
-    Where the authors' code parts from the paper, this follows the paper: the fused map is min-max normalised,
-    a flat window is left out (theirs turns all it covers into NaN), scores are divided by the best one in
-    logarithms. Where equation 2 counts what exceeds 0, this counts what exceeds rounding, 1e-6 of a window's
-    own weight (see ``fuse``): the map of an image is then the same whatever the batch, memory layout, number
-    of threads or CPU.
+    Where the authors' code differs from the paper, this follows the paper: the fused map is min-max
+    normalised, a flat window is left out (in theirs, everything that it covers becomes NaN), and scores are
+    divided by the best one, in logarithms. Where equation 2 counts values above 0, this counts values above
+    rounding, 1e-6 of a window's own weight (see ``fuse``), so that an image's map is the same whatever the
+    batch, memory layout, number of threads or CPU.
 
     Attributes:
         base: The method to enhance.
-        num_scales: Scales, shorter sides being 224, 288, 352, ... px for a window of 224, in proportion for
-            others.
+        num_scales: Number of scales, with shorter sides of 224, 288, 352, ... px for a window of 224 px, in
+            proportion for others.
         prefilter_ratio: Share of windows with the lowest scores to leave out, in [0, 1). Of windows whose
-            log-scores differ by less than 1e-4, as those of equal content do, the earlier are kept.
+            log-scores differ by less than 1e-4, as with equal content, the earlier ones are kept.
         scales: The shorter sides themselves, px, instead of ``num_scales``; none below the window.
         window: (height, width) of a window, px, or the side of a square; None is the image's own size, or
             where the model refuses such images, the size that it says it was built for.
         stride: Step between windows along both axes, px; None is the window.
         antialias: Antialias when a scale is smaller than the image (what torchvision does today); False is
             the published behaviour.
-        theta: What a weighted value must exceed to take part in the mean, as a fraction of the top weight; 0
-            stands for rounding.
+        theta: Threshold for a weighted value to count in the mean, as a fraction of the top weight; 0 stands
+            for rounding.
         fusion: ``"mean"`` (equation 2), ``"max"``, ``"average"`` over all windows, zeros included, or
             ``"coverage"``: per scale over the windows that cover a pixel, then over scales.
         channel_weights: Weight each map by its window's score (equation 1).
         weight_power: Power of that score; 1 is the paper's.
-        stretch: Stretch each window's map to [0, 1], as the paper does. False leaves each in its own
-            strength: a window that shows nothing of the class then adds next to nothing. Needs a base that
-            knows strength (the CAM family) and ``fusion`` ``"coverage"`` or ``"average"``, which have no
-            threshold.
-        smoothing: Blur the seams of the fused map: for pictures, not for scores.
+        stretch: Stretch each window's map to [0, 1], as the paper does. False keeps each map's own strength,
+            so that a window without the class adds next to nothing. This needs a base with strength (the CAM
+            family) and ``fusion`` ``"coverage"`` or ``"average"``, which have no threshold.
+        smoothing: Blur the seams of the fused map: for display, not for scores.
         batch_size: Windows that go through the model at once; None by the memory there is.
         coarse_to_fine: Share of the windows to score, in (0, 1]: all of the coarser scales, and of the finer
-            ones those where the coarser maps lie; the others count as filtered. None scores all. The maps are
-            the base's where one forward pass gives scores and maps, else Grad-CAM's.
+            ones those where the coarser maps are high; the others count as filtered out. None scores all. The
+            maps are the base's if one forward pass gives scores and maps, else Grad-CAM's.
     """
 
     base: SaliencyMethod
@@ -159,13 +158,13 @@ class SESS(WrappingMethod):
         return plan_windows(size, window, stride, sides)
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
-        """Return how many forwards of windows one map of an image of ``size`` costs."""
+        """Return how many forward passes of windows one map of an image of ``size`` costs."""
         plan = self.plan(model, size)
         scored, explained = self.counts(plan)
         return scored + explained * self.base.count_forwards(model, plan.window_size)
 
     def counts(self, plan: Plan) -> tuple[int, int]:
-        """Return how many windows are scored, and how many the base then explains by forwards of its own."""
+        """Return how many windows are scored, and how many the base explains by forward passes of its own."""
         scored, kept = self._scored_and_kept(plan)
         return scored, 0 if self.base.single_forward else kept
 
@@ -181,8 +180,7 @@ class SESS(WrappingMethod):
     ) -> Explanation:
         """Explain ``targets`` on ``images`` of any one size.
 
-        The scores are those of the window that is the whole image where there is one, else of the best
-        window.
+        The scores are those of the whole image if that is one of the windows, else of the best window.
 
         Raises:
             ValueError: If an argument has the wrong shape, or the windows do not fit.
@@ -192,7 +190,7 @@ class SESS(WrappingMethod):
 
     @property
     def shares_classes(self) -> bool:
-        """Whether maps of several classes of one image cost the forwards of a single one."""
+        """Whether maps of several classes of one image cost the forward passes of a single one."""
         base = self.base
         shared = type(base).extract_classes is not SaliencyMethod.extract_classes and base.single_forward
         return shared and not self.coarse_to_fine
@@ -211,7 +209,7 @@ class SESS(WrappingMethod):
         targets: Int[Tensor, " T"],
         others: Sequence[SaliencyMethod] = (),
     ) -> list[Float[Tensor, "T H W"]]:
-        """Return the maps of this method and of ``others``; the base is read off the first window."""
+        """Return the maps of this method and of ``others``; the base's map is that of the first window."""
         size = size_of(images)
         if not any(self.gives(other, model, size) for other in others):
             return super().maps_beside(model, images, targets, others)
@@ -226,7 +224,7 @@ class SESS(WrappingMethod):
         return [own.maps, *said]
 
     def gives(self, other: SaliencyMethod, model: nn.Module, size: tuple[int, int]) -> bool:
-        """Return True for the base, where windows take one forward and the first is the untouched image."""
+        """Return True for the base, if windows take one forward pass and the first is the untouched image."""
         if not self.base.single_forward or not other.single_forward or other != self.base:
             return False
         plan = self.plan(model, size)
@@ -249,8 +247,8 @@ class SESS(WrappingMethod):
         """Return equation 2 before its min-max, the windows' log-scores, and the first window's map.
 
         There is one target per image, or several for a single image. The first window's map is as the base
-        extracts it; None where windows are explained after the pre-filter only. Windows that were not scored
-        have minus infinity.
+        extracts it; None if windows are explained only after the pre-filter. The log-score of windows that
+        were not scored is minus infinity.
         """
         extractor = self._extractor(images, targets, plan)
         scored = self._scored(model, extractor)
@@ -283,7 +281,7 @@ class SESS(WrappingMethod):
     def kept_windows(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " T"], plan: Plan
     ) -> Int[Tensor, "T K"]:
-        """Return the numbers of the windows that are kept, rising; as for ``fused``."""
+        """Return the indices of the windows that are kept, rising; arguments as for ``fused``."""
         return self._filtered(self._scored(model, self._extractor(images, targets, plan)), plan).which
 
     def _extractor(self, images: Tensor, targets: Tensor, plan: Plan) -> WindowExtractor:
@@ -319,18 +317,18 @@ class SESS(WrappingMethod):
             raise ValueError(
                 f"SESS: coarse_to_fine descends by {guide} here, which fails; leave it out. {error}"
             ) from error
-        return scored._replace(maps=None)  # Those are the guide's, not the base's.
+        return scored._replace(maps=None)  # The maps are the guide's, not the base's.
 
 
 @dataclass(frozen=True)
 class ContrastiveSESS(SESS):
-    """SESS with the settings recommended here, which depart from the paper at equal cost.
+    """SESS with the recommended settings, which differ from the paper's at the same cost.
 
     The base explains the log-odds of the class against the classes it could be mistaken for, each window's
     map keeps its own strength, weights are the fourth root of the scores, and maps are averaged over
-    coverage, per scale. Each part needs the others. Log-odds lie nearer to what insertion and deletion
-    measure than logits do, so part of the gain in those is alignment with the metric: read the Pointing Game
-    and relevance mass as well.
+    coverage, per scale. Each part needs the others. Log-odds are closer than logits to what insertion and
+    deletion measure, so part of the gain in these is alignment with the metric: look at the Pointing Game and
+    relevance mass, too.
     """
 
     base: SaliencyMethod = field(default_factory=lambda: GradCAM(of="log_odds"))

@@ -1,4 +1,4 @@
-"""What the maps of a batch score: of all methods at once, and as rows of a metric's states."""
+"""Scores of a batch's maps, for all methods at once, and as rows of a metric's states."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sess_lightning.regions import Regions, has_region
 
 
 class Assessment(NamedTuple):
-    """One method's maps of a batch, and what they scored.
+    """One method's maps of a batch, and their scores.
 
     Attributes:
         maps: Saliency in [0, 1].
-        insertion: Curves; NaN where the budget left an image out.
-        deletion: Curves; NaN where the budget left an image out.
+        insertion: Curves; NaN for images beyond the method's limit.
+        deletion: Curves; NaN for images beyond the method's limit.
         hits: Pointing Game: 1 hit, 0 miss, -1 no trial.
         mass: Share of the map inside the region; NaN without one.
         seconds: How long the maps took; NaN without a clock.
@@ -36,7 +36,7 @@ class Assessment(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What all methods' maps of a batch are scored on; ``ends`` are the scores that all curves share."""
+    """What all methods' maps of a batch are scored on; ``ends`` are the scores at the ends of all curves."""
 
     images: Float[Tensor, "B C H W"]
     blurred: Float[Tensor, "B C H W"]
@@ -51,7 +51,7 @@ def played(maps: Sequence[Float[Tensor, "B H W"]], scene: Scene, tolerance: floa
     """Return the Pointing Game's hits of each method's maps."""
     if scene.regions is None:
         return [torch.full_like(scene.targets, NO_TRIAL)] * len(maps)
-    # Of all methods at once: on an accelerator a small step costs as much for many maps as for one.
+    # For all methods at once: on an accelerator, a small step costs as much for one map as for many.
     every, regions = torch.cat([*maps]), _repeated(scene.regions, len(maps))
     hit = pointing_hits(every, regions, tolerance, scene.size).to(scene.targets)
     hits: Tensor = torch.where(has_region(regions, every.device), hit, NO_TRIAL)

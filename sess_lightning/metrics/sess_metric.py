@@ -1,4 +1,4 @@
-"""Explain, then score: SESSMetric, what the callback runs."""
+"""SESSMetric: explains images and scores the maps; the metric that the callback runs."""
 
 from __future__ import annotations
 
@@ -36,39 +36,38 @@ from sess_lightning.types import SaliencyMethod
 __all__ = ["NO_TRIAL", "OWN", "Assessment", "SESSMetric", "Samples", "Summary"]
 
 OWN = ""
-"""The key of the method itself, beside those of the methods it is compared with."""
+"""Key of the method itself, among those of the compared methods."""
 
 
 class SESSMetric(PerSample):
-    """Explains a model's images and scores the maps, beside other methods on the same images.
+    """Explains images and scores the maps, together with other methods on the same images.
 
-    Every update explains the batch with ``method`` and with all of ``compare``, draws the insertion and
-    deletion curves of all maps from shared end points, and plays the Pointing Game where regions are given.
-    ``compute`` gives plain floats: ``insertion``, ``deletion``, ``overall`` (their difference),
+    Every update explains the batch with ``method`` and with all of ``compare``, measures the insertion and
+    deletion curves of all maps with shared end points, and plays the Pointing Game if regions are given.
+    ``compute`` returns plain floats: ``insertion``, ``deletion``, ``overall`` (their difference),
     ``pointing_game``, ``pointing_game_difficult``, ``relevance_mass`` (share of the map inside the region, to
-    be read against ``region_share``, what a map without preference has), each mean with its 95 % bootstrap
-    interval (``..._ci_low``, ``..._ci_high``), the curves' areas divided by how much there was to gain
-    (``..._normalised``), ``tied_share`` (pixels that change in an arbitrary order, as others have the same
-    saliency), counts, the same under ``<name>/`` for each compared method, and under
-    ``minus_<name>/`` the paired difference to it (this method less that one). The bootstrap draws images,
-    each with all its trials: the classes explained on one image are no independent samples.
+    be compared with ``region_share``, that of a uniform map), each mean with its 95 % bootstrap interval
+    (``..._ci_low``, ``..._ci_high``), the curves' areas divided by the possible gain (``..._normalised``),
+    ``tied_share`` (pixels whose order is arbitrary, since others have the same saliency), counts, the same
+    under ``<name>/`` for each compared method, and under ``minus_<name>/`` the paired difference to it (this
+    method minus that one). The bootstrap draws images, each with all its trials, because the classes
+    explained on one image are not independent samples.
 
     Args:
         method: The method to score.
         compare: Methods to score beside it, by name; None is ``{"base": method.base}`` where there is one.
-        limits: For how many samples a compared method's curves are drawn, by name: controls need fewer. Those
-            are the samples whose number is below it. Maps are made, and the Pointing Game is played, on all.
+        limits: By name, for how many samples a compared method's curves are measured, since controls need
+            fewer: those whose number is below the limit. Maps and the Pointing Game cover all samples.
         steps: Number of steps of a curve.
-        tolerance: Of the Pointing Game, px at the regions' resolution.
+        tolerance: Tolerance of the Pointing Game, px at the regions' resolution.
         batch_size: Images that go through the model at once; None by the memory there is.
-        clock: Tells the seconds by which maps are timed, once the device has done its work; every method then
-            runs by itself. None does not wait for the device, and runs forward passes that methods share
-            once.
-        grid: Side of the small copies of its own maps that ``samples`` gives; 0 keeps none.
+        clock: Returns the time, s, once the device has finished, to time maps; every method then runs by
+            itself. None does not wait for the device, and shared forward passes run once.
+        grid: Side of the small copies of the explained method's maps in ``samples``; 0 keeps none.
         kwargs: For ``torchmetrics.Metric``.
 
     Attributes:
-        latest: What the last update found, by method; the method itself is ``""``.
+        latest: Results of the last update, by method; the method itself is ``""``.
 
     >>> import torch
     >>> from sess_lightning.methods import SESS, GradCAM
@@ -130,8 +129,8 @@ class SESSMetric(PerSample):
         self.add_rows("share")
         if self.grid:
             self.add_rows("small", self.grid, self.grid)
-        # Begins: 1 + the image's number where a row begins one, else 0. Numbers of several processes may be
-        # the same, so that a number alone would not tell images apart.
+        # Begins: 1 + the image's number where a row begins an image, else 0. Ranks may use the same numbers,
+        # so that a number alone does not identify an image.
         for state in ("targets", "predicted", "difficult", "begins"):
             self.add_rows(state, dtype=torch.int64)
         self.add_rows("probabilities", methods, 2, self.steps + 1)  # Not "curves", which is a method.
@@ -157,16 +156,17 @@ class SESSMetric(PerSample):
             model: Any classifier; given back as it was.
             images: As the model takes them.
             targets: The class to explain on each image, or several for a single image, which then passes
-                through the model once for all of them where the method can.
-            regions: Where that class is: masks, or boxes (x0, y0, x1, y1) per image, half-open, in any of the
-                shapes that ``read_regions`` knows; None plays no Pointing Game, an empty one is no trial.
+                through the model once for all of them if the method supports it.
+            regions: Where that class is: masks, or half-open boxes (x0, y0, x1, y1) per image, in any form
+                that ``read_regions`` understands; with None there is no Pointing Game, and an empty region is
+                no trial.
             difficult: Which images belong to the "difficult" subset; None leaves it out.
             size: (height, width) that boxes refer to, if not the images'.
-            numbers: Each image's number, for ``limits``; by it samples are put in order, so that nothing
-                depends on the process that scored them. None counts them as they come.
+            numbers: Each image's number, for ``limits`` and for the order of samples, so that nothing depends
+                on the rank that scored them. None numbers them as they come.
         """
         shared = len(images) == 1 < len(targets)
-        # Contiguous: in which layout a copy of an expanded tensor lies depends on the number of targets.
+        # Contiguous: the layout of a copy of an expanded tensor depends on the number of targets.
         trials = images.expand(len(targets), -1, -1, -1).contiguous() if shared else images
         check_inputs("SESSMetric", trials, targets)
         with explaining(model), torch.no_grad():
@@ -206,7 +206,7 @@ class SESSMetric(PerSample):
     def _assessed(
         self, model: nn.Module, images: Tensor, scene: Scene, numbers: Sequence[int]
     ) -> tuple[dict[str, Assessment], Float[Tensor, " B"]]:
-        """Return every method's maps and what they scored, and the regions' share of the images."""
+        """Return every method's maps with their scores, and the regions' share of the images."""
         explained = self._explained(model, images, scene.targets)
         maps = [maps for maps, _ in explained]
         curves = self._curves(model, maps, scene, numbers)
@@ -251,7 +251,7 @@ class SESSMetric(PerSample):
         """Return the scores of image, blurred image and zeros, and the prediction."""
         activation = self.methods[OWN].activation
         logits = _logits(model, images, self.batch_size)
-        # Zeros look the same in every batch, for as long as nothing writes to the model: once per run.
+        # Zeros are the same in every batch: scored once per run, as long as nothing writes to the model.
         tensors = (*model.parameters(), *model.buffers())
         versions = [(id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
         key = (id(model), versions, images.shape[1:], images.dtype, images.device)
@@ -282,7 +282,7 @@ class SESSMetric(PerSample):
         return curves
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Update, and return what ``compute`` gives for this batch alone; its samples are numbered on."""
+        """Update, and return the figures of this batch alone; its samples' numbers continue earlier ones."""
         # Torchmetrics sets the rows of earlier batches aside while it scores this one.
         self._passed = sum(map(len, self.targets))
         try:
@@ -293,40 +293,40 @@ class SESSMetric(PerSample):
 
     @property
     def update_called(self) -> bool:
-        """True: a process without samples is none of torchmetrics' mistakes to warn of."""
+        """True: torchmetrics need not warn of a rank without samples."""
         return True
 
     def compute(self) -> dict[str, float]:
         """Return every figure as a float; an empty dict before the first update.
 
-        A figure is left out where there is nothing to tell: no Pointing Game without regions, no difficult
-        subset without marks.
+        Figures without data are left out: there is no Pointing Game without regions, no difficult subset
+        without marks.
         """
         return scores(self._rows(), [*self.methods])
 
     def summary(self) -> Summary:
-        """Return ``compute``, ``curves`` and ``samples`` at the price of one gathering from all processes."""
+        """Return ``compute``, ``curves`` and ``samples`` at the cost of a single gathering from all ranks."""
         rows, names = self.gather(), [*self.methods]
         return Summary(scores(rows, names), mean_curves(rows, names), samples(rows))
 
     def curves(self) -> dict[str, Float[Tensor, "2 T"]]:
         """Return each method's mean insertion and deletion curve over the samples that have one.
 
-        As with ``compute``, all processes' samples are in it, so every process must call it.
+        Like ``compute``, this covers all ranks' samples, so every rank must call it.
         """
         return mean_curves(self.gather(), [*self.methods])
 
     def samples(self) -> Samples:
-        """Return what is known of each sample; as with ``compute``, every process must call it."""
+        """Return each sample with its scores; like ``compute``, every rank must call this."""
         return samples(self.gather())
 
     def gather(self) -> Rows:
-        """Return the rows of all processes, in order and on the host; every process must call it."""
+        """Return the rows of all ranks, in order and on the host; every rank must call this."""
         with self.gathered():
             return self._rows()
 
     def _rows(self) -> Rows:
-        # On the host first: not every device has the float64 that figures are computed in.
+        # First to the host: not every device has float64, in which figures are computed.
         return in_order({name: self.rows(name).cpu() for name in self.states}, int(self.left_out))
 
     @override
@@ -347,7 +347,7 @@ def _logits(model: nn.Module, images: Tensor, batch_size: int | None) -> Float[T
 
 
 def _drawn(numbers: Sequence[int], limit: int | None, device: torch.device) -> slice | Tensor:
-    """Return an index of the images whose curves are drawn."""
+    """Return an index of the images whose curves are measured."""
     if limit is None or all(number < limit for number in numbers):
         return slice(None)
     return sent([i for i, n in enumerate(numbers) if n < limit], device)
