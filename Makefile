@@ -12,7 +12,7 @@ TORCHVISION ?= 0.24.1
 # Deprecations of versions other than today's are no failures.
 CORE   := -m pytest -n 2 -W default --ignore=tests/examples tests
 
-.PHONY: demo test test-all test-gpu test-portable test-lowest test-middle coverage bench planted check clean
+.PHONY: demo test test-all test-gpu test-portable test-lowest test-middle coverage bench bench-gpu planted check clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -62,6 +62,9 @@ coverage: $(STAMP)  ## Branch coverage of the package, from the quick suite
 
 bench: $(STAMP)  ## Cost against the bare forward, into examples/results/benchmarks.md
 	for file in tests/benchmarks/bench_*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+
+bench-gpu: $(STAMP)  ## What SESS costs on a CUDA device, and the paper's Table 2, into examples/results/gpu.md
+	$(BIN)/python tests/benchmarks/gpu.py
 
 planted: $(STAMP)  ## Ten defects, put into copies of the package: do the tests notice?
 	$(BIN)/python tests/_support/planted.py

@@ -1,6 +1,6 @@
 """SESS with the recommended settings against the paper's: three networks, photographs with true boxes.
 
-    python examples/sharper.py --data DIR [--network mobilenet_v2] [--images 120] [--out runs/sharper]
+    python examples/sharper.py --data DIR [--network mobilenet_v2] [--images 120] [--device cuda] [--out DIR]
 
 DIR holds photographs of ImageNet classes and ``annotations.json`` in COCO's format; an image that carries
 ``hard`` says whether it is difficult. Scored are Grad-CAM, its map blurred, SESS with 6 and with 10 scales
@@ -19,7 +19,6 @@ import torch
 from finetune_imagenet import HALF, IMAGENET, efficientnet_lite, mobilenet_v2
 from sess_lightning.evaluation import Experiment, evaluate
 from sess_lightning.evaluation.datasets import PictureFolder
-from sess_lightning.introspection.folding import folded
 from sess_lightning.methods import SESS, Blurred, ContrastiveSESS, GradCAM
 
 NETWORKS = {
@@ -44,6 +43,7 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="mobilenet_v2")
     parser.add_argument("--images", type=int, default=120, help="how many to draw at random, seed 0")
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS), choices=RIVALS)
+    parser.add_argument("--device", default="cpu", help='such as "cuda"')
     parser.add_argument("--out", type=Path, default=Path("runs/sharper"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def main() -> None:
         samples=args.images,
         batch_size=8,
     )
-    model = folded(build()).to(memory_format=torch.channels_last)
+    model = build().eval().to(args.device, memory_format=torch.channels_last)
     results = evaluate(model, PictureFolder(args.data), experiment, args.out / args.network, progress=True)
     print(table(args.network, results.figures, args.rivals))
 
