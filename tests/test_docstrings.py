@@ -8,7 +8,7 @@ import pkgutil
 import pytest
 
 import sess_lightning
-from sess_lightning import metrics
+from sess_lightning import SESSCallback, methods, metrics
 from sess_lightning.metrics import functional
 
 MODULES = [
@@ -17,6 +17,8 @@ MODULES = [
     if not module.name.endswith(("__main__", "commands"))
 ]
 SHOWN = [
+    SESSCallback,
+    *(getattr(methods, name) for name in methods.__all__),
     *(getattr(metrics, name) for name in metrics.__all__),
     *(
         value
@@ -39,7 +41,7 @@ def test_the_examples_in_docstrings_give_what_they_say(module):
 
 
 @pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.__name__)
-def test_every_metric_and_function_shows_an_example(shown):
+def test_every_method_metric_and_function_shows_an_example(shown):
     assert ">>>" in inspect.getdoc(shown)
 
 

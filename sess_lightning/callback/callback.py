@@ -52,13 +52,13 @@ class SESSCallback(Remembering, RunHooks):
     (``accuracy``) is within one standard error of the best, the best explained one (``select``): by relevance
     mass where there are boxes or masks, else by overall. It is not sent to loggers.
 
-    Training goes on exactly as it would without; an error costs a warning.
+    The training is exactly the same as without the callback; an error costs a warning.
 
     Args:
         method: What explains; None is ``SESS(GradCAM())``, or ``SESS(Gradient())`` for a network that has no
             spatial layer.
-        num_samples: Samples that are explained and scored per run, over all processes; fewer if
-            ``max_forwards`` says so.
+        num_samples: Samples that are explained and scored per run, over all ranks; fewer if ``max_forwards``
+            does not pay for them.
         num_images: Samples in the panel.
         every_n_epochs: Run in every n-th epoch of ``fit``, or in the first one after it that is validated;
             ``validate`` and ``test`` always run.
@@ -68,30 +68,37 @@ class SESSCallback(Remembering, RunHooks):
         forward: How images become logits, ``forward(module, images)``; None watches what the first validation
             step calls, and makes the same call.
         on_error: ``"warn"`` and go on, or ``"raise"``.
-        max_forwards: Upper bound on forwards of single images per run, curves and floors included; each
-            process beyond the first adds three, to find layers.
-        tolerance: Of the Pointing Game, px of the boxes' or masks' own resolution; None is the literature's
-            15 px where that is the original one (``Batch.size``, or masks of another size than the images),
-            else 15 px at 224 px in proportion to the images' shorter side.
+        max_forwards: Upper bound on forward passes of single images per run, including curves and controls;
+            each rank beyond the first adds three, to find layers.
+        tolerance: Tolerance of the Pointing Game, px of the boxes' or masks' own resolution; None is the
+            literature's 15 px where that is the original one (``Batch.size``, or masks of another size than
+            the images), else 15 px at 224 px in proportion to the images' shorter side.
         compare: Methods to score beside it, by name; None is the base method, a random map and a centre
             Gaussian.
-        class_names: Names for the captions; None looks on datamodule, data set, model and all they hold.
-        normalisation: (mean, std) to undo for display; None looks there, too.
-        display_channels: Which of the images' channels are shown as red, green and blue, or a single one as
-            grey; None looks for ``rgb_bands`` there, else takes the first three.
+        class_names: Names for the captions; None searches data module, data set, model and what they hold.
+        normalisation: (mean, std) to undo for display; None searches there, too.
+        display_channels: The images' channels to show as red, green and blue, or a single one as grey; None
+            searches for ``rgb_bands`` there, else takes the first three.
         dataloader_idx: Which validation loader to watch.
-        report: Keep a page, ``report.html`` beside the logger's files, that replays the training offline.
+        report: Whether to keep a page, ``report.html`` beside the logger's files, that replays the training
+            offline.
         alarm: Whether to warn, once, when validation accuracy rises while the maps leave the object
             (``findings`` says what is tested). A text is taken for ``accuracy``.
         accuracy: Key under which the validation accuracy is logged, for the alarm and ``sess/selection``;
             None finds it among the logged keys.
         num_rows: Rows in the table of the worst explained samples, and as many of the most drifted; 0 sends
-            no table of samples. Their pictures are in it unless ``num_images`` is 0: then none is sent at
+            no table of samples. The table has images unless ``num_images`` is 0: then no image is sent at
             all.
-        show_names: Whether class names and the samples' ids are shown; False shows numbers only.
+        show_names: Whether to show class names and the samples' ids; False shows numbers only.
 
     Raises:
         ValueError: If an argument makes no sense.
+
+    >>> from lightning.pytorch import Trainer
+    >>> from sess_lightning import SESSCallback
+    >>> trainer = Trainer(callbacks=[SESSCallback(num_samples=16)], logger=False, accelerator="cpu")
+    >>> trainer.callbacks[0].state_key
+    "SESSCallback[prefix='sess']"
     """
 
     def __init__(
@@ -136,7 +143,7 @@ class SESSCallback(Remembering, RunHooks):
 
     @property
     def state_key(self) -> str:
-        """Two callbacks in one Trainer need different prefixes; other settings may change on resume."""
+        """The prefix, different for each callback in a Trainer; other settings may change on resume."""
         return f"{type(self).__qualname__}[prefix={self.settings.prefix!r}]"
 
     def methods(self, model: nn.Module) -> tuple[SaliencyMethod, dict[str, SaliencyMethod]]:
@@ -153,7 +160,7 @@ class SESSCallback(Remembering, RunHooks):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find what surrounds the run."""
         refuse_shards(trainer.strategy)
-        log_dir = trainer.log_dir or trainer.default_root_dir  # Broadcast: on every process, or all hang.
+        log_dir = trainer.log_dir or trainer.default_root_dir  # A broadcast: on every rank, or all hang.
         self.guard.start(trainer)
         self.examiner.forget()
         with self.guard.protect():
@@ -257,7 +264,7 @@ class SESSCallback(Remembering, RunHooks):
         if not self._due:
             return
         if outcome is None:
-            self.history.discard()  # What some processes found of it is not remembered by them alone.
+            self.history.discard()  # Nothing of it is remembered on only some of the ranks.
         else:
             with self.guard.protect("figures are missing"):
                 log_scores(pl_module, prefix, outcome.values)
@@ -269,13 +276,13 @@ class SESSCallback(Remembering, RunHooks):
             log(pl_module, f"{prefix}/failed", float(self.guard.failed))
 
     def _outcome(self, trainer: Trainer, pl_module: LightningModule) -> Outcome | None:
-        """Return what the run measured on all processes; None if it failed on any of them."""
+        """Return what the run measured on all ranks; None if it failed on any of them."""
         outcome = None
-        # What a loader left that ended before its announced length.
+        # The rest of a loader that ended before its announced length.
         with self.guard.protect(), unobserved(pl_module):
             self._explain(trainer, pl_module)
         if self.publisher.names:
-            with self.guard.protect("panel is missing"):  # Under way while the figures are computed.
+            with self.guard.protect("panel is missing"):  # The copy runs while the figures are computed.
                 self.gallery.to_host()
         with self.guard.protect():
             self.examiner.metric(pl_module).pack()

@@ -2,16 +2,15 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.introspection.layers import TargetLayer, read_features, resolve_layer
+from sess_lightning.introspection.heads import check_linear_head
+from sess_lightning.introspection.layers import TargetLayer
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import log_scores
 from sess_lightning.methods.evidence import RIVALS as RIVALS  # Under its own name: defined here once.
@@ -126,6 +125,13 @@ class GradCAM(_FromFeatures):
     Attributes:
         target_layer: The layer, as a dotted name or a module; None finds the last one that keeps a grid.
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import GradCAM
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> GradCAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     def combine(
@@ -146,6 +152,13 @@ class CAM(_FromFeatures):
     Attributes:
         target_layer: As for ``GradCAM``.
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import CAM
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> CAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     def extract(
@@ -157,7 +170,7 @@ class CAM(_FromFeatures):
             ValueError: If the head is not a single linear layer after global average pooling.
         """
         with explaining(model):
-            _check_linear_head(model, self.target_layer, borrowed(images[:1]))
+            check_linear_head(model, self.target_layer, borrowed(images[:1]))
             return super().extract(model, images, targets)
 
     def combine(
@@ -165,43 +178,6 @@ class CAM(_FromFeatures):
     ) -> Float[Tensor, "B h w"]:
         """Turn features and gradients into maps, any range."""
         return (gradients.sum((2, 3), keepdim=True) * features).sum(1)
-
-
-_LINEAR_HEADS: WeakKeyDictionary[nn.Module, tuple[str, ref[nn.Module]]] = WeakKeyDictionary()
-
-
-def _check_linear_head(model: nn.Module, target_layer: TargetLayer, image: Float[Tensor, "1 C H W"]) -> None:
-    """Refuse a model without CAM's head, by a forward pass of one image, remembered per layer."""
-    layer = resolve_layer(model, target_layer, image)
-    names = {module: name for name, module in model.named_modules()}
-    remembered = _LINEAR_HEADS.get(layer)
-    if remembered is not None and names.get(remembered[1]() or layer) == remembered[0]:
-        return
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-
-    def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        calls.append((module, inputs[0], output))
-
-    with ExitStack() as stack, torch.no_grad():
-        for module in names:
-            if isinstance(module, nn.Linear):
-                stack.callback(module.register_forward_hook(note).remove)
-        logits, features, site = read_features(model, target_layer, image)
-    pooled = site.to_maps(features).mean((2, 3))
-    for module, given, output in calls:
-        if _alike(given, pooled) and _alike(output, logits):
-            _LINEAR_HEADS[layer] = names[module], ref(module)
-            return
-    raise ValueError(
-        f"CAM: the head is not a single linear layer on the mean of target_layer {type(layer).__name__}'s "
-        "features over places, which CAM is defined by; use GradCAM, or HiResCAM for other linear heads."
-    )
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    precision = 1e-4 if one.dtype.itemsize >= 4 else 2e-2
-    one, other = (tensor.detach().flatten().float() for tensor in (one, other))
-    return len(one) == len(other) and torch.allclose(one, other, rtol=precision, atol=precision)
 
 
 @dataclass(frozen=True)
@@ -217,6 +193,13 @@ class GradCAMPlusPlus(_FromFeatures):
         target_layer: As for ``GradCAM``.
         activation: How the model's logits become probabilities.
         epsilon: Added to alpha's denominator; 0 is the paper's.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import GradCAMPlusPlus
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> GradCAMPlusPlus()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     epsilon: float = 1e-6
@@ -256,6 +239,13 @@ class SmoothGradCAMPlusPlus(GradCAMPlusPlus):
         num_samples: Noisy copies, one forward pass each.
         noise: The noise's standard deviation, as a share of each image's range.
         seed: Seed of the noise's own generator; the global one is never touched.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import SmoothGradCAMPlusPlus
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> SmoothGradCAMPlusPlus(num_samples=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     num_samples: int = 10
@@ -308,6 +298,13 @@ class LayerCAM(_FromFeatures):
     Attributes:
         target_layer: As for ``GradCAM``; early layers give usable maps, too.
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import LayerCAM
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> LayerCAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     def combine(
@@ -324,6 +321,13 @@ class HiResCAM(_FromFeatures):
     Attributes:
         target_layer: As for ``GradCAM``.
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import HiResCAM
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> HiResCAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     def combine(
@@ -343,6 +347,13 @@ class XGradCAM(_FromFeatures):
     Attributes:
         target_layer: As for ``GradCAM``.
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import XGradCAM
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> XGradCAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     def combine(

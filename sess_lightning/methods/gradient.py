@@ -77,6 +77,13 @@ class Gradient(PixelMethod):
 
     Attributes:
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import Gradient
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> Gradient()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     activation: Activation = "softmax"
@@ -150,6 +157,13 @@ class GuidedBackprop(PixelMethod):
     Attributes:
         percentile: The percentile above which a map is clipped; 100 clips nothing.
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import GuidedBackprop
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> GuidedBackprop()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     percentile: float = 99.0
@@ -197,6 +211,13 @@ class IntegratedGradients(PixelMethod):
         baseline: The value of every pixel where the line begins; 0 is the mean of normalised images.
         batch_size: How many points go through the model at once; never fewer than one per image.
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import IntegratedGradients
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> IntegratedGradients(steps=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     steps: int = 50
@@ -268,6 +289,13 @@ class SmoothGrad(WrappingMethod):
         noise: Standard deviation of the noise, as a share of the image's range (the paper: 0.1 to 0.2).
         seed: Of its own generator; the global one is never touched.
         batch_size: How many copies the base is given at once; never fewer than one per image.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import Gradient, SmoothGrad
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> SmoothGrad(Gradient(), num_samples=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     base: SaliencyMethod

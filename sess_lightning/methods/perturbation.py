@@ -48,6 +48,13 @@ class GroupCAM(ExtractingMethod):
         sigma: Its standard deviation, px.
         batch_size: How many masked images go through the model at once; None by the memory there is.
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import GroupCAM
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> GroupCAM(groups=4)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     groups: int = 32
@@ -128,6 +135,13 @@ class ScoreCAM(SaliencyMethod):
         weighting: ``"probability"`` or ``"softmax"``.
         batch_size: How many masked images go through the model at once; never fewer than one per image.
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import ScoreCAM
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> ScoreCAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     target_layer: TargetLayer = None
@@ -208,6 +222,13 @@ class RISE(SaliencyMethod):
         seed: Seed of its own generator; the global one is never touched.
         batch_size: How many masked images go through the model at once; never fewer than one per image.
         activation: How the model's logits become probabilities.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import RISE
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> RISE(num_masks=4)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     num_masks: int = 8000

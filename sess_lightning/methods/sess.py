@@ -40,9 +40,9 @@ class SESS(WrappingMethod):
     """Saliency Enhancing with Scaling and Sliding (Tursun et al., ECCV 2022) around a base method.
 
     Many windows of the image at many scales are explained by the base method and fused, weighted by the
-    model's score of each window. Windows of all images are packed into full batches; a base that yields maps
+    model's score of each window. Windows of all images are packed into full batches; a base that gives maps
     and scores in one forward pass (the CAM family) costs exactly one forward pass per window, any other a
-    scoring forward per window and its own cost per window kept.
+    scoring forward pass per window plus its own cost per window that is kept.
 
     Where the authors' code differs from the paper, this follows the paper: the fused map is min-max
     normalised, a flat window is left out (in theirs, everything that it covers becomes NaN), and scores are
@@ -76,6 +76,13 @@ class SESS(WrappingMethod):
         coarse_to_fine: Share of the windows to score, in (0, 1]: all of the coarser scales, and of the finer
             ones those where the coarser maps are high; the others count as filtered out. None scores all. The
             maps are the base's if one forward pass gives scores and maps, else Grad-CAM's.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import SESS, GradCAM
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> SESS(GradCAM(), num_scales=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     base: SaliencyMethod
@@ -329,6 +336,13 @@ class ContrastiveSESS(SESS):
     coverage, per scale. Each part needs the others. Log-odds are closer than logits to what insertion and
     deletion measure, so part of the gain in these is alignment with the metric: look at the Pointing Game and
     relevance mass, too.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from sess_lightning.methods import ContrastiveSESS
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> ContrastiveSESS(num_scales=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    torch.Size([1, 64, 64])
     """
 
     base: SaliencyMethod = field(default_factory=lambda: GradCAM(of="log_odds"))
