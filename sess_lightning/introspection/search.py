@@ -252,7 +252,9 @@ class _Reader:
         Raises:
             ValueError: If its cells do not span the image.
         """
-        first = next((each for each in self.passages if each.features.ndim == 4), None)
+        first = next(
+            (one for one in self.passages if one.features.ndim == 4 and len(one.features) == 1), None
+        )
         spans = None if first is None else coverage(first.features, self.image)
         if first is None or spans is None:
             return

@@ -21,13 +21,12 @@ from typing_extensions import override
 
 from sess_lightning.introspection.calls import calling, hooked
 from sess_lightning.introspection.collectives import collectives
+from sess_lightning.introspection.outputs import Step, agreement, fits, is_named, logits_at, outputs, width
 from sess_lightning.introspection.probabilities import Ending, Endings, is_same, noting, to_logits
 from sess_lightning.types import Activation
 
 MOST_CHANNELS = 16
 """The most channels of a tensor that is taken for images, where a batch does not say."""
-DEEPEST = 3
-"""How deep outputs are searched."""
 LOSSES: dict[str, Activation | None] = {
     "cross_entropy": "softmax", "nll_loss": "softmax", "log_softmax": "softmax", "multi_margin_loss": None,
     "binary_cross_entropy": "sigmoid", "binary_cross_entropy_with_logits": "sigmoid",
@@ -39,9 +38,6 @@ READINGS = frozenset({"argmax", "topk", "softmax", "sigmoid"})
 
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 """Modules that take no images, and compute differently when one of them has a hook."""
-
-Step = tuple[str, Any]
-"""One step into an output: ``("item", key)`` or ``("attribute", name)``."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +137,6 @@ class Seen:
     images: Float[Tensor, "B C H W"] | None = None
     rows: list[Tensor] = field(default_factory=list)
     logits: Float[Tensor, "B N"] | None = None
-
-
-def logits_at(output: Any, path: tuple[Step, ...]) -> Float[Tensor, "B N"]:
-    """Follow a path into a module's output; a single logit per image becomes a column."""
-    for kind, key in path:
-        output = output[key] if kind == "item" else getattr(output, key)
-    logits: Tensor = output
-    return logits[:, None] if logits.ndim == 1 else logits
 
 
 @dataclass
@@ -260,23 +248,32 @@ class Witness:
         Args:
             labels: Class of each image; None where a batch does not say.
         """
-        found = self._candidates(labels)
+        found = self._evident(self._candidates(labels))
         if not found:
             return None
-        for evidence in ([tensor for _, tensor in self._reading.losses], self._reading.readings):
-            read = [one for one in found if any(is_same(one[2], tensor) for tensor in evidence)]
-            found = read or found
-            if read:
-                break
         depth = min(record.depth for record, _, _ in found)
         found = [one for one in found if one[0].depth == depth]
-        best = max(found, key=lambda one: (_agreement(one[2], labels), _is_named(one[1])))
+        best = max(found, key=lambda one: (agreement(one[2], labels), is_named(one[1])))
         equal = {
             path for record, path, logits in found
-            if record is best[0] and _agreement(logits, labels) == _agreement(best[2], labels)
+            if record is best[0] and agreement(logits, labels) == agreement(best[2], labels)
         }  # fmt: skip
-        undecided = len(equal) > 1 and not _is_named(best[1])
+        undecided = len(equal) > 1 and not is_named(best[1])
         return self._made(best, f"{len(equal)} outputs could be the logits" if undecided else "", found)
+
+    def _evident(self, found: list[_Candidate]) -> list[_Candidate]:
+        """Return the candidates that meet a loss, else a reading, else those as wide as what meets them.
+
+        Where a head is called by itself, of features that another call returned, there is none.
+        """
+        losses = [tensor for _, tensor in self._reading.losses]
+        for evidence in (losses, self._reading.readings):
+            read = [one for one in found if any(is_same(one[2], tensor) for tensor in evidence)]
+            if read:
+                return read
+        widths = {width(tensor): len(tensor) for tensor in (*losses, *self._reading.readings) if tensor.ndim}
+        counted = {width for width, rows in widths.items() if any(rows == len(one[2]) for one in found)}
+        return [one for one in found if not counted or width(one[2]) in counted]
 
     def _candidates(self, labels: Tensor | None) -> list[_Candidate]:
         for is_inner in (False, True):
@@ -284,8 +281,8 @@ class Witness:
                 found = [
                     (record, path, logits)
                     for record in self._records if record.is_inner == is_inner
-                    for path, logits in _outputs(record.output)
-                    if _fits(logits, len(record.leaves[record.place]), fitting)
+                    for path, logits in outputs(record.output)
+                    if fits(logits, len(record.leaves[record.place]), fitting)
                 ]  # fmt: skip
                 if found:
                     return found
@@ -335,44 +332,6 @@ def is_compiled(root: nn.Module) -> bool:
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in root.modules()
     )
-
-
-def _outputs(output: Any, path: tuple[Step, ...] = ()) -> Iterator[tuple[tuple[Step, ...], Tensor]]:
-    """Yield every tensor in an output, with the way to it."""
-    if isinstance(output, Tensor):
-        yield path, output
-    elif len(path) < DEEPEST:
-        if isinstance(output, Mapping):
-            parts: list[tuple[Step, Any]] = [(("item", key), value) for key, value in output.items()]
-        elif isinstance(output, (tuple, list)):
-            parts = [(("item", i), value) for i, value in enumerate(output)]
-        else:
-            parts = [(("attribute", name), value) for name, value in getattr(output, "__dict__", {}).items()]
-        for step, value in parts:
-            yield from _outputs(value, (*path, step))
-
-
-def _fits(logits: Tensor, count: int, labels: Tensor | None) -> bool:
-    """Return whether a tensor may be logits: a row for each image, and a class for each label."""
-    if logits.ndim not in (1, 2) or not logits.is_floating_point() or len(logits) != count or count == 0:
-        return False
-    classes = 2 if logits.ndim == 1 or logits.shape[1] == 1 else logits.shape[1]
-    if labels is None or labels.is_floating_point() or labels.ndim != 1:
-        return logits.ndim == 2
-    return int(labels.max()) < classes
-
-
-def _agreement(logits: Tensor, labels: Tensor | None) -> float:
-    """Return the share of images whose label is predicted; 0 if unknown."""
-    if labels is None or labels.ndim != 1 or labels.is_floating_point() or len(labels) != len(logits):
-        return 0.0
-    column = logits if logits.ndim == 2 else logits[:, None]
-    predicted = column.argmax(1) if column.shape[1] > 1 else (column[:, 0] > 0).long()
-    return float((predicted == labels.to(predicted.device)).float().mean())
-
-
-def _is_named(path: tuple[Step, ...]) -> bool:
-    return bool(path) and path[-1][1] == "logits"
 
 
 def _in_words(record: _Record, path: tuple[Step, ...]) -> str:

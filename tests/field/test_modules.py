@@ -1,0 +1,578 @@
+"""Modules as people write them: each gives the figures of its plain twin, or is refused with a remedy.
+
+The twin has the same weights, and a forward and a step that everybody reads at once.
+"""
+
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from formula import fill, picture
+from lightning_models import filled_net, validate
+from odd_models import (
+    Adapted,
+    ClassToken,
+    Flattened,
+    Planes,
+    Queries,
+    Recurrent,
+    Tokens,
+    Views,
+    cropped,
+    padded,
+    squared,
+)
+from sess_lightning import SESS, SESSCallback
+from sess_lightning.introspection.grids import Grid
+from sess_lightning.introspection.layers import OnGrid
+from sess_lightning.methods import GradCAM, Gradient
+from sess_lightning.types import SESSWarning
+
+LABELS = [1, 0, 3, 2, 1, 0]
+SIZE = (32, 32)
+METHOD = SESS(GradCAM(), num_scales=2)
+
+
+def figures(tmp_path, module, size=SIZE, method=METHOD, collate=None, change=lambda image: image, **kwargs):
+    data = [(change(picture(*size, seed)), label) for seed, label in enumerate(LABELS)]
+    callback = SESSCallback(method, num_samples=6, num_images=0, report=False, on_error="raise", **kwargs)
+    its = validate(tmp_path, callback, module=module, val=DataLoader(data, 3, collate_fn=collate))
+    values = {name: value.item() for name, value in its.callback_metrics.items() if name.startswith("sess/")}
+    assert values["sess/n"] == 6
+    return values
+
+
+def agree(found, twin, atol=1e-4):
+    """Rounding may decide about single pixels' ranks."""
+    for name in ("insertion", "deletion", "base/insertion", "base/deletion", "minus_base/overall"):
+        assert found[f"sess/{name}"] == pytest.approx(twin[f"sess/{name}"], abs=atol), name
+    assert found["sess/misclassified"] == twin["sess/misclassified"]
+
+
+class Plain(LightningModule):
+    def __init__(self, net=None):
+        super().__init__()
+        self.net = filled_net() if net is None else net
+
+    def forward(self, images):
+        return self.net(images)
+
+    def scores(self, batch):
+        return self(batch[0])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self.scores(batch), batch[1]))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    values = figures(tmp_path_factory.mktemp("plain"), Plain())
+    assert 0 < values["sess/misclassified"] < 6
+    return values
+
+
+# --- How the step calls the model -------------------------------------------------------------------------
+
+
+class WithMeta(Plain):
+    """A row of meta data for each image."""
+
+    def forward(self, images, meta):
+        return self.net(images) + 0 * meta.sum(1, keepdim=True)
+
+    def scores(self, batch):
+        return self(batch[0], torch.ones(len(batch[0]), 5))
+
+
+class WithFlags(Plain):
+    def forward(self, images, return_features=False, *, temperature=1.0):
+        features = self.net[:7](images)
+        return (features, self.net[8](features) / temperature) if return_features else features
+
+    def scores(self, batch):
+        return self(batch[0], return_features=True, temperature=1.0)[1]
+
+
+class Method(Plain):
+    """A forward by another name."""
+
+    forward = None
+
+    def predict_logits(self, images):
+        return self.net(images)
+
+    def scores(self, batch):
+        return self.predict_logits(batch[0])
+
+
+class OwnCall(Plain):
+    """Its step goes through ``__call__`` of a part that is no attribute of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"a": nn.ModuleList([self.net])})
+
+    forward = None
+
+    def scores(self, batch):
+        return self.parts["a"][0](batch[0])
+
+
+Named = namedtuple("Named", ["aux", "main"])
+
+
+class NamedTuple(Plain):
+    def forward(self, images):
+        features = self.net[:7](images)
+        return Named(features, self.net[8](features))
+
+    def scores(self, batch):
+        return self(batch[0]).main
+
+
+class Deep(Plain):
+    def forward(self, images):
+        return {"heads": {"cls": {"logits": self.net(images)}, "emb": self.net[:7](images)}}
+
+    def scores(self, batch):
+        return self(batch[0])["heads"]["cls"]["logits"]
+
+
+class AnObject(Plain):
+    def forward(self, images):
+        return SimpleNamespace(pooled=self.net[:7](images), prediction=self.net(images))
+
+    def scores(self, batch):
+        return self(batch[0]).prediction
+
+
+class LossInside(Plain):
+    def forward(self, images, labels):
+        logits = self.net(images)
+        return F.cross_entropy(logits, labels), logits
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self(*batch)[0])
+
+
+class AuxiliaryHead(Plain):
+    """Two heads of as many classes; the loss is of both, the second counts more by its name only."""
+
+    def __init__(self):
+        super().__init__()
+        self.aux = nn.Linear(16, 4)
+
+    def forward(self, images):
+        features = self.net[:7](images)
+        return {"aux": self.aux(features), "logits": self.net[8](features)}
+
+    def validation_step(self, batch, batch_idx):
+        out = self(batch[0])
+        self.log("val_loss", sum(F.cross_entropy(logits, batch[1]) for logits in out.values()))
+
+
+class Scaled(Plain):
+    """The loss is computed from something that was made of the logits."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]) / 1.5, batch[1]))
+
+
+class LooksTwice(Plain):
+    """Consistency: another view first, without a loss."""
+
+    def scores(self, batch):
+        self(batch[0].flip(-1))
+        return self(batch[0])
+
+
+class Grey(Plain):
+    """Batches have one channel, the model gets three."""
+
+    def scores(self, batch):
+        return self(batch[0].repeat(1, 3, 1, 1))
+
+
+class ChannelsBehind(Plain):
+    """Batches are (B, H, W, C)."""
+
+    def scores(self, batch):
+        return self(batch[0].permute(0, 3, 1, 2))
+
+
+class Normalises(Plain):
+    def scores(self, batch):
+        return self((batch[0] - 10) / 5)
+
+
+class Transfers(Plain):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return (batch[0] - 10) / 5, batch[1]
+
+
+class Overwrites(Plain):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        batch[0].zero_()
+
+
+class Double(Plain):
+    """Images in another precision than the weights."""
+
+    def scores(self, batch):
+        return self(batch[0].float())
+
+
+CALLS = [
+    WithMeta, WithFlags, Method, OwnCall, NamedTuple, Deep, AnObject, LossInside, AuxiliaryHead, Scaled,
+    LooksTwice, Overwrites, Double,
+]  # fmt: skip
+CHANGED = {
+    Normalises: lambda image: 5 * image + 10,
+    Transfers: lambda image: 5 * image + 10,
+    ChannelsBehind: lambda image: image.permute(1, 2, 0),
+    Double: lambda image: image.double(),
+}
+
+
+@pytest.mark.parametrize("module", [*CALLS, Normalises, Transfers, ChannelsBehind], ids=lambda m: m.__name__)
+def test_calls_of_every_shape_give_the_figures_of_the_twin(module, tmp_path, plain, recwarn):
+    agree(figures(tmp_path, module(), change=CHANGED.get(module, lambda image: image)), plain)
+    assert not [each for each in recwarn if issubclass(each.category, SESSWarning)]
+
+
+def test_grey_images_are_explained_as_the_model_gets_them(tmp_path):
+    def grey(image):
+        return image[:1]
+
+    agree(figures(tmp_path / "a", Grey(), change=grey),
+          figures(tmp_path / "b", Plain(), change=lambda image: grey(image).repeat(3, 1, 1)))  # fmt: skip
+
+
+# --- What the model is made of ----------------------------------------------------------------------------
+
+
+class FrozenBody(Plain):
+    """The backbone runs without gradients."""
+
+    def forward(self, images):
+        with torch.no_grad():
+            features = self.net[:5](images)
+        return self.net[5:](features)
+
+
+class Checkpointed(Plain):
+    def forward(self, images):
+        return self.net[5:](checkpoint(self.net[:5], images, use_reentrant=False))
+
+
+class NormalisesInside(Plain):
+    def forward(self, images):
+        return self.net((images - 10) / 5)
+
+
+class Wrapped(Plain):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.DataParallel(self.net)
+
+
+class Compiled(Plain):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.compile(self.net, backend="eager")
+
+
+class Counting(Plain):
+    """Its forward writes to a buffer and to a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images):
+        self.calls += 1
+        self.seen.append(len(images))
+        return self.net(images)
+
+
+class Holding(Plain):
+    """Holds its arguments in a namespace."""
+
+    def __init__(self):
+        super().__init__()
+        self.args = SimpleNamespace(lr=0.1, names=["a"], more=SimpleNamespace())
+
+
+MADE_OF = [FrozenBody, Checkpointed, Wrapped, Compiled, Counting, Holding]
+
+
+@pytest.mark.parametrize("module", MADE_OF, ids=lambda module: module.__name__)
+def test_models_made_of_many_things_give_the_figures_of_the_twin(module, tmp_path, plain):
+    made = module()
+    agree(figures(tmp_path, made), plain)
+    if module is Counting:
+        assert made.seen == [3, 3]
+        assert made.calls == 2
+
+
+# --- How features lie on the image ------------------------------------------------------------------------
+
+
+class SequenceFirst(Plain):
+    """A Tokens whose sequences come before the batch."""
+
+    def __init__(self):
+        super().__init__(Tokens(1, 4, sequence_first=True))
+
+
+def in_two_axes():
+    """``Flattened``'s twin: the same products on planes."""
+    flat = Flattened()
+    mix = nn.Conv2d(24, 24, 1)
+    mix.weight.data, mix.bias.data = flat.mix[1].weight.data[..., None], flat.mix[1].bias.data
+    body = nn.Sequential(flat.patches, nn.GELU(), mix, nn.GELU())
+    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), flat.head).eval()
+
+
+def with_adapter(bare):
+    net = ClassToken()
+    for block in net.blocks:
+        for name in ("query", "value"):
+            block[name] = Adapted(block[name], bare)
+    return net.eval()
+
+
+def named(layer, *grid, **kwargs):
+    return SESS(GradCAM(OnGrid(layer, Grid(*grid, **kwargs))), num_scales=2)
+
+
+LYING = {
+    "register tokens behind": (lambda: Tokens(1, 4), named("net.norm", "tokens", 4, 4, 32, 1, 4), None),
+    "prompt tokens in front": (lambda: Tokens(9, 0), named("net.norm", "tokens", 4, 4, 32, 9), None),
+    "sequence first": (
+        lambda: Tokens(1, 4, sequence_first=True), METHOD, lambda: Tokens(1, 4)
+    ),
+    "channels before tokens": (Flattened, METHOD, in_two_axes),
+    "strides by axis": (
+        lambda: Planes((2, 4), 8), named("net.features", "channels", 8, 2, 8), None
+    ),
+    "adapters at zero": (lambda: with_adapter(False), METHOD, ClassToken),
+    "adapters at zero, bare": (lambda: with_adapter(True), METHOD, ClassToken),
+    "the same view twice": (
+        lambda: Views(Planes(), lambda x: x, lambda x: x.clone()), METHOD, Planes
+    ),
+}  # fmt: skip
+
+
+class Trained(Plain):
+    """Random weights answer alike on every image: far apart logits make figures that differ."""
+
+    def forward(self, images):
+        return 20 * self.net(images)
+
+
+@pytest.mark.parametrize("kind", LYING)
+def test_features_that_lie_in_many_ways_give_the_figures_of_the_twin(kind, tmp_path):
+    net, method, twin = LYING[kind]
+    found = figures(tmp_path / "it", Trained(net()))
+    agree(found, figures(tmp_path / "twin", Trained((twin or net)()), method=method))
+
+
+class TextTower(nn.Module):
+    """Compares the image with prompts that it encodes anew each time: a layer that no image reaches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.text = (
+            Planes(channels=16).features,
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+        )
+        self.project = nn.Linear(16, 16)
+        self.register_buffer("prompts", torch.randn(4, 9, 16))
+        self.eval()
+
+    def forward(self, images):
+        embedded = F.normalize(self.project(self.image(images).mean((2, 3))), dim=1)
+        return 20 * embedded @ F.normalize(self.text(self.prompts).mean(1), dim=1).mT
+
+
+def test_a_text_tower_is_passed_over(tmp_path):
+    named_layer = SESS(GradCAM("net.image"), num_scales=2)
+    stated = figures(tmp_path / "b", Plain(TextTower()), method=named_layer)
+    agree(figures(tmp_path / "a", Plain(TextTower())), stated)
+
+
+# --- What is refused, and the remedy that works ------------------------------------------------------------
+
+
+GRADIENTS = SESS(Gradient(), num_scales=2)
+
+
+@pytest.mark.parametrize(("net", "layer"), [(Queries, "net.norm"), (Recurrent, "net.cell")])
+def test_what_has_no_places_is_refused_by_name_and_what_has_is_found(net, layer, tmp_path):
+    with pytest.raises(ValueError, match=r"lie on no grid .*leave it out to have one found"):
+        figures(tmp_path / "a", Plain(net()), method=SESS(GradCAM(layer), num_scales=2))
+    stated = SESS(GradCAM("net.patches"), num_scales=2)
+    agree(figures(tmp_path / "b", Trained(net())), figures(tmp_path / "c", Trained(net()), method=stated))
+
+
+class Siamese(Plain):
+    """Sees the image and an all-black one, and answers for the first."""
+
+    def forward(self, images):
+        return self.net(torch.cat([images, torch.zeros_like(images)]))[: len(images)]
+
+
+def test_two_images_in_one_pass_are_refused_and_gradients_work(tmp_path, plain):
+    with pytest.raises(ValueError, match=r"a method that needs no layer, such as SESS\(Gradient\(\)\)"):
+        figures(tmp_path / "a", Siamese())
+    with pytest.raises(ValueError, match="lie on no grid over"):
+        figures(tmp_path / "b", Siamese(), method=SESS(GradCAM("net.3"), num_scales=2))
+    agree(figures(tmp_path / "c", Siamese(), method=GRADIENTS),
+          figures(tmp_path / "d", Plain(), method=GRADIENTS))  # fmt: skip
+
+
+class CropsBefore(Plain):
+    def __init__(self, view):
+        super().__init__(Planes())
+        self.view = view
+
+    def scores(self, batch):
+        return self(self.view(batch[0]))
+
+
+@pytest.mark.parametrize("view", [cropped, padded], ids=lambda view: view.__name__)
+def test_a_model_that_crops_inside_is_refused_and_cropping_before_works(view, tmp_path):
+    with pytest.raises(ValueError, match=r"crops, pads or moves the image inside.*Do so before the model"):
+        figures(tmp_path / "a", Plain(Planes(view=view)), (64, 64))
+    remedied = figures(tmp_path / "b", CropsBefore(view), (64, 64))
+    assert remedied["sess/insertion"] > 0
+
+
+def test_a_model_that_squares_its_images_inside_is_explained_on_the_images_it_gets(tmp_path):
+    values = figures(tmp_path, Plain(Planes(view=squared)), (32, 64))
+    stated = named("net.features", "channels", 16, 16, 16)
+    agree(values, figures(tmp_path / "b", Plain(Planes(view=squared)), (32, 64), method=stated))
+
+
+class Detaches(Plain):
+    def forward(self, images):
+        return self.net[2:](self.net[:2](images).detach())
+
+
+def test_a_forward_that_detaches_is_refused_and_a_later_layer_works(tmp_path):
+    with pytest.raises(RuntimeError, match=r"the forward detaches it.*Name a later target_layer"):
+        figures(tmp_path / "a", Detaches(), method=SESS(GradCAM("net.0"), num_scales=2))
+    later = SESS(GradCAM("net.3"), num_scales=2)
+    agree(figures(tmp_path / "b", Detaches(), method=later), figures(tmp_path / "c", Plain(), method=later))
+
+
+class HeadApart(Plain):
+    """Backbone and head are called by the step: no call takes images and returns logits."""
+
+    def __init__(self):
+        super().__init__()
+        net = filled_net()
+        self.backbone, self.head = net[:7], net[8]
+        del self.net
+
+    forward = None
+
+    def scores(self, batch):
+        return self.head(self.backbone(batch[0]))
+
+
+def test_features_are_not_taken_for_logits_where_the_head_is_called_apart(tmp_path, plain):
+    with pytest.raises(RuntimeError, match=r"SESSCallback\(forward=lambda module, images: logits\)"):
+        figures(tmp_path / "a", HeadApart())
+    stated = figures(tmp_path / "b", HeadApart(), forward=lambda module, x: module.head(module.backbone(x)))
+    agree(stated, plain)
+
+
+class HeadApartWithForward(HeadApart):
+    def forward(self, images):
+        return self.head(self.backbone(images))
+
+
+def test_where_a_forward_calls_both_it_is_explained(tmp_path, plain):
+    agree(figures(tmp_path, HeadApartWithForward()), plain)
+
+
+class Flips(Plain):
+    """Test-time augmentation in the step: the answer is of two calls."""
+
+    def scores(self, batch):
+        return self(batch[0]) + self(batch[0].flip(-1))
+
+
+def test_of_an_answer_of_two_calls_it_is_said_which_is_explained_and_both_can_be(tmp_path, plain, told):
+    agree(figures(tmp_path / "a", Flips()), plain)
+    assert "called 2 times in a step, of which the first is explained; forward= decides" in told()[0]
+    both = figures(tmp_path / "b", Flips(), forward=lambda module, x: module(x) + module(x.flip(-1)))
+    assert both["sess/insertion"] != pytest.approx(plain["sess/insertion"], abs=1e-3)
+
+
+class ManyViews(Plain):
+    """Batches hold two crops of each image."""
+
+    def scores(self, batch):
+        return self(batch[0].flatten(0, 1)).unflatten(0, (-1, 2)).mean(1)
+
+
+def test_images_of_five_axes_are_refused_and_an_adapter_works(tmp_path, plain):
+    def doubled(image):
+        return torch.stack([image, image])
+
+    with pytest.raises(ValueError, match=r"images are \(3, 2, 3, 32, 32\).*batch_adapter"):
+        figures(tmp_path / "a", ManyViews(), change=doubled)
+    adapted = figures(
+        tmp_path / "b", ManyViews(), change=doubled, batch_adapter=lambda batch: (batch[0][:, 0], batch[1])
+    )
+    agree(adapted, plain)
+
+
+class Stochastic(Plain):
+    """Samples in its forward, as Bayesian networks do."""
+
+    def forward(self, images):
+        return self.net(images) + 3 * torch.randn(len(images), 4)
+
+
+def test_a_forward_that_draws_is_told_of(tmp_path, recwarn):
+    figures(tmp_path, Stochastic())
+    assert any("away from validation's" in str(each.message) for each in recwarn)
+
+
+class Softmaxed(Plain):
+    """A transformer with fused attention, read without a function mode, that returns probabilities."""
+
+    def __init__(self):
+        super().__init__(fill(Tokens(1, 0)))
+
+    def forward(self, images):
+        return (20 * self.net(images)).softmax(1)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.nll_loss(self(batch[0]).log(), batch[1]))
+
+
+class Unsoftmaxed(Softmaxed):
+    def forward(self, images):
+        return 20 * self.net(images)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_probabilities_of_a_model_with_fused_attention_are_known_by_their_values(tmp_path):
+    agree(figures(tmp_path / "a", Softmaxed()), figures(tmp_path / "b", Unsoftmaxed()))
