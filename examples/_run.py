@@ -55,14 +55,14 @@ class Classifier(LightningModule):
 
 
 def collate(items: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict]:
-    """Stack the images and labels; boxes stay a list, as their number differs from picture to picture."""
+    """Stack the images and labels; boxes stay a list, since their number differs from image to image."""
     images, targets = zip(*items, strict=True)
     labels = torch.stack([target["label"] for target in targets])
     return torch.stack(images), {"labels": labels, "boxes": [target["boxes"] for target in targets]}
 
 
 class EpochTable(Callback):
-    """Prints one line after each validation, and keeps the rows; list it after the callback that scores."""
+    """Prints a line after each validation, and keeps the rows; list it after the scoring callback."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -76,7 +76,7 @@ class EpochTable(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        metrics = trainer.logged_metrics  # not callback_metrics, which hold placeholders for monitors too
+        metrics = trainer.logged_metrics  # not callback_metrics, which also hold placeholders for monitors
         scores = {name: float(metrics[key]) for name, key in COLUMNS.items() if key in metrics}
         row = {
             "epoch": trainer.current_epoch,
@@ -97,7 +97,7 @@ def _cell(value: float | str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, out: str) -> None:
-    """Add the options which the training examples have in common."""
+    """Add the options that the training examples share."""
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--logger", choices=["wandb", "tensorboard", "csv"], default="wandb")
     parser.add_argument("--online", action="store_true", help="send to wandb.ai while training")
@@ -108,9 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, epochs: int, out: str) -> 
 
 
 def make_trainer(args: argparse.Namespace, callbacks: list[Callback]) -> Trainer:
-    """A Trainer which logs to CSV (so its ``log_dir`` is local) and to the logger asked for."""
+    """A Trainer that logs to CSV (so its ``log_dir`` is local) and to the chosen logger."""
     local = CSVLogger(args.out, name="")
-    folder = Path(local.experiment.log_dir)  # makes it, before W&B writes there
+    folder = Path(local.experiment.log_dir)  # creates it before W&B writes there
     loggers: list[Logger] = [local]
     if args.logger == "wandb":
         loggers.append(WandbLogger(project="sess-lightning", save_dir=folder, offline=not args.online))
@@ -128,7 +128,7 @@ def make_trainer(args: argparse.Namespace, callbacks: list[Callback]) -> Trainer
 
 
 def report(trainer: Trainer, table: EpochTable) -> None:
-    """Print the epochs side by side, draw them, and say where everything lies."""
+    """Print the epochs side by side, draw them, and say where everything is."""
     folder = Path(trainer.log_dir)
     where = [f"Pictures      {folder / 'sess'}"] if (folder / "sess").is_dir() else []
     where += [f"Report        {page}" for page in folder.glob("*/report.html")]

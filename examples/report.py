@@ -1,7 +1,7 @@
-"""Draw a run's report again from its records, and take its picture: ``python examples/report.py``.
+"""Draw a run's report again from its records, and take a screenshot: ``python examples/report.py``.
 
-The callback writes ``sess/report.html`` after every validation run by itself. This script draws it anew for
-the newest run of ``demo.py``, or any other folder, and, given a Chromium, takes the README's picture.
+The callback itself writes ``sess/report.html`` after every validation run. This script draws it again for the
+newest run of ``demo.py``, or any other folder, and with a Chromium takes the README's screenshot.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def newest(runs: Path) -> Path:
 
 
 def screenshot(page: Path, picture: Path, size: tuple[int, int]) -> None:
-    """Take a picture of the page's top in a headless Chromium, in 256 colours."""
+    """Take a screenshot of the page's top in a headless Chromium, in 256 colours."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise SystemExit(f"--picture needs one of {', '.join(BROWSERS)}.")

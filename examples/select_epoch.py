@@ -1,9 +1,9 @@
-"""The most accurate epoch, or the best explained of those as accurate? ``python examples/select_epoch.py``.
+"""The most accurate epoch, or the best explained one of equal accuracy? ``python examples/select_epoch.py``.
 
-A tiny CNN learns to read digits on photographs. In ``--share`` of the pictures, of training and validation
+A tiny CNN learns to read digits on photographs. In ``--share`` of the images, of training and validation
 alike, the photographer's mark of ``clever_hans.py`` gives the class away. Two ModelCheckpoints each keep one
-epoch: by validation accuracy, and by ``sess/selection``. Both are then tested on pictures without marks,
-whose scans and photographs are neither in the training nor in the validation pictures.
+epoch: by validation accuracy, and by ``sess/selection``. Both are then tested on images without marks, whose
+scans and photographs occur neither in the training nor in the validation images.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FIGURES = ("relevance_mass", "overall", "pointing_game")
 
 
 class Row(NamedTuple):
-    """One epoch that was kept, on the validation pictures and on the test pictures."""
+    """A kept epoch's figures on the validation images and on the test images."""
 
     seed: int
     chosen_by: str
@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 
 class Epochs(Callback):
-    """Keeps accuracy and relevance mass of every epoch."""
+    """Records accuracy and relevance mass of every epoch."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[float, float]] = []
@@ -75,7 +75,7 @@ class Epochs(Callback):
 
 
 def pictures(split: str, length: int, seed: int, share: float) -> Dataset:
-    """``length`` pictures of a split, a ``share`` of them with their class's mark, in no order."""
+    """``length`` images of a split, a ``share`` of them with their class's mark, in no order."""
     marked = round(share * length)
     parts = [
         clever_hans.Digits(split, count, 2 * seed + kind, marked=bool(kind))
@@ -151,7 +151,7 @@ def told(row: Row) -> str:
 
 
 def compare(rows: list[Row]) -> None:
-    """Print how often the choices differ, and by how much where they do."""
+    """Print how often the choices differ, and by how much if they do."""
     pairs = [
         (one, other) for one, other in zip(rows[::2], rows[1::2], strict=True) if one.epoch != other.epoch
     ]

