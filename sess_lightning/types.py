@@ -163,12 +163,12 @@ class SaliencyMethod(ABC):
 
     def __str__(self) -> str:
         """Return the call that makes this method, without defaults."""
-        told = [
+        arguments = [
             str(value) if field.default is MISSING else f"{field.name}={value}"
             for field in fields(self)  # type: ignore[arg-type]
             if (value := getattr(self, field.name)) != field.default
         ]
-        return f"{type(self).__name__}({', '.join(told)})"
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:  # noqa: ARG002
         """Return how many forward passes one map of an image of ``size`` (height, width) costs."""

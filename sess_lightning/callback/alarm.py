@@ -74,15 +74,15 @@ def findings(runs: Sequence[Run], now: Run) -> list[Finding]:
         runs: Earlier runs, from ``remembered``.
         now: This run, with its accuracy.
     """
-    found = []
+    lower = []
     for figure in FIGURES:
         before = [run for run in comparable(runs, now) if now.accuracy - run.accuracy >= LEAST_RISE]
         each = [_lower(figure, now, run.figures[figure], LEAST_FALL, run) for run in before]
-        found += sorted((one for one in each if one is not None), key=lambda one: one.high)[:1]
+        lower += sorted((one for one in each if one is not None), key=lambda one: one.high)[:1]
     if now.accuracy - now.guess >= LEARNT * (1 - now.guess):
         beside = _lower(RELEVANCE_MASS, now, now.figures[REGION_SHARE], 0.0, None)
-        found += [beside] if beside is not None else []
-    return found
+        lower += [beside] if beside is not None else []
+    return lower
 
 
 def _lower(

@@ -129,9 +129,9 @@ def find_activation(model: nn.Module) -> Activation | None:
     call.
     """
     for module in model.modules():
-        told = getattr(vars(module).get("config"), "problem_type", None)
-        if told in ("multi_label_classification", "single_label_classification"):
-            return "sigmoid" if told.startswith("multi") else "softmax"
+        problem = getattr(vars(module).get("config"), "problem_type", None)
+        if problem in ("multi_label_classification", "single_label_classification"):
+            return "sigmoid" if problem.startswith("multi") else "softmax"
     for names in _names(model):
         said = {says for name in names if (says := _activation_of(name)) is not None}
         if said:

@@ -136,8 +136,8 @@ class RunHistory:
         return value / PERCENT if self._is_percent else value
 
     def _alarm(self, earlier: list[Run], run: Run, key: str, title: Callable[[int], str]) -> str:
-        found = findings(earlier, run)
-        return describe(found, run, key, [title(i) for i in range(len(run.small))]) if found else ""
+        reasons = findings(earlier, run)
+        return describe(reasons, run, key, [title(i) for i in range(len(run.small))]) if reasons else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed training needs."""

@@ -344,7 +344,7 @@ def _numbered(kept: Sequence[Kept], share: Share) -> list[Kept]:
     mine, room = set(share.numbers), share.count
     taken = {number for one in kept for number in one.numbers}
     spare = iter([number for number in share.numbers if number not in taken])
-    found = []
+    numbered = []
     for one in kept:
         lost = min(one.left_out, room)
         images = []
@@ -352,5 +352,5 @@ def _numbered(kept: Sequence[Kept], share: Share) -> list[Kept]:
             number = image.numbers[0] if image.numbers[0] in mine else next(spare)
             images.append(replace(image, numbers=[number] * len(image.numbers)))
         room -= lost + len(images)
-        found.append(replace(_joined(images) if images else one.take([]), chosen=len(images) + lost))
-    return found
+        numbered.append(replace(_joined(images) if images else one.take([]), chosen=len(images) + lost))
+    return numbered

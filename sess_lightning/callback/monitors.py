@@ -24,12 +24,12 @@ UNBOUNDED = 1e6
 
 def monitors(trainer: Trainer, prefix: str) -> dict[str, list[Any]]:
     """Return the callbacks that stop or save by a key below ``prefix``: rest of the key -> callbacks."""
-    found: dict[str, list[Any]] = {}
+    by_key: dict[str, list[Any]] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         key = getattr(callback, "monitor", None)
         if isinstance(key, str) and key.startswith(f"{prefix}/") and (_stops(callback) or _saves(callback)):
-            found.setdefault(key.removeprefix(f"{prefix}/"), []).append(callback)
-    return found
+            by_key.setdefault(key.removeprefix(f"{prefix}/"), []).append(callback)
+    return by_key
 
 
 def stand_in(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> None:
@@ -55,13 +55,13 @@ def stand_in(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> None:
 
 def unmeasured(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> list[str]:
     """Return a text about each monitored key that a successful run did not measure."""
-    told = []
+    texts = []
     for name, callbacks in monitors(trainer, prefix).items():
         if known and name not in known and name not in DRIFTS:  # The first run has no drift.
             kinds = " and ".join(sorted({type(callback).__name__ for callback in callbacks}))
             needs = NEEDS.get(name.rpartition("/")[2], "another monitor")
-            told.append(f"{kinds} waits for {prefix}/{name}, which no run measures; it needs {needs}.")
-    return told
+            texts.append(f"{kinds} waits for {prefix}/{name}, which no run measures; it needs {needs}.")
+    return texts
 
 
 def spare_patience(trainer: Trainer, prefix: str, measured: Iterable[str]) -> None:
@@ -77,29 +77,29 @@ def spare_patience(trainer: Trainer, prefix: str, measured: Iterable[str]) -> No
 
 def advice(trainer: Trainer, prefix: str, every_n_epochs: int) -> list[str]:
     """Return, before a training, a text about each monitor that will not work as intended."""
-    told = []
+    texts = []
     epochs, between = trainer.max_epochs or -1, trainer.check_val_every_n_epoch or 1
     runs = -(-epochs // max(every_n_epochs, between)) if epochs > 0 else float("inf")
     for name, callbacks in monitors(trainer, prefix).items():
-        told += [
+        texts += [
             f"ModelCheckpoint(monitor='{prefix}/{name}', save_top_k={callback.save_top_k}) will also keep "
             f"epochs that were never explained: there are to be {runs} runs. Use a smaller every_n_epochs "
             "or save_top_k."
             for callback in callbacks
             if _saves(callback) and callback.save_top_k > runs
         ]
-    told += [
+    texts += [
         f"ReduceLROnPlateau counts validations without a run as ones without progress on {plan.monitor!r}: "
         f"set its patience to {every_n_epochs} times as many."
         for plan in trainer.lr_scheduler_configs
         if every_n_epochs > 1 and plan.reduce_on_plateau and str(plan.monitor).startswith(f"{prefix}/")
     ]
     if not trainer.enable_validation:
-        told.append(
+        texts.append(
             "this training has no validation, in which explanations are made: give the module a "
             "validation_step and fit() a validation loader (limit_val_batches above 0)."
         )
-    return told
+    return texts
 
 
 def _stops(callback: Any) -> bool:

@@ -47,12 +47,12 @@ class RunPlan:
     @property
     def line(self) -> str:
         """The announcement."""
-        told = self.details
+        details = self.details
         return (
-            f"each run explains {told['samples']} samples of {self.size[0]}x{self.size[1]} px with "
-            f"{told['method']}, {told['forwards per map']} forwards a map, beside "
-            f"{told['beside (samples)']}; {told['objects']}; "
-            f"at most {told['forwards per run, at most']:,} forwards a run"
+            f"each run explains {details['samples']} samples of {self.size[0]}x{self.size[1]} px with "
+            f"{details['method']}, {details['forwards per map']} forwards a map, beside "
+            f"{details['beside (samples)']}; {details['objects']}; "
+            f"at most {details['forwards per run, at most']:,} forwards a run"
         )
 
 

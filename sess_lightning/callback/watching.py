@@ -195,10 +195,10 @@ class Watcher:
         activation = metric.methods[OWN].activation
         if self._call is None and self._ending is not None and not self._is_proven:
             self._is_proven = True
-            told = f"{self.text}; {self._ending}."
+            text = f"{self.text}; {self._ending}."
             if self._ending.kind == "sigmoid" != activation and self._outputs > 1:
-                told += ' Scored by a softmax: say SESSCallback(SESS(GradCAM(activation="sigmoid"))).'
-            return told
+                text += ' Scored by a softmax: say SESSCallback(SESS(GradCAM(activation="sigmoid"))).'
+            return text
         if validated is None or self._is_proven or len(validated) != len(metric.targets[-1]):
             return ""
         self._is_proven = True

@@ -64,8 +64,8 @@ class WindowExtractor:
     def score(self, model: nn.Module, activation: Activation) -> Scored:
         """Score all windows, by forward passes that give no maps."""
         stream, limit = self._stream()
-        found = in_batches(lambda _, which: classify(model, stream.take(which)), range(len(stream)), limit)
-        logits = stream.gathered(torch.cat([*found])).expand(len(self.targets), -1, -1)
+        parts = in_batches(lambda _, which: classify(model, stream.take(which)), range(len(stream)), limit)
+        logits = stream.gathered(torch.cat([*parts])).expand(len(self.targets), -1, -1)
         of_window = self.targets[:, None].expand(-1, len(self.plan))
         logs = log_scores(logits.flatten(0, 1), of_window.flatten(), activation)
         return Scored(self.numbers, logs.view(-1, len(self.plan)), None)

@@ -158,13 +158,13 @@ def _complaint(path: Path, error: Exception) -> str:
         return f"holds text, {text!r}: a page or a pointer in the weights' place; fetch the file itself."
     if "TorchScript" in str(error):
         return "is a TorchScript archive; save model.state_dict() instead."
-    told = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
     if isinstance(error, pickle.UnpicklingError):
         return (
             "holds more than tensors, which is not loaded, as it could run anything; save "
-            f"model.state_dict() instead, or safetensors ({told})."
+            f"model.state_dict() instead, or safetensors ({reason})."
         )
-    return f"is cut short or damaged ({told}); copy or download it again."
+    return f"is cut short or damaged ({reason}); copy or download it again."
 
 
 def fit_names(state: Mapping[str, Tensor], wanted: set[str], source: str) -> dict[str, Tensor]:

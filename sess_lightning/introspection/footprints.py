@@ -149,10 +149,10 @@ class Footprints:
         strengths, depends = [], False
         for cell in cells:
             mix = torch.randn(cell.shape, generator=chance).to(cell)
-            (found,) = torch.autograd.grad((cell * mix).sum(), image, retain_graph=True, allow_unused=True)
-            depends |= found is not None
-            found = torch.zeros_like(image) if found is None else found.nan_to_num(0, 0, 0)
-            power = found.float().square().sum(1)
+            (slope,) = torch.autograd.grad((cell * mix).sum(), image, retain_graph=True, allow_unused=True)
+            depends |= slope is not None
+            slope = torch.zeros_like(image) if slope is None else slope.nan_to_num(0, 0, 0)
+            power = slope.float().square().sum(1)
             strengths.append(F.adaptive_avg_pool2d(power, samples).sqrt())
         return cls(torch.cat(strengths).cpu()) if depends else None
 
@@ -239,14 +239,14 @@ def coverage(
         return None
     spans = []
     for axis, length in enumerate(features.shape[2:]):
-        found, which = footprints.centroids(axis).float(), footprints.alive[None]
+        places, which = footprints.centroids(axis).float(), footprints.alive[None]
         middles = [(cell[axis] + 0.5) / length for cell in cells]
         expected = torch.tensor(middles, dtype=torch.float32)
-        if abs(float(_correlation(expected[None], found, which)[0])) < 0.99:
+        if abs(float(_correlation(expected[None], places, which)[0])) < 0.99:
             return None
-        expected, found = expected[which[0]], found[which[0]]
+        expected, places = expected[which[0]], places[which[0]]
         expected, middle = expected - expected.mean(), float(expected.mean())
-        slope = float(expected @ found / expected.square().sum())
-        start = float(found.mean()) - slope * middle
+        slope = float(expected @ places / expected.square().sum())
+        start = float(places.mean()) - slope * middle
         spans.append((min(start, start + slope), max(start, start + slope)))
     return spans

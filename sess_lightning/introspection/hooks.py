@@ -125,8 +125,8 @@ def gradients(
     Raises:
         RuntimeError: If no gradient flows to any of them.
     """
-    found = _differentiated(outputs, [*inputs.values()], weights, retain_graph)
-    if all(each is None for each in found):
+    slopes = _differentiated(outputs, [*inputs.values()], weights, retain_graph)
+    if all(each is None for each in slopes):
         raise RuntimeError(
             "No gradient flows from the model's logits back to the target layer or the image: the forward "
             "detaches it, or runs it under no_grad or under a checkpoint with use_reentrant=True. "
@@ -134,7 +134,7 @@ def gradients(
         )
     return {
         name: torch.zeros_like(by) if each is None else each
-        for (name, by), each in zip(inputs.items(), found, strict=True)
+        for (name, by), each in zip(inputs.items(), slopes, strict=True)
     }
 
 

@@ -20,27 +20,27 @@ def logits_of(output: Any) -> Float[Tensor, "B N"]:
         TypeError: If no logits are found.
         ValueError: If they are not (batch, classes).
     """
-    found = output
+    logits = output
     if isinstance(output, Mapping) and "logits" in output:
-        found = output["logits"]
+        logits = output["logits"]
     elif hasattr(output, "logits"):
-        found = output.logits
+        logits = output.logits
     elif isinstance(output, (tuple, list)) and output:
-        found = output[0]
-    if not isinstance(found, Tensor):
+        logits = output[0]
+    if not isinstance(logits, Tensor):
         raise TypeError(
             f"The model's forward returned {type(output).__name__}; expected logits (B, N) as a tensor, the "
             'first item of a tuple, a dict\'s "logits" or an attribute `.logits`. Wrap the model so that it '
             "returns them."
         )
-    if found.ndim == 1:
-        found = found[:, None]
-    if found.ndim != 2:
+    if logits.ndim == 1:
+        logits = logits[:, None]
+    if logits.ndim != 2:
         raise ValueError(
-            f"The model's logits have shape {tuple(found.shape)}; expected (batch, classes). "
+            f"The model's logits have shape {tuple(logits.shape)}; expected (batch, classes). "
             "For dense outputs, wrap the model so that it pools them."
         )
-    return found
+    return logits
 
 
 class UnknownClassError(ValueError):

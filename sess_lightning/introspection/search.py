@@ -171,8 +171,8 @@ class _Reader:
 
     def reached(self, place: int) -> Tensor | None:
         """Return the gradient of the logits at a passage, or None if they do not depend on it."""
-        found = try_gradient(self.probe, self.passages[place].features, retain_graph=True)
-        return found if found is not None and found.any() else None
+        slope = try_gradient(self.probe, self.passages[place].features, retain_graph=True)
+        return slope if slope is not None and slope.any() else None
 
     def grids(self, place: int) -> dict[int, Grid]:
         """Return the grids of a passage and of the parallel ones through its layer, by the call's index."""

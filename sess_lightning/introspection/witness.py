@@ -248,18 +248,18 @@ class Witness:
         Args:
             labels: Class of each image; None where a batch does not say.
         """
-        found = self._evident(self._candidates(labels))
-        if not found:
+        candidates = self._evident(self._candidates(labels))
+        if not candidates:
             return None
-        depth = min(record.depth for record, _, _ in found)
-        found = [one for one in found if one[0].depth == depth]
-        best = max(found, key=lambda one: (agreement(one[2], labels), is_named(one[1])))
+        depth = min(record.depth for record, _, _ in candidates)
+        candidates = [one for one in candidates if one[0].depth == depth]
+        best = max(candidates, key=lambda one: (agreement(one[2], labels), is_named(one[1])))
         equal = {
-            path for record, path, logits in found
+            path for record, path, logits in candidates
             if record is best[0] and agreement(logits, labels) == agreement(best[2], labels)
         }  # fmt: skip
         undecided = len(equal) > 1 and not is_named(best[1])
-        return self._made(best, f"{len(equal)} outputs could be the logits" if undecided else "", found)
+        return self._made(best, f"{len(equal)} outputs could be the logits" if undecided else "", candidates)
 
     def _evident(self, found: list[_Candidate]) -> list[_Candidate]:
         """Return the candidates that meet a loss, else a reading, else those as wide as what meets them.
@@ -278,14 +278,14 @@ class Witness:
     def _candidates(self, labels: Tensor | None) -> list[_Candidate]:
         for is_inner in (False, True):
             for fitting in (labels, None):
-                found = [
+                candidates = [
                     (record, path, logits)
                     for record in self._records if record.is_inner == is_inner
                     for path, logits in outputs(record.output)
                     if fits(logits, len(record.leaves[record.place]), fitting)
                 ]  # fmt: skip
-                if found:
-                    return found
+                if candidates:
+                    return candidates
         return []
 
     def seen(self, call: Call | None) -> Seen:

@@ -350,12 +350,12 @@ class Captum(Adapter):
         ]
         if missing:
             raise self._refuse(kind, f"needs {', '.join(missing)}, which no default and no option gives")
-        found = kind(**build).attribute(**call)
-        found = first_tensor(found).float()
+        attribution = kind(**build).attribute(**call)
+        attribution = first_tensor(attribution).float()
         absolute = self.absolute
         if absolute is None:
             absolute = issubclass(kind, GradientAttribution) and not issubclass(kind, LayerAttribution)
-        return found.abs().sum(1) if absolute else found.sum(1).relu()
+        return attribution.abs().sum(1) if absolute else attribution.sum(1).relu()
 
     @staticmethod
     def _defaults(

@@ -73,8 +73,8 @@ class View(NamedTuple):
     def read(self, pictures: Float[Tensor, "B H W"]) -> Float[Tensor, "B N h w"]:
         """Return the values of all copies' cells."""
         seen = pictures.flatten(1).index_select(1, self.pixels.flatten()).unflatten(1, self.pixels.shape)
-        found: Tensor = (seen * self.weights).sum(-1)
-        return found
+        values: Tensor = (seen * self.weights).sum(-1)
+        return values
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ class AugmentedGradCAM(WrappingMethod):
             size = max(1, self.batch_size // len(images))
             for part in map(Poses, poses.angles.split(size), poses.shifts.split(size)):
                 copies = take_copies(images, part)
-                found = self.base.extract(model, copies.flatten(0, 1), targets.repeat(len(copies)))
-                maps.append(found.maps.unflatten(0, copies.shape[:2]))
-                logs.append(found.log_scores.unflatten(0, copies.shape[:2]))
+                extracted = self.base.extract(model, copies.flatten(0, 1), targets.repeat(len(copies)))
+                maps.append(extracted.maps.unflatten(0, copies.shape[:2]))
+                logs.append(extracted.log_scores.unflatten(0, copies.shape[:2]))
             sharp = self.super_resolve(torch.cat(maps).float(), poses, size_of(images))
         return Explanation(min_max(sharp), torch.cat(logs)[0].exp())
 
@@ -177,12 +177,12 @@ class AugmentedGradCAM(WrappingMethod):
     def misfit(
         self, sharp: Float[Tensor, "B H W"], maps: Float[Tensor, "N B h w"], views: View
     ) -> Float[Tensor, " B"]:
-        """Return the objective, per image."""
+        """Return the loss, per image."""
         difference = (views.read(sharp) - maps.transpose(0, 1)).square().mean((1, 2, 3))
         edges = sharp.diff(dim=1).abs().sum((1, 2)) + sharp.diff(dim=2).abs().sum((1, 2))
         side = (sharp.shape[1] * sharp.shape[2]) ** 0.5
-        found: Tensor = difference + self.variation * edges / side + self.energy * sharp.square().mean((1, 2))
-        return found
+        loss: Tensor = difference + self.variation * edges / side + self.energy * sharp.square().mean((1, 2))
+        return loss
 
 
 def take_copies(images: Float[Tensor, "B C H W"], poses: Poses) -> Float[Tensor, "N B C H W"]:
@@ -191,5 +191,5 @@ def take_copies(images: Float[Tensor, "B C H W"], poses: Poses) -> Float[Tensor,
     where = poses.places(size, size).flip(-1) * torch.tensor([2 / size[1], 2 / size[0]], device=images.device)
     stacked = images.float().flatten(0, 1).expand(len(where), -1, -1, -1)
     copies = F.grid_sample(stacked, where, align_corners=False).to(images.dtype)
-    found: Tensor = copies.unflatten(1, images.shape[:2])
-    return found
+    copied: Tensor = copies.unflatten(1, images.shape[:2])
+    return copied

@@ -100,12 +100,12 @@ class _FromFeatures(ExtractingMethod):
         with explaining(model):
             each = [target.repeat(len(images)) for target in targets]
             evidence = class_evidence(model, self.target_layer, images, each, self._evidence)
-            found = []
+            extractions = []
             for (features, gradients, logits), target in zip(evidence, each, strict=True):
                 with torch.no_grad(), full_precision(images.device):
                     maps = self.combine(features, gradients)
-                found.append(self._extraction(maps, logits, target, size_of(images)))
-            return found
+                extractions.append(self._extraction(maps, logits, target, size_of(images)))
+            return extractions
 
     @property
     def _extracts_by_itself(self) -> bool:

@@ -103,5 +103,5 @@ def class_evidence(
     on_grid = site.to_maps(features).detach().to(torch.float32)
     for place, each in enumerate(targets, 1):
         weights = evidence(logits.detach(), each)
-        found = gradients(logits, features, weights, retain_graph=place < len(targets))
-        yield on_grid, site.to_maps(found).detach().to(torch.float32), logits.detach()
+        slopes = gradients(logits, features, weights, retain_graph=place < len(targets))
+        yield on_grid, site.to_maps(slopes).detach().to(torch.float32), logits.detach()

@@ -47,8 +47,8 @@ class _Shared(torch.autograd.Function):
         if ctx.inhibited is None:
             return _share(ctx.excited, x, p), None, None, None
         # Evidence against a neuron comes in through its negative weights.
-        found = _share(ctx.excited, x, p.clamp(min=0)) + _share(ctx.inhibited, x, (-p).clamp(min=0))
-        return found, None, None, None
+        won = _share(ctx.excited, x, p.clamp(min=0)) + _share(ctx.inhibited, x, (-p).clamp(min=0))
+        return won, None, None, None
 
 
 class _Passed(torch.autograd.Function):
@@ -129,16 +129,16 @@ class excitation(TorchFunctionMode):  # noqa: N801
             return func(*args, **kwargs)
 
         def run(x: Tensor) -> Tensor:
-            found: Tensor = func(x, *args[1:], **{name: kwargs[name] for name in kwargs if name != "input"})
-            return found
+            output: Tensor = func(x, *args[1:], **{name: kwargs[name] for name in kwargs if name != "input"})
+            return output
 
         if func in self._WEIGHTED:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             settings = {name: kwargs[name] for name in kwargs if name not in ("input", "weight", "bias")}
 
             def weighted(sign: int, x: Tensor) -> Tensor:
-                found: Tensor = func(x, (sign * weight.detach()).clamp(min=0), None, *args[3:], **settings)
-                return found
+                output: Tensor = func(x, (sign * weight.detach()).clamp(min=0), None, *args[3:], **settings)
+                return output
 
             return _Shared.apply(x, run, partial(weighted, 1), partial(weighted, -1))
         if func in self._AVERAGES:
@@ -213,7 +213,7 @@ class ExcitationBackprop(ExtractingMethod):
             with excitation():
                 logits, features, site = read_features(model, self.target_layer, images)
             wins = logit(logits.detach(), targets)
-            found = site.to_maps(gradients(logits, features, wins, retain_graph=self.contrastive))
+            won = site.to_maps(gradients(logits, features, wins, retain_graph=self.contrastive))
             if self.contrastive:
-                found = found - site.to_maps(gradients(logits, features, -wins))
-            return found.to(torch.float32), logits.detach()
+                won = won - site.to_maps(gradients(logits, features, -wins))
+            return won.to(torch.float32), logits.detach()

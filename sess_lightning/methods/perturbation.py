@@ -106,9 +106,9 @@ class GroupCAM(ExtractingMethod):
                 torch.addcmul(blurred[image], revealed[image], mask, out=masked[place])
             return score(model, masked, target_of[which], self.activation).exp()
 
-        found = in_batches(after, range(len(target_of)), batch_limit(self.batch_size, images))
+        after_parts = in_batches(after, range(len(target_of)), batch_limit(self.batch_size, images))
         before = score(model, blurred, targets, self.activation).exp()
-        gains: Tensor = torch.cat(list(found)).unflatten(0, (-1, groups)) - before[:, None]
+        gains: Tensor = torch.cat(list(after_parts)).unflatten(0, (-1, groups)) - before[:, None]
         return gains.relu()
 
 
@@ -173,12 +173,12 @@ class ScoreCAM(SaliencyMethod):
             images, targets = borrowed(images), borrowed(targets)
             features, _, logits = layer_evidence(model, self.target_layer, images, targets)
             with torch.no_grad():
-                found, usable = [], []
+                scores, usable = [], []
                 for part in features.split(max(1, self.batch_size // len(images)), dim=1):
                     masks = min_max(upsample(part.flatten(0, 1), size)).unflatten(0, part.shape[:2])
                     usable.append(masks.amax((2, 3)) > 0)
-                    found.append(self._scores(model, images, masks.transpose(0, 1), targets).T)
-                weights = torch.cat(found, 1)
+                    scores.append(self._scores(model, images, masks.transpose(0, 1), targets).T)
+                weights = torch.cat(scores, 1)
                 if self.weighting == "softmax":
                     weights = weights.softmax(1)
                 weights = weights.where(torch.cat(usable, 1), 0)
@@ -197,8 +197,8 @@ class ScoreCAM(SaliencyMethod):
             scores = target_logits(logits.float(), targets)
         else:
             scores = log_scores(logits, targets, self.activation).exp()
-        found: Tensor = scores.unflatten(0, masks.shape[:2])
-        return found
+        by_mask: Tensor = scores.unflatten(0, masks.shape[:2])
+        return by_mask
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,11 @@ class XRAI(SaliencyMethod):
         _scikit_image()
         with explaining(model):
             images, targets = borrowed(images), borrowed(targets)
-            found = self.attributions(model, images, targets)
+            attributions = self.attributions(model, images, targets)
             scores = score(model, images, targets, self.activation).exp()
         maps = [
             grow(attribution, self.segments(image), self.min_gain)
-            for attribution, image in zip(found.double().cpu().numpy(), images, strict=True)
+            for attribution, image in zip(attributions.double().cpu().numpy(), images, strict=True)
         ]
         return Explanation(min_max(torch.from_numpy(np.stack(maps)).to(images.device, torch.float32)), scores)
 

@@ -80,12 +80,12 @@ class COCO14(Benchmark):
         """Read a sample's annotations."""
         image = self._images[index]
         size = image["height"], image["width"]
-        found: dict[int, list[dict[str, Any]]] = {}
+        by_category: dict[int, list[dict[str, Any]]] = {}
         for annotation in self._files.coco.imgToAnns.get(image["id"], []):
-            found.setdefault(self._index[annotation["category_id"]], []).append(annotation)
-        regions = {target: self._union(own) for target, own in found.items()}
+            by_category.setdefault(self._index[annotation["category_id"]], []).append(annotation)
+        regions = {target: self._union(own) for target, own in by_category.items()}
         flags = None if self._flags is None else self._flags.get(self.ids[index], (True,) * len(self._index))
-        trials = make_trials(regions, size, flags, len(found))
+        trials = make_trials(regions, size, flags, len(by_category))
         return Sample(self.ids[index], self._folder / image["file_name"], size, trials)
 
     def _union(self, annotations: Sequence[dict[str, Any]]) -> Region:

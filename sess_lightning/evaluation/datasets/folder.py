@@ -108,17 +108,17 @@ class PictureFolder(Benchmark):
             return Sample(self.ids[index], path, size_on_disk(path), (Trial(target, None, None),))
         image = self._images[index]
         size = (image["height"], image["width"]) if "height" in image else size_on_disk(path)
-        found = self._boxes.get(image["id"], [])
+        objects = self._boxes.get(image["id"], [])
         regions: dict[int, Region] = {
             target: _checked(own, size, path)
-            for target in self._asked(image, found)
-            if (own := [each for each in found if self._category_of.get(each["category_id"]) == target])
+            for target in self._asked(image, objects)
+            if (own := [each for each in objects if self._category_of.get(each["category_id"]) == target])
         }
         flags = None if self._flags is None else self._flags.get(path.stem, (True,) * len(self.class_names))
         if "hard" in image:
             flags = (bool(image["hard"]),) * len(self.class_names)
-        trials = make_trials(regions, size, flags, len({each["category_id"] for each in found}))
-        blind = (Trial(target, None, None) for target in self._asked(image, found) if target not in regions)
+        trials = make_trials(regions, size, flags, len({each["category_id"] for each in objects}))
+        blind = (Trial(target, None, None) for target in self._asked(image, objects) if target not in regions)
         return Sample(self.ids[index], path, size, (*trials, *blind))
 
     def _asked(self, image: Mapping[str, Any], found: Iterable[Mapping[str, Any]]) -> list[int]:

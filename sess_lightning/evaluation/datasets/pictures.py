@@ -30,10 +30,10 @@ def find_pictures(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder of pictures.")
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES)
-    if not found:
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES)
+    if not paths:
         raise FileNotFoundError(f"{root} holds no pictures.")
-    return found
+    return paths
 
 
 @contextmanager

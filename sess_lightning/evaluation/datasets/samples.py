@@ -89,9 +89,9 @@ def read_picture(sample: Sample) -> Real[Tensor, "3 H W"]:
     """
     picture = read_pixels(sample.path)
     if tuple(picture.shape[1:]) != sample.size:
-        found, told = ("x".join(map(str, size)) for size in (picture.shape[1:], sample.size))
+        actual, annotated = ("x".join(map(str, size)) for size in (picture.shape[1:], sample.size))
         raise BrokenSampleError(
-            f"{sample.path}: the picture is {found} px (height x width), its annotations say {told}."
+            f"{sample.path}: the picture is {actual} px (height x width), its annotations say {annotated}."
         )
     return picture
 
