@@ -25,6 +25,7 @@ from sess_lightning.callback.settings import Settings
 from sess_lightning.callback.training import Remembering
 from sess_lightning.cost.budget import Budget
 from sess_lightning.introspection.observers import unobserved
+from sess_lightning.introspection.shards import unsharded
 from sess_lightning.methods.choosing import check_layers
 from sess_lightning.metrics.sess_metric import OWN
 from sess_lightning.ops import size_of
@@ -159,7 +160,7 @@ class SESSCallback(Remembering, RunHooks):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find what surrounds the run."""
-        refuse_shards(trainer.strategy)
+        self.examiner.is_sharded = refuse_shards(trainer.strategy)
         log_dir = trainer.log_dir or trainer.default_root_dir  # A broadcast: on every rank, or all hang.
         self.guard.start(trainer)
         self.examiner.forget()
@@ -205,7 +206,8 @@ class SESSCallback(Remembering, RunHooks):
         return due
 
     def _wants(self, trainer: Trainer, dataloader_idx: int) -> bool:
-        watched = dataloader_idx == self.settings.dataloader_idx and not self.guard.is_broken
+        goes_on = self.examiner.is_sharded or not self.guard.is_broken  # Sharded: all go to the end together.
+        watched = dataloader_idx == self.settings.dataloader_idx and goes_on and not self.guard.is_off
         return watched and (trainer.sanity_checking or self._due)
 
     def _look(self, pl_module: LightningModule) -> None:
@@ -216,17 +218,26 @@ class SESSCallback(Remembering, RunHooks):
         self.examiner.watcher.leave()
         read = cache(lambda: self.examiner.read(pl_module, batch))
         with self.guard.protect(), unobserved(pl_module):
-            if not self.examiner.is_settled(lambda: size_of(read().images)):
-                self._settle(trainer, pl_module, read(), batch_idx)
-            if trainer.sanity_checking:
-                return
-            batches = self.examiner.batches
-            left_out = self.keeper.take(read, batch_idx, batches, self.examiner.watcher.logits)
-            self.examiner.metric(pl_module).leave_out(left_out)
-            # All together: full batches. Not once validation is over: then EMA callbacks have swapped the
-            # weights back. Where no batch is known to be the last, each explains its own.
-            if batch_idx + 1 >= batches or batches == float("inf"):
+            if not self.guard.is_broken:
+                self._take(trainer, pl_module, read, batch_idx)
+        if trainer.sanity_checking or self.guard.is_off:
+            return
+        # All together: full batches. Not once validation is over: then EMA callbacks have swapped the weights
+        # back. Where no batch is known to be the last, each explains its own.
+        batches, gathers = self.examiner.batches, self.examiner.is_sharded
+        if not (batch_idx + 1 >= batches or batches == float("inf")):
+            return
+        if self.guard.agree(trainer) if gathers else not self.guard.is_broken:
+            with self.guard.protect(), unobserved(pl_module), unsharded(pl_module):
                 self._explain(trainer, pl_module)
+
+    def _take(self, trainer: Trainer, model: LightningModule, read: Callable[[], Batch], place: int) -> None:
+        if not self.examiner.is_settled(lambda: size_of(read().images)):
+            self._settle(trainer, model, read(), place)
+        if not trainer.sanity_checking:
+            logits = self.examiner.watcher.logits
+            left_out = self.keeper.take(read, place, self.examiner.batches, logits)
+            self.examiner.metric(model).leave_out(left_out)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Settle, on a first batch, which samples are explained and what a run costs, and say so."""
@@ -280,7 +291,8 @@ class SESSCallback(Remembering, RunHooks):
         outcome = None
         # The rest of a loader that ended before its announced length.
         with self.guard.protect(), unobserved(pl_module):
-            self._explain(trainer, pl_module)
+            if not self.examiner.is_sharded:
+                self._explain(trainer, pl_module)
         if self.publisher.names:
             with self.guard.protect("panel is missing"):  # The copy runs while the figures are computed.
                 self.gallery.to_host()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sess_lightning.callback.batches import fit_logits, read_batch
 from sess_lightning.callback.guard import UnsafeError
 from sess_lightning.callback.keeping import Kept
-from sess_lightning.callback.loaders import Holding, Loaders, Source, loaders_of, survey
+from sess_lightning.callback.loaders import Holding, Loaders, Source, is_even, loaders_of, survey
 from sess_lightning.callback.plan import RunPlan, plan_run
 from sess_lightning.callback.runs import Run
 from sess_lightning.callback.settings import Settings
@@ -42,6 +42,7 @@ class Examiner:
 
     Attributes:
         plan: The plan of a run; None until the first batch has passed.
+        is_sharded: Whether the model's parameters are sharded over the ranks.
         watcher: Sees the call that validation makes, so that the same one is explained.
     """
 
@@ -55,6 +56,7 @@ class Examiner:
         self._loaders: Loaders | None = None
         self._provider: int | None = None
         self._is_current = False
+        self.is_sharded = False
 
     def forget(self) -> None:
         """Start again, perhaps with another model."""
@@ -75,6 +77,13 @@ class Examiner:
         reloads = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         if self._survey is None or reloads:  # The same on all ranks.
             self._survey = survey(trainer, self._loaders)
+        given = self._survey[: len(self._loaders.all)] if self._loaders is not None else []
+        with protect():
+            if self.is_sharded and not all(is_even(holdings) for holdings in given):
+                raise UnsafeError(
+                    "parameters are sharded, but processes have different numbers of validation batches, or "
+                    "do not know how many they have."
+                )
 
     @property
     def batches(self) -> float:
@@ -157,7 +166,7 @@ class Examiner:
         Raises:
             UnsafeError: If processes that explain different numbers of images would hang.
         """
-        if trainer.world_size > 1 and self.watcher.communicates:
+        if trainer.world_size > 1 and self.watcher.communicates and not self.is_sharded:
             raise UnsafeError(
                 "the model's forward pass communicates between processes (all_gather or the like), but they "
                 "explain different numbers of images and would wait for each other for ever. Explain it in a "
@@ -165,7 +174,8 @@ class Examiner:
                 "say what gives logits without that, SESSCallback(forward=lambda module, images: logits)."
             )
         note_fed(model, size_of(batch.images))
-        self._choose(trainer, model, batch)
+        if not self.is_sharded:
+            self._choose(trainer, model, batch)
         owners = None if self._loaders is None else self._loaders.structure
         self.plan = plan_run(
             self._settings, trainer, model, batch, batch_idx, self._source(), owners, self._activation,
@@ -184,7 +194,8 @@ class Examiner:
     def _source(self) -> Source:
         i, loaders = self._provider, self._loaders
         if loaders is None or i is None or self._survey is None or i >= len(self._survey):
-            return Source(None, self.batches, [Holding.unknown()])
+            loader = None if loaders is None or i is None else loaders.all[i]
+            return Source(loader, self.batches, [Holding.unknown()])
         return Source(loaders.all[i], min(loaders.counts[i], self.batches), self._survey[i])
 
     def summary(self, model: LightningModule) -> Summary:

@@ -173,18 +173,31 @@ def _code(handler: Any) -> CodeType | None:
     return getattr(handler, "__code__", None)
 
 
-def refuse_shards(strategy: object) -> None:
-    """Refuse strategies where every forward pass is a collective: ranks explain different numbers of samples.
+def refuse_shards(strategy: object) -> bool:
+    """Refuse strategies on which processes that explain could wait for each other for ever.
+
+    Returns:
+        Whether the model is sharded, but in such a way that its parameters can be gathered beforehand.
 
     Raises:
         ValueError: Before training has begun.
     """
-    # By name: `pytorch_lightning` has the same strategies.
+    # By name, since the same strategies come out of `pytorch_lightning`, too.
     names = {kind.__name__ for kind in type(strategy).__mro__}
-    if names & {"FSDPStrategy", "ModelParallelStrategy"} or getattr(strategy, "zero_stage_3", False):
-        raise ValueError(
-            f"SESSCallback does not work with {type(strategy).__name__}: parameters are sharded, so that all "
-            "processes would have to explain equally many samples, or wait for each other for ever. Use "
-            "DDP, or leave the callback out and run it in a Trainer of its own: "
-            "Trainer(devices=1, callbacks=[SESSCallback()]).validate(model, ...)."
+    reason = ""
+    if "ModelParallelStrategy" in names:
+        if getattr(strategy, "_tensor_parallel_size", None) == 1:
+            return True
+        reason = "layers are split between processes, which share every image (tensor_parallel_size=1 works)"
+    elif "FSDPStrategy" in names or getattr(strategy, "zero_stage_3", False):
+        reason = (
+            "parameters are sharded, so that all processes would have to explain equally many samples, or "
+            "wait for each other for ever (ModelParallelStrategy(tensor_parallel_size=1) works)"
         )
+    if not reason:
+        return False
+    raise ValueError(
+        f"SESSCallback does not work with {type(strategy).__name__}: {reason}. Use DDP, or leave the "
+        "callback out and run it in a Trainer of its own: "
+        "Trainer(devices=1, callbacks=[SESSCallback()]).validate(model, ...)."
+    )

@@ -25,15 +25,23 @@ class Holding(NamedTuple):
     Attributes:
         length: Samples that pass in a run; below 0 if unknown.
         sketch: Identifies the data set, as far as possible without reading a sample.
+        batches: Batches that pass in a run; below 0 if unknown.
     """
 
     length: int
     sketch: int
+    batches: int
 
     @staticmethod
     def unknown() -> Holding:
         """Return what is known if nothing can be found out."""
-        return Holding(UNKNOWN, 0)
+        return Holding(UNKNOWN, 0, UNKNOWN)
+
+
+def is_even(holdings: Sequence[Holding]) -> bool:
+    """Return whether as many batches of a loader pass on every rank."""
+    batches = {holding.batches for holding in holdings}
+    return len(batches) == 1 and UNKNOWN not in batches
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,9 @@ class Loaders:
     def holding(self, i: int) -> Holding:
         """Return what this rank knows of loader ``i``."""
         loader = self.all[i]
-        return Holding(_length(loader, min(self.counts[i], self.passing(i))), _sketch(loader))
+        batches = min(self.counts[i], self.passing(i))
+        known = UNKNOWN if batches == float("inf") else int(batches)
+        return Holding(_length(loader, batches), _sketch(loader), known)
 
 
 def loaders_of(trainer: Trainer) -> Loaders:
@@ -129,7 +139,7 @@ def survey(trainer: Trainer, loaders: Loaders | None) -> list[list[Holding]]:
         with suppress(Exception):
             found[i] = loaders.holding(i)  # type: ignore[union-attr]
     everyone = gathered(torch.tensor(found, device=trainer.strategy.root_device))
-    return [[Holding(*pair) for pair in each] for each in everyone.transpose(0, 1).tolist()]
+    return [[Holding(*numbers) for numbers in each] for each in everyone.transpose(0, 1).tolist()]
 
 
 def gathered(tensor: Tensor) -> Tensor:

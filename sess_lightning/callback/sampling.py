@@ -215,12 +215,12 @@ def find_samples(source: Source, images: int, batch_idx: int, rank: int, world: 
         rank: Which process this is.
         world: How many there are.
     """
-    lengths = source.lengths
+    lengths = source.lengths if len(source.holdings) == world else None
+    order = find_order(source.loader, source.batches, rank, world)
     unknown = Pile(images * source.batches, images, world)
     if lengths is None or not sum(lengths):
-        return unknown
+        return order if order is not None and order.passing(batch_idx) == images else unknown
     first, every = sum(lengths[:rank]), sum(lengths)
-    order = find_order(source.loader, source.batches, rank, world)
     if order is not None and source.is_sharded and order.step == 1:
         # As if the shards were one data set, in which this rank's samples are consecutive.
         order = replace(order, length=every, first=first, mine=(0, 1), items=lengths[rank])

@@ -17,13 +17,16 @@ from typing import ClassVar
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import multiprocessing
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from torchmetrics import MeanMetric
 
-from faults import FAULTS, STAGES, Red, failing
+from faults import FAULTS, STAGES, Red, failing, fussy, on_last
 from lightning_models import Classifier, Knowing, Squares, boxed, fit, validate
 from sess_lightning import SESS, SESSCallback
+from sess_lightning.introspection.lending import explaining
 from sess_lightning.methods import GradCAM
 from sess_lightning.types import Explanation, SaliencyMethod, SESSWarning
 
@@ -205,6 +208,23 @@ def communicating(folder, module, *callbacks):
 
 
 @dataclass(frozen=True)
+class Halfway(SaliencyMethod):
+    """Fails on the last process in the middle of a backward pass."""
+
+    def explain(self, model, images, targets):
+        with explaining(model):
+            images = images.clone().requires_grad_()
+            features = model.net[:3](images)
+            if on_last():
+                features.register_hook(self.fail)
+            (gradient,) = torch.autograd.grad(model.net[3:](features).sum(), images)
+        return Explanation(gradient.abs().sum(1).clamp(0, 1), torch.ones(len(images)))
+
+    def fail(self, gradient):
+        raise RuntimeError("half-way")
+
+
+@dataclass(frozen=True)
 class Leaving(SaliencyMethod):
     """The bright square in the first run, then all but that."""
 
@@ -234,6 +254,65 @@ def alarmed(folder):
     return {"told": told, "rows": rows.rows}
 
 
+class Sharded(Classifier):
+    """Is sharded over the processes layer by layer, where they are given a mesh."""
+
+    def configure_model(self):
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in (self.net[0], self.net[3], self.net[8], self.net):
+                fully_shard(layer, mesh=mesh)
+
+
+def held(module):
+    """Return, layer by layer, whether a process holds all parameters, and how that goes on."""
+    groups = [
+        group
+        for layer in module.modules() if hasattr(layer, "_get_fsdp_state")
+        for group in (layer._get_fsdp_state()._fsdp_param_groups or [])
+    ]  # fmt: skip
+    return [
+        [group.is_unsharded, group.reshard_after_backward, group._reshard_after_forward] for group in groups
+    ]
+
+
+def meshed():
+    return {"devices": 2, "strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
+
+
+SHARES = {"uneven": (14, 5), "padded": (13, 16), "fewer than processes": (16, 1)}
+HARMS = {
+    "nothing": {},
+    "an adapter on one process": {"batch_adapter": fussy},
+    "a method on one process": {"method": Red(RuntimeError), "compare": {}},
+    "a backward pass on one process": {"method": Halfway(), "compare": {}},
+}
+
+
+def shares(folder, count, num_samples, **options):
+    """Validate a model that is sharded where there are several processes."""
+    its = validate(
+        folder, callback(num_samples=num_samples), module=Sharded,
+        val=DataLoader(Squares(count, named), 4), **options,
+    )  # fmt: skip
+    return figures(its)
+
+
+def harmed(folder, *callbacks):
+    """Fit a sharded model; return its weights, and what of it the process holds afterwards."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SESSWarning)
+        its = fit(folder, *callbacks, module=Sharded, max_epochs=2, **meshed())
+    module = its.lightning_module
+    state = {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for name, value in module.state_dict().items()
+    }
+    weights = {name: hashlib.sha1(value.numpy().tobytes()).hexdigest() for name, value in state.items()}
+    told = [str(each.message) for each in caught if issubclass(each.category, SESSWarning)]
+    return {"weights": weights, "held": held(module), "told": told, "scalars": figures(its)}
+
+
 def cases(folder, world):
     """Yield names and results."""
     yield "alarm", alarmed(f"{folder}/alarm")
@@ -246,7 +325,20 @@ def cases(folder, world):
     if world > 1:
         yield "shuffled: 9 of 18", shuffled(f"{folder}/shuffled", 18, 9)
         yield "shuffled: 14 of 14", shuffled(f"{folder}/all shuffled", 14, 16)
+    if world < 3:
+        for name, (count, num_samples) in SHARES.items():
+            options = meshed() if world == 2 else {}
+            where = f"{folder}/shares {name}"
+            yield f"shares: {name}", shares(where, count, num_samples, **options)
     if world == 2:
+        yield "shares without", harmed(f"{folder}/shares")
+        for name, options in HARMS.items():
+            mine = (
+                callback(**{"num_samples": 5, **options})
+                if "method" not in options
+                else SESSCallback(num_samples=5, **options)
+            )
+            yield f"harms: {name}", harmed(f"{folder}/harms {name}", mine)
         for name, (counts, options) in SHARDED.items():
             yield f"sharded: {name}", sharded(f"{folder}/{name}", *counts, **options)
     if world < 3:

@@ -103,9 +103,19 @@ class Calm(Callback):
         type(self).state = torch.get_rng_state()
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy()])
-def test_sharded_parameters_are_refused_before_the_training_begins(strategy, unchecked):
-    with pytest.raises(ValueError, match=f"does not work with {type(strategy).__name__}: parameters are"):
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        (FSDPStrategy(), "parameters are sharded"),
+        (ModelParallelStrategy(), "layers are split between processes"),
+        (ModelParallelStrategy(tensor_parallel_size=2), "layers are split between processes"),
+        (SimpleNamespace(zero_stage_3=True), "parameters are sharded"),
+    ],
+    ids=["FSDP", "tensors by default", "tensors", "DeepSpeed"],
+)
+def test_what_is_not_safe_is_refused_before_the_training_begins(strategy, reason, unchecked):
+    told = f"does not work with {type(strategy).__name__}: {reason}"
+    with pytest.raises(ValueError, match=told):
         SESSCallback().setup(SimpleNamespace(strategy=strategy), None, "fit")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from callbacks import WORST
 from faults import FAULTS, STAGES
-from processes import COMMUNICATING, SAMPLED, SHARDED
+from processes import COMMUNICATING, HARMS, SAMPLED, SHARDED, SHARES
 from sess_lightning.callback.sampling import spread
 
 
@@ -155,3 +155,26 @@ def test_a_forward_pass_that_communicates_is_left_alone_with_a_word(processes, k
         assert found[f"{kind}, 1"]["weights"] == found[f"{kind}, 0"]["weights"]
         (told,) = found[f"{kind}, 1"]["told"]
         assert "off until the next start: the model's forward pass communicates between processes" in told
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_a_sharded_model_has_the_figures_of_one_process(processes, case):
+    (one,), several = ([each[f"shares: {case}"] for each in processes[world]] for world in (1, 2))
+    ours = {name: value for name, value in one.items() if "sess" in name}
+    assert ours["sess/failed"] == 0
+    assert ours["sess/n"] == min(SHARES[case])
+    for each in several:
+        assert {name: each[name] for name in ours} == pytest.approx(ours, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", HARMS)
+def test_a_sharded_model_is_trained_as_without_the_callback_whatever_fails(processes, case):
+    for found in processes[2]:
+        harmed, without = found[f"harms: {case}"], found["shares without"]
+        assert harmed["weights"] == without["weights"]
+        assert harmed["held"] == without["held"]
+        assert len(harmed["held"]) == 4
+        fails = case != "nothing"
+        assert harmed["scalars"]["sess/failed"] == 2 * fails
+        assert bool(harmed["told"]) <= fails
+    assert any(found[f"harms: {case}"]["told"] for found in processes[2]) == (case != "nothing")
