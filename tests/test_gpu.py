@@ -42,6 +42,8 @@ method_cases = pytest.mark.parametrize("method", METHODS, ids=str)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # The first product of a process, if a thread of autograd asks for it.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context"),
 ]
 
 
@@ -82,8 +84,10 @@ def test_a_gpu_gives_the_maps_of_a_cpu(method, given, tf32):
     here, there = given
     maps, expected = method(*there).cpu(), method(*here)
     if tf32:
+        # Integrated gradients sum magnitudes over pixels: TF32's rounding has no sign to cancel by.
+        least = 0.99 if isinstance(method, IntegratedGradients) else 0.999
         pairs = zip(maps.flatten(1), expected.flatten(1), strict=True)
-        assert all(torch.corrcoef(torch.stack(pair))[0, 1] > 0.999 for pair in pairs)
+        assert min(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs) > least
     else:
         torch.testing.assert_close(maps, expected, atol=1e-4, rtol=0)
 

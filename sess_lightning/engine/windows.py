@@ -190,10 +190,11 @@ class WindowStream:
         limit: int = 1,
         together: bool | None = None,
     ) -> None:
-        self._images, self._plan, self._antialias = images, plan, antialias
+        self._images, self._plan = images, plan
         self._together = images.device.type != "cpu" if together is None else together
         self._group = max(1, 2 * limit // max(map(len, plan.boxes))) if self._together else 1
-        self._source, self._end = self._blocks(), 0
+        self._source = _blocks(images, plan, antialias, self._group, self._together)
+        self._end = 0
         self._held: deque[tuple[int, Sequence[Tensor] | Tensor]] = deque()
 
     def __len__(self) -> int:
@@ -233,16 +234,20 @@ class WindowStream:
         counts = tuple(map(len, self._plan.boxes))
         return _stream_order(len(self._images), counts, self._group, self._images.device)
 
-    def _blocks(self) -> Iterator[Sequence[Tensor] | Tensor]:
-        for images in self._images.split(self._group):
-            for scale, boxes in zip(self._plan.scales, self._plan.boxes, strict=True):
-                scaled = resize(images, scale, self._antialias)
-                if not self._together:
-                    yield _views(scaled, boxes)
-                    continue
-                rows, columns = (_pixels(boxes, axis, scaled.device) for axis in (1, 0))
-                cut = scaled.permute(0, 2, 3, 1)[:, rows[:, None, :, None], columns[:, None]]
-                yield cut.flatten(0, 2).permute(0, 3, 1, 2)
+
+# No method: a generator that holds its owner is freed by the garbage collector only, and its images with it.
+def _blocks(
+    images: Tensor, plan: Plan, antialias: bool, group: int, together: bool
+) -> Iterator[Sequence[Tensor] | Tensor]:
+    for part in images.split(group):
+        for scale, boxes in zip(plan.scales, plan.boxes, strict=True):
+            scaled = resize(part, scale, antialias)
+            if not together:
+                yield _views(scaled, boxes)
+                continue
+            rows, columns = (_pixels(boxes, axis, scaled.device) for axis in (1, 0))
+            cut = scaled.permute(0, 2, 3, 1)[:, rows[:, None, :, None], columns[:, None]]
+            yield cut.flatten(0, 2).permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=256)

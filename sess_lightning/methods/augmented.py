@@ -188,7 +188,8 @@ class AugmentedGradCAM(WrappingMethod):
 def take_copies(images: Float[Tensor, "B C H W"], poses: Poses) -> Float[Tensor, "N B C H W"]:
     """Rotate and shift; zero, the mean of normalised images, comes in from outside."""
     size = size_of(images)
-    where = poses.places(size, size).flip(-1) * torch.tensor([2 / size[1], 2 / size[0]], device=images.device)
+    y, x = poses.places(size, size).unbind(-1)
+    where = torch.stack([x * (2 / size[1]), y * (2 / size[0])], -1)
     stacked = images.float().flatten(0, 1).expand(len(where), -1, -1, -1)
     copies = F.grid_sample(stacked, where, align_corners=False).to(images.dtype)
     copied: Tensor = copies.unflatten(1, images.shape[:2])

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -245,7 +246,7 @@ class IntegratedGradients(PixelMethod):
             images, baselines, targets = borrowed(images), borrowed(baselines), borrowed(targets)
             line = images - baselines
             total = torch.zeros_like(line, dtype=torch.float32)
-            nodes, weights = _gauss_legendre(self.steps, images)
+            nodes, weights = _gauss_legendre(self.steps, images.device)
             for part, weight in zip(*self._parts(nodes, weights, len(images)), strict=True):
                 points = baselines + part.to(line.dtype).view(-1, 1, 1, 1, 1) * line
                 gradients, _ = pixel_gradients(model, points.flatten(0, 1), targets.repeat(len(part)))
@@ -265,11 +266,14 @@ class IntegratedGradients(PixelMethod):
         return maps, score(model, images, targets, self.activation)
 
 
-def _gauss_legendre(count: int, like: Tensor) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _gauss_legendre(count: int, device: torch.device) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:
     """Return nodes in [0, 1] and weights that sum to 1."""
     nodes, weights = np.polynomial.legendre.leggauss(count)
-    places = torch.from_numpy((nodes + 1) / 2).to(like.device, torch.float32)
-    return places, torch.from_numpy(weights / 2).to(like.device, torch.float32)
+    # Float32 on the host: not every device has float64.
+    places, shares = (torch.from_numpy(values / 2).float() for values in (nodes + 1, weights))
+    return places.to(device), shares.to(device)
 
 
 @dataclass(frozen=True)
