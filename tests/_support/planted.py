@@ -62,12 +62,12 @@ DEFECTS = (
     Defect(
         "deletion begins with the least salient pixels", "metrics/curves.py",
         "flat[:, order].sort(dim=1, descending=True", "flat[:, order].sort(dim=1, descending=False",
-        "tests/metrics/test_functional.py::test_deletion_takes_the_highest_pixels_first",
+        "tests/metrics/test_curves.py::test_deletion_takes_the_highest_pixels_first",
     ),
     Defect(
         "the area under a curve counts its ends in full", "metrics/curves.py",
         "(curves[..., 0] + curves[..., -1]) / 2)", "0)",
-        "tests/metrics/test_functional.py::test_curve_auc_is_the_trapezoid_rule_by_hand",
+        "tests/metrics/test_curves.py::test_curve_auc_is_the_trapezoid_rule_by_hand",
     ),
     Defect(
         "torch's generator is not given back", "introspection/lending.py",
@@ -93,7 +93,7 @@ DEFECTS = (
     Defect(
         "the score of zeros outlives a step of training", "metrics/sess_metric.py",
         "key = (id(model), versions, ", "key = (id(model), ",
-        "tests/metrics/test_sess_metric.py::test_a_step_of_training_between_updates_is_noticed",
+        "tests/metrics/sess_metric/test_figures.py::test_a_step_of_training_between_updates_is_noticed",
     ),
 )  # fmt: skip
 
