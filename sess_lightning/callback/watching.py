@@ -136,9 +136,10 @@ class Watcher:
 
     def logits(self, places: list[int]) -> Float[Tensor, "K N"] | None:
         """Return validation's logits of some images of the batch."""
-        if self._seen is None or self._seen.logits is None or max(places) >= len(self._seen.logits):
+        seen = None if self._seen is None else self._seen.logits
+        if seen is None or not places or max(places) >= len(seen):
             return None
-        return to_logits(self._seen.logits[places], self._ending)
+        return to_logits(seen[places], self._ending)
 
     def bound(self, model: nn.Module, samples: Batch) -> AbstractContextManager[None]:
         """Make ``model(images)`` make the watched call and return logits."""

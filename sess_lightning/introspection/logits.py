@@ -59,7 +59,7 @@ def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> F
     """Return each target's logit; a head with a single logit speaks for class 1, and negated for class 0.
 
     Raises:
-        ValueError: If a target is none of the model's classes. If reading it would wait for the device, it is
+        UnknownClassError: If a target is none of the model's classes. If reading it would wait for the device, it is
             not read, and such a target's logit is NaN.
     """
     check_targets(logits, targets)
@@ -74,14 +74,15 @@ def check_targets(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> N
     """Refuse targets that are none of the model's classes; those on a device are not read.
 
     Raises:
-        ValueError: If there is one.
+        UnknownClassError: If there is one.
     """
     classes = max(2, logits.shape[1])
     if targets.device.type == "cpu" and not all(0 <= target < classes for target in targets.tolist()):
-        raise ValueError(
+        raise UnknownClassError(
             f"targets must be class indices in 0..{classes - 1}, as the model has, got {targets.tolist()}; "
             "leave out samples without a class, and check that labels and model count classes alike. "
-            + ORDINAL
+            + ORDINAL,
+            classes,
         )
 
 
