@@ -37,7 +37,7 @@ MOVED = {
     ],
     "results": ["evaluation.results"],
     "runs": ["callback.runs"],
-    "sampling": ["callback.sampling", "callback.keeping", "cost.budget"],
+    "sampling": ["callback.sampling", "callback.keeping", "callback.kept", "cost.budget"],
     "selection": ["callback.selection"],
     "tables": ["callback.tables"],
     "weights": ["evaluation.weights"],

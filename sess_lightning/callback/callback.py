@@ -243,10 +243,9 @@ class SESSCallback(Remembering, RunHooks):
         """Settle, on a first batch, which samples are explained and what a run costs, and say so."""
         before = self.examiner.plan
         plan = self.examiner.settle(trainer, pl_module, batch, batch_idx)
-        text = self.keeper.settle(plan.part, plan.size, trainer.is_global_zero, restores=not trainer.testing)
+        text = self.keeper.settle(plan.part, plan.size, trainer.global_rank, restores=not trainer.testing)
         self.gallery.legend = plan.legend
-        if text:
-            self.guard.warn(text)
+        self.guard.warn(text)
         if before is None or before.line != plan.line:
             pictures = ", ".join(self.publisher.names) or "none"
             rank_zero_info(f"SESSCallback: {plan.line}; {self.examiner.text}; pictures: {pictures}.")
@@ -254,8 +253,7 @@ class SESSCallback(Remembering, RunHooks):
     def _explain(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for kept in self.keeper.waiting():
             metric, kept = self.examiner.explain(trainer, pl_module, kept)
-            if text := self.examiner.watcher.doubt(metric, kept.validated):
-                self.guard.warn(text)
+            self.guard.warn(self.examiner.watcher.doubt(metric, kept.validated))
             if trainer.is_global_zero:
                 self.gallery.add(metric, kept.samples, kept.numbers, self.keeper.total)
 
@@ -298,11 +296,13 @@ class SESSCallback(Remembering, RunHooks):
                 self.gallery.to_host()
         with self.guard.protect():
             self.examiner.metric(pl_module).pack()
+            self.keeper.pack()
         # A process that fails must not leave the others waiting in a collective: all go on, or none. Until
         # they have gathered, nothing may fail; what is computed then is agreed upon once more.
         if not self.guard.agree(trainer):
             return None
         with self.guard.protect():
+            self.keeper.exchange(trainer.strategy.root_device)
             summary = self.examiner.summary(pl_module)
             self.gallery.identify(summary.samples)
             when, predicted = moment(trainer, self._loaded), self.settings.target == "predicted"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sess_lightning.callback.batches import fit_logits, read_batch
 from sess_lightning.callback.guard import UnsafeError
-from sess_lightning.callback.keeping import Kept
+from sess_lightning.callback.kept import Kept
 from sess_lightning.callback.loaders import Holding, Loaders, Source, is_even, loaders_of, survey
 from sess_lightning.callback.plan import RunPlan, plan_run
 from sess_lightning.callback.runs import Run

@@ -120,7 +120,7 @@ class RunGuard:
 
     def warn(self, text: str, once: bool = False) -> None:
         """Warn, naming process and epoch; with ``once``, a text is not repeated until the next start."""
-        if once and text in self._told:
+        if not text or (once and text in self._told):
             return
         self._told.add(text)
         text = f"SESSCallback ({self._place}): {text}"

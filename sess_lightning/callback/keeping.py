@@ -2,95 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from hashlib import blake2b
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sess_lightning.callback.batches import check_boxes
-from sess_lightning.callback.classes import known_labels
+from sess_lightning.callback.kept import Kept, joined
 from sess_lightning.callback.sampling import Choice, Share, spread_in_batch
+from sess_lightning.callback.stored import Exchange, read, stored
 from sess_lightning.callback.versions import Reader
 from sess_lightning.introspection.logits import check_inputs
 from sess_lightning.ops import size_of
 from sess_lightning.types import Batch
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Samples as they passed, on the host, with their numbers among all samples.
-
-    Attributes:
-        samples: A row for each class to explain.
-        numbers: Each row's sample number.
-        places: Their places in the batch; empty if no longer known.
-        validated: Validation's logits of them in this run, if known.
-        chosen: How many images were chosen, including those that cannot be explained; None if all can.
-    """
-
-    samples: Batch
-    numbers: list[int]
-    places: list[int] = field(default_factory=list)
-    validated: Tensor | None = None
-    chosen: int | None = None
-
-    @property
-    def left_out(self) -> int:
-        """How many samples cannot be explained: without a known class, or with a pixel that is not finite."""
-        return 0 if self.chosen is None else self.chosen - len(set(self.numbers))
-
-    @property
-    def size(self) -> int:
-        """How many images were chosen."""
-        return len(set(self.numbers)) + self.left_out
-
-    @property
-    def digests(self) -> list[int]:
-        """Digest of each row's image."""
-        return [digest(image) for image in self.samples.images]
-
-    def parts(self) -> list[Kept]:
-        """Return the parts that can be explained at once.
-
-        Images with several classes, which share forward passes, are alone, and so are those whose call takes
-        other inputs.
-        """
-        alone = [own for own in self._images() if len(own) > 1 or self.samples.context]
-        together = [own[0] for own in self._images() if own not in alone]
-        return [self.take(own) for own in (together, *alone) if own]
-
-    def images(self) -> list[Kept]:
-        """Return each image by itself."""
-        return [self.take(own) for own in self._images()]
-
-    def _images(self) -> list[list[int]]:
-        rows: dict[int, list[int]] = {}
-        for row, number in enumerate(self.numbers):
-            rows.setdefault(number, []).append(row)
-        return [*rows.values()]
-
-    def known(self, classes: int) -> Kept:
-        """Return the samples whose label is one of a model's classes; other labels stand for none.
-
-        Raises:
-            ValueError: If other labels do not look like unknown ones.
-        """
-        known = known_labels(self.samples.labels.tolist(), classes)
-        return self if all(known) else self.take([row for row, is_known in enumerate(known) if is_known])
-
-    def take(self, which: Sequence[int]) -> Kept:
-        """Return rows ``which``."""
-        validated = None if self.validated is None else self.validated[list(which)]
-        return Kept(self.samples.take(which), [self.numbers[i] for i in which], validated=validated)
-
-
-def digest(image: Tensor) -> int:
-    """Return an image's digest: 56 bits of a hash of its pixels."""
-    pixels = image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return int.from_bytes(blake2b(pixels, digest_size=7).digest(), "big")
 
 
 class SampleKeeper:
@@ -104,7 +30,8 @@ class SampleKeeper:
     def __init__(self) -> None:
         self._part: Choice | Share | None = None
         self._kept: list[Kept] = []
-        self._loaded: list[Kept] = []
+        self._loaded: dict[int, list[Kept]] = {}
+        self._exchange = Exchange()
         self._carried: list[Kept] = []
         self._restores = False
         self.start_run()
@@ -126,19 +53,19 @@ class SampleKeeper:
             is_same: Whether the training is the same, and so are its samples.
         """
         if not is_same:
-            self._carried, self._loaded = [], []
+            self._carried, self._loaded, self._exchange = [], {}, Exchange()
         elif self._restores and isinstance(self._part, Share) and self._kept:
-            self._carried, self._loaded = self._kept, []
+            self._carried, self._loaded = self._kept, {}
         self._part, self._kept = None, []
         self.start_run()
 
-    def settle(self, part: Choice | Share, size: tuple[int, int], is_first: bool, restores: bool) -> str:
+    def settle(self, part: Choice | Share, size: tuple[int, int], rank: int, restores: bool) -> str:
         """Decide which samples are taken.
 
         Args:
             part: This rank's part of all samples.
             size: (height, width) of the images.
-            is_first: Whether this is the rank whose samples are in checkpoints.
+            rank: Which process this is.
             restores: Whether to find the samples of other stages of this training again.
 
         Returns:
@@ -149,7 +76,7 @@ class SampleKeeper:
         if isinstance(part, Choice):
             return ""
         if not earlier and restores:
-            earlier = (self._loaded if is_first else []) or self._carried
+            earlier = self._restored(part, rank) or self._carried
         fitting = [kept for kept in earlier if size_of(kept.samples.images) == size]
         various = len({size_of(kept.samples.images) for kept in earlier}) > 1
         self._kept = _numbered(earlier if various else fitting, part)
@@ -160,6 +87,14 @@ class SampleKeeper:
             f"the samples kept so far are of {height}x{width} px and those that pass now are of "
             f"{size[0]}x{size[1]} px: from here on others are explained, and compared among themselves."
         )
+
+    def _restored(self, part: Share, rank: int) -> list[Kept]:
+        """Return the samples in a checkpoint that are this rank's."""
+        everyone = [kept for whose in sorted(self._loaded) for kept in self._loaded[whose]]
+        if part.total == part.count:  # Each rank numbers its own samples, or there is only this one.
+            return everyone if rank == 0 else self._loaded.get(rank, [])
+        mine = set(part.numbers)  # Perhaps of another number of ranks.
+        return [image for kept in everyone for image in kept.images() if image.numbers[0] in mine]
 
     def start_run(self) -> None:
         """Begin a run."""
@@ -261,49 +196,34 @@ class SampleKeeper:
         kinds: dict[Any, list[Kept]] = {}
         for kept in waiting:
             kinds.setdefault(kept.samples.kind, []).append(kept)
-        return [part for alike in kinds.values() for part in _joined(alike).parts()]
+        return [part for alike in kinds.values() for part in joined(alike).parts()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the samples themselves if there is no other way to find them again, else nothing."""
         if isinstance(self._part, Choice):
             return {}
         kept = self._kept if self._part is not None and self._restores else self._carried
-        kept = kept or self._loaded  # What a checkpoint has restored is not decided yet.
-        if not kept:
-            return {}
-        return {
-            "kept": {i: (vars(one.samples), one.numbers) for i, one in enumerate(kept)},
-            "chosen": {i: one.chosen for i, one in enumerate(kept)},
-        }
+        kept = kept or self._loaded.get(0, [])  # What a checkpoint has restored is not decided yet.
+        others = self._exchange.others
+        return {**stored(kept), **({"others": dict(others)} if others else {})} if kept else {}
 
     def load_state_dict(self, state: Any) -> set[str]:
         """Keep a checkpoint's samples for ``settle``, and return the names of its odd fields."""
-        reader = Reader(state)
-        chosen = reader.read("chosen", dict, {})
-        self._loaded = [
-            Kept(Batch(**values), list(numbers), chosen=chosen.get(i))
-            for i, values, numbers in _known(reader)
-        ]
-        return reader.odd
+        own, odd = read(state)
+        others = Reader(state).read("others", dict, {})
+        self._loaded, self._exchange.others = {0: own}, dict(others)
+        for rank, entry in others.items():
+            self._loaded[int(rank)], more = read(entry)
+            odd |= more
+        return odd
 
+    def pack(self) -> None:
+        """Prepare to tell rank 0 which samples this rank has kept, for checkpoints."""
+        self._exchange.pack(self._kept if isinstance(self._part, Share) and self._restores else [])
 
-def _known(reader: Reader) -> Iterator[tuple[Any, dict[str, Any], list[int]]]:
-    """Yield the samples in a checkpoint that this version can read: index, fields of the batch, numbers."""
-    known = {field.name for field in fields(Batch)}
-    for i, entry in reader.read("kept", dict, {}).items():
-        try:
-            values, numbers = dict(entry[0]), [int(number) for number in entry[1]]
-            reader.odd |= values.keys() - known
-            values = {name: value for name, value in values.items() if name in known}
-            images, labels = values["images"], values["labels"]
-            if not (isinstance(images, Tensor) and images.ndim == 4 and isinstance(labels, Tensor)):
-                raise TypeError("no images, or no labels")
-            if not len(images) == len(labels) == len(numbers):
-                raise ValueError("rows of different numbers")
-        except (TypeError, ValueError, KeyError, IndexError):
-            reader.odd.add("kept")
-            continue
-        yield i, values, numbers
+    def exchange(self, device: torch.device) -> None:
+        """Tell it; all ranks must call this, after they have agreed that all have packed."""
+        self._exchange.run(device)
 
 
 def _chosen(batch: Batch, numbers: Mapping[int, int]) -> Kept:
@@ -327,15 +247,6 @@ def _chosen(batch: Batch, numbers: Mapping[int, int]) -> Kept:
     return Kept(samples, [numbers[place] for place in places], places, chosen=chosen)
 
 
-def _joined(waiting: Sequence[Kept]) -> Kept:
-    validated = [kept.validated for kept in waiting if kept.validated is not None]
-    return Kept(
-        Batch.joined([kept.samples for kept in waiting]),
-        [number for kept in waiting for number in kept.numbers],
-        validated=torch.cat(validated) if len(validated) == len(waiting) else None,
-    )
-
-
 def _numbered(kept: Sequence[Kept], share: Share) -> list[Kept]:
     """Return samples with numbers of this run: their own where possible, as many as there are.
 
@@ -352,5 +263,5 @@ def _numbered(kept: Sequence[Kept], share: Share) -> list[Kept]:
             number = image.numbers[0] if image.numbers[0] in mine else next(spare)
             images.append(replace(image, numbers=[number] * len(image.numbers)))
         room -= lost + len(images)
-        numbered.append(replace(_joined(images) if images else one.take([]), chosen=len(images) + lost))
+        numbered.append(replace(joined(images) if images else one.take([]), chosen=len(images) + lost))
     return numbered

@@ -15,6 +15,7 @@ from sess_lightning.callback.runs import age
 
 FIELDS = {
     "failed", "last", "history", "runs", "epoch", "alarmed", "selection", "percent", "kept", "chosen",
+    "others",
     "samples",  # Of versions that kept samples by their batches.
 }  # fmt: skip
 """What a checkpoint may hold of a callback."""

@@ -103,6 +103,22 @@ def shuffled(folder, count, num_samples):
     return {"n": figures(its)["sess/n"], "ids": [int(i) for i in mine.keeper.ids]}
 
 
+def resumed(folder):
+    """Fit on shuffled squares for an epoch, and resume with another batch size: ids, and maps' likeness."""
+    found = []
+    for epochs, batch_size in ((1, 4), (2, 3)):
+        mine = callback(num_samples=6)
+        kept = ModelCheckpoint(folder, save_last=True, enable_version_counter=False)
+        torch.manual_seed(epochs)
+        its = fit(
+            folder, mine, kept, val=DataLoader(Squares(16, named), batch_size, shuffle=True),
+            max_epochs=epochs, num_sanity_val_steps=0, ckpt_path=None if epochs == 1 else found[0]["path"],
+        )  # fmt: skip
+        found.append({"ids": [int(i) for i in mine.keeper.ids], "path": kept.last_model_path,
+                      "scalars": figures(its)})  # fmt: skip
+    return found
+
+
 def streamed(folder, counts):
     its = validate(folder, callback(max_forwards=100_000), val=DataLoader(Shards(*counts), 4), logger=False)
     path = Path(folder) / "sess" / "curves.csv"
@@ -324,6 +340,7 @@ def cases(folder, world):
         yield f"streamed: {name}", streamed(f"{folder}/{name}", counts)
     if world > 1:
         yield "shuffled: 9 of 18", shuffled(f"{folder}/shuffled", 18, 9)
+        yield "resumed", resumed(f"{folder}/resumed")
         yield "shuffled: 14 of 14", shuffled(f"{folder}/all shuffled", 14, 16)
     if world < 3:
         for name, (count, num_samples) in SHARES.items():

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from callbacks import Broken, quick, spying
 from lightning_models import Classifier, Squares, fit, pair, squares, trainer, validate
-from sess_lightning.callback.keeping import digest
-from sess_lightning.callback.sampling import spread
-from sess_lightning.types import SESSWarning
+from sess_lightning.callback.keeping import SampleKeeper
+from sess_lightning.callback.kept import digest
+from sess_lightning.callback.sampling import Pile, spread
+from sess_lightning.types import Batch, SESSWarning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Your `(val|test)_dataloader`'s sampler has shuffling enabled"),
@@ -311,3 +312,32 @@ def test_an_image_is_known_by_its_pixels():
     assert digest(image) != digest(image + 1e-6)
     assert digest(image.bfloat16()) == digest(image.bfloat16())
     assert 0 < digest((255 * image).byte()) < 2**56
+
+
+def keeping(world, rank, state=None, total=6, length=12):
+    """A keeper on one of several ranks, whose samples are dealt out by hand, and its samples of a run."""
+    keeper, each = SampleKeeper(), length // world
+    if state is not None:
+        assert keeper.load_state_dict(state) == set()
+    pile = Pile(float(length), 4, mine=(rank * each, (rank + 1) * each), every=length)
+    keeper.settle(pile.choose(total), (2, 2), rank, restores=True)
+    keeper.start_run()
+    own = [float(i) for i in range(rank * each, (rank + 1) * each)]
+    for i in range(0, each, 4):
+        images = torch.tensor(own[i : i + 4]).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous()
+        labels = torch.zeros(len(images), dtype=torch.int64)
+        keeper.take(lambda images=images, labels=labels: Batch(images, labels), i // 4, float(-(-each // 4)))
+    (part,) = keeper.waiting()
+    return keeper, dict(zip(part.numbers, part.samples.images[:, 0, 0, 0].tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (3, 2), (2, 2)])
+def test_samples_are_found_again_by_another_number_of_ranks(before, after):
+    first = [keeping(before, rank) for rank in range(before)]
+    state = first[0][0].state_dict()
+    state["others"] = {rank: keeper.state_dict() for rank, (keeper, _) in [*enumerate(first)][1:]}
+    second = [keeping(after, rank, state)[1] for rank in range(after)]
+    known = {number: image for _, own in first for number, image in own.items()}
+    found = {number: image for own in second for number, image in own.items()}
+    assert len(known) == 6
+    assert found == known

@@ -72,6 +72,15 @@ def test_of_a_shuffled_loader_as_many_are_explained_as_announced(processes, worl
     assert max(len(each["ids"]) for each in found) <= -(-samples // world)
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_resumed_training_finds_the_samples_of_all_processes_again(processes, world):
+    for before, after in (each["resumed"] for each in processes[world]):
+        assert len(before["ids"]) == 6 / world
+        assert sorted(after["ids"]) == sorted(before["ids"])
+        assert "sess/drift_initial" not in before["scalars"]
+        assert "sess/drift_initial" in after["scalars"]
+
+
 def test_uneven_streams_log_what_one_process_logs(processes):
     one, (two, _) = processes[1][0]["streamed: whole"], (each["streamed: uneven"] for each in processes[2])
     assert two["scalars"]["sess/n"] == 16
