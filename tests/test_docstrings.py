@@ -28,8 +28,18 @@ SHOWN = [
 ]
 
 
+def prepared(module):
+    """Return the names that the examples of a module's package begin with: its own docstring's."""
+    package = importlib.import_module(module.rpartition(".")[0])
+    (test, *_) = doctest.DocTestFinder(recurse=False).find(package)
+    doctest.DocTestRunner().run(test, out=str, clear_globs=False)
+    return test.globs
+
+
 def examples(module):
-    return [test for test in doctest.DocTestFinder().find(importlib.import_module(module)) if test.examples]
+    names = prepared(module)
+    tests = doctest.DocTestFinder().find(importlib.import_module(module), extraglobs=names)
+    return [test for test in tests if test.examples]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,4 +1,13 @@
-"""Saliency methods: frozen records of hyper-parameters, called as ``method(model, images, targets)``."""
+"""Saliency methods: frozen records of hyper-parameters, called as ``method(model, images, targets)``.
+
+The examples in this package explain class 1 of a small model:
+
+>>> import torch
+>>> from torch import nn
+>>> from sess_lightning.methods import *
+>>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+>>> images, targets = torch.rand(1, 3, 64, 64), torch.tensor([1])
+"""
 
 from sess_lightning.methods.adapters import Captum, PytorchGradCAM
 from sess_lightning.methods.augmented import AugmentedGradCAM

@@ -251,11 +251,7 @@ class PytorchGradCAM(Adapter):
         target_layer: As for ``GradCAM``.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import PytorchGradCAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> PytorchGradCAM("EigenCAM")(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> PytorchGradCAM("EigenCAM")(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -297,11 +293,7 @@ class Captum(Adapter):
         absolute: Sum |attribution| over channels; False sums the signed one and keeps the evidence for the
             target; None is True for pixel gradients, False for layers and perturbations.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import Captum
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> Captum("IntegratedGradients", n_steps=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> Captum("IntegratedGradients", n_steps=2)(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 

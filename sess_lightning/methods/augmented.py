@@ -105,11 +105,7 @@ class AugmentedGradCAM(WrappingMethod):
         seed: Seed of the copies' own generator; the global one is never touched.
         batch_size: How many copies go through the model at once; never fewer than one per image.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import AugmentedGradCAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> AugmentedGradCAM(num_copies=3, steps=3)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> AugmentedGradCAM(num_copies=3, steps=3)(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 

@@ -126,11 +126,7 @@ class GradCAM(_FromFeatures):
         target_layer: The layer, as a dotted name or a module; None finds the last one that keeps a grid.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import GradCAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> GradCAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> GradCAM()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -153,11 +149,7 @@ class CAM(_FromFeatures):
         target_layer: As for ``GradCAM``.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import CAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> CAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> CAM()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -194,11 +186,7 @@ class GradCAMPlusPlus(_FromFeatures):
         activation: How the model's logits become probabilities.
         epsilon: Added to alpha's denominator; 0 is the paper's.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import GradCAMPlusPlus
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> GradCAMPlusPlus()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> GradCAMPlusPlus()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -240,11 +228,7 @@ class SmoothGradCAMPlusPlus(GradCAMPlusPlus):
         noise: The noise's standard deviation, as a share of each image's range.
         seed: Seed of the noise's own generator; the global one is never touched.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import SmoothGradCAMPlusPlus
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> SmoothGradCAMPlusPlus(num_samples=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> SmoothGradCAMPlusPlus(num_samples=2)(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -299,11 +283,7 @@ class LayerCAM(_FromFeatures):
         target_layer: As for ``GradCAM``; early layers give usable maps, too.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import LayerCAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> LayerCAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> LayerCAM()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -322,11 +302,7 @@ class HiResCAM(_FromFeatures):
         target_layer: As for ``GradCAM``.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import HiResCAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> HiResCAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> HiResCAM()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -348,11 +324,7 @@ class XGradCAM(_FromFeatures):
         target_layer: As for ``GradCAM``.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import XGradCAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> XGradCAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> XGradCAM()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 

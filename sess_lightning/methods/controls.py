@@ -50,11 +50,7 @@ class RandomMap(_Blind):
         seed: Of its own generator; the global one is never touched.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import RandomMap
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> RandomMap()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> RandomMap()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -79,11 +75,7 @@ class CentreGaussian(_Blind):
         sigma: Standard deviation, as a share of each side.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import CentreGaussian
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> CentreGaussian()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> CentreGaussian()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -112,11 +104,7 @@ class Blurred(WrappingMethod):
         kernel_size: Side of the square Gaussian kernel, px, odd; None follows from ``sigma``.
         sigma: Standard deviation of the kernel, px; None follows from the image.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import Blurred, GradCAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> Blurred(GradCAM())(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> Blurred(GradCAM())(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 

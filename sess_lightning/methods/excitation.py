@@ -181,11 +181,7 @@ class ExcitationBackprop(ExtractingMethod):
         contrastive: Subtract the evidence against the target.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import ExcitationBackprop
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> ExcitationBackprop()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> ExcitationBackprop()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 

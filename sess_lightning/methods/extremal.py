@@ -52,11 +52,7 @@ class ExtremalPerturbation(SaliencyMethod):
         batch_size: How many masked images go through the model at once; never fewer than one per area.
         activation: How the model's logits become probabilities (of the scores; the reward is in logits).
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import ExtremalPerturbation
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> ExtremalPerturbation(areas=(0.2,), steps=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> ExtremalPerturbation(areas=(0.2,), steps=2)(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 

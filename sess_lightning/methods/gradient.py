@@ -79,11 +79,7 @@ class Gradient(PixelMethod):
     Attributes:
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import Gradient
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> Gradient()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> Gradient()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -159,11 +155,7 @@ class GuidedBackprop(PixelMethod):
         percentile: The percentile above which a map is clipped; 100 clips nothing.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import GuidedBackprop
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> GuidedBackprop()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> GuidedBackprop()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -213,11 +205,7 @@ class IntegratedGradients(PixelMethod):
         batch_size: How many points go through the model at once; never fewer than one per image.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import IntegratedGradients
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> IntegratedGradients(steps=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> IntegratedGradients(steps=2)(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -294,11 +282,7 @@ class SmoothGrad(WrappingMethod):
         seed: Of its own generator; the global one is never touched.
         batch_size: How many copies the base is given at once; never fewer than one per image.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import Gradient, SmoothGrad
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> SmoothGrad(Gradient(), num_samples=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> SmoothGrad(Gradient(), num_samples=2)(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 

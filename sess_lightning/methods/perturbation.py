@@ -49,11 +49,7 @@ class GroupCAM(ExtractingMethod):
         batch_size: How many masked images go through the model at once; None by the memory there is.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import GroupCAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> GroupCAM(groups=4)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> GroupCAM(groups=4)(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -136,11 +132,7 @@ class ScoreCAM(SaliencyMethod):
         batch_size: How many masked images go through the model at once; never fewer than one per image.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import ScoreCAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> ScoreCAM()(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> ScoreCAM()(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -223,11 +215,7 @@ class RISE(SaliencyMethod):
         batch_size: How many masked images go through the model at once; never fewer than one per image.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import RISE
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> RISE(num_masks=4)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> RISE(num_masks=4)(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 

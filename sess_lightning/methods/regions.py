@@ -44,11 +44,7 @@ class XRAI(SaliencyMethod):
         batch_size: How many points go through the model at once; never fewer than one per image.
         activation: How the model's logits become probabilities.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import XRAI
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> XRAI(steps=2, scales=(100.0,))(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> XRAI(steps=2, scales=(100.0,))(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 

@@ -77,11 +77,7 @@ class SESS(WrappingMethod):
             ones those where the coarser maps are high; the others count as filtered out. None scores all. The
             maps are the base's if one forward pass gives scores and maps, else Grad-CAM's.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import SESS, GradCAM
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> SESS(GradCAM(), num_scales=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> SESS(GradCAM(), num_scales=2)(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 
@@ -337,11 +333,7 @@ class ContrastiveSESS(SESS):
     deletion measure, so part of the gain in these is alignment with the metric: look at the Pointing Game and
     relevance mass, too.
 
-    >>> import torch
-    >>> from torch import nn
-    >>> from sess_lightning.methods import ContrastiveSESS
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> ContrastiveSESS(num_scales=2)(model, torch.rand(1, 3, 64, 64), torch.tensor([1])).shape
+    >>> ContrastiveSESS(num_scales=2)(model, images, targets).shape
     torch.Size([1, 64, 64])
     """
 

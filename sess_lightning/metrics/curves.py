@@ -64,10 +64,8 @@ def insertion_curve(
 
     Source: Petsiuk et al., "RISE", BMVC 2018.
 
-    >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    >>> images = torch.eye(32).expand(2, 3, -1, -1)
-    >>> insertion_curve(model, images, images[:, 0], torch.tensor([0, 1]), steps=4).shape
-    torch.Size([2, 5])
+    >>> insertion_curve(model, images, maps, targets, steps=4).shape
+    torch.Size([1, 5])
     """
     start = blurred_baseline(images) if baseline is None else _like(images, baseline)
     transition = _Transition.by(maps, start, images, targets, ends, steps, ties)
@@ -92,10 +90,8 @@ def deletion_curve(
     Like ``insertion_curve``, from the image to its baseline: None is zeros, the data set's mean in normalised
     space. ``ends`` are the scores of the image and of the baseline.
 
-    >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    >>> images = torch.eye(32).expand(2, 3, -1, -1)
-    >>> deletion_curve(model, images, images[:, 0], torch.tensor([0, 1]), steps=4).shape
-    torch.Size([2, 5])
+    >>> deletion_curve(model, images, maps, targets, steps=4).shape
+    torch.Size([1, 5])
     """
     end = torch.zeros_like(images) if baseline is None else _like(images, baseline)
     transition = _Transition.by(maps, images, end, targets, ends, steps, ties)
@@ -131,9 +127,7 @@ def insertion_and_deletion_curves(
         ends: Scores of the images, the blurred images and zeros, which all curves share; None scores them.
         which: For each method, an index of the images whose curves are measured; None measures all.
 
-    >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    >>> images = torch.eye(32).expand(2, 3, -1, -1)
-    >>> len(insertion_and_deletion_curves(model, images, [images[:, 0]], torch.tensor([0, 1]), steps=4))
+    >>> len(insertion_and_deletion_curves(model, images, [maps], targets, steps=4))
     1
     """
     whole = _Pictures.of(images, blurred, targets, ends)

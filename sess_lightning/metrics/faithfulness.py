@@ -88,13 +88,8 @@ class Insertion(_Faithfulness):
         batch_size: Images that go through the model at once; None by the memory there is.
         kwargs: For ``torchmetrics.Metric``.
 
-    >>> import torch
-    >>> from sess_lightning.metrics import Insertion
-    >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # Logits are colours.
-    >>> images = torch.zeros(1, 3, 32, 32)
-    >>> images[:, 0, 8:24, 8:24] = 9.0  # A red square.
     >>> insertion = Insertion(steps=4)
-    >>> insertion.update(model, images, images[:, 0], torch.tensor([0]))
+    >>> insertion.update(model, images, maps, targets)
     >>> insertion.compute() > 0.7
     tensor(True)
     """
@@ -109,13 +104,8 @@ class Deletion(_Faithfulness):
 
     Arguments as for ``Insertion``.
 
-    >>> import torch
-    >>> from sess_lightning.metrics import Deletion
-    >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # Logits are colours.
-    >>> images = torch.zeros(1, 3, 32, 32)
-    >>> images[:, 0, 8:24, 8:24] = 9.0  # A red square.
     >>> deletion = Deletion(steps=4)
-    >>> deletion.update(model, images, images[:, 0], torch.tensor([0]))
+    >>> deletion.update(model, images, maps, targets)
     >>> deletion.compute() < 0.5
     tensor(True)
     """
@@ -134,13 +124,8 @@ class InsertionDeletion(PerSample):
         batch_size: Images that go through the model at once; None by the memory there is.
         kwargs: For ``torchmetrics.Metric``.
 
-    >>> import torch
-    >>> from sess_lightning.metrics import InsertionDeletion
-    >>> model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())  # Logits are colours.
-    >>> images = torch.zeros(1, 3, 32, 32)
-    >>> images[:, 0, 8:24, 8:24] = 9.0  # A red square.
     >>> both = InsertionDeletion(steps=4)
-    >>> both.update(model, images, images[:, 0], torch.tensor([0]))
+    >>> both.update(model, images, maps, targets)
     >>> sorted(both.compute())
     ['deletion', 'insertion', 'overall']
     """

@@ -8,13 +8,29 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.utilities.plot import plot_curve, plot_single_or_multi_val
+from typing_extensions import override
 
 from sess_lightning.metrics.curves import curve_auc
 from sess_lightning.scores import CURVES, OVERALL, POINTING_GAME, RELEVANCE_MASS, SCORES
 
 MAIN = (*CURVES, OVERALL, POINTING_GAME, RELEVANCE_MASS)
 """The scores that are plotted unless others are chosen."""
+
+
+class PlotsValues(Metric):
+    """A metric that plots its values, as torchmetrics' own do."""
+
+    @override
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot values as points, or over time; return matplotlib's figure and axes.
+
+        Args:
+            val: What ``compute`` or ``forward`` returned, or a list of such; None computes it.
+            ax: Axes to draw on; None makes a figure.
+        """
+        return self._plot(val, ax)
 
 
 def plot_scores(

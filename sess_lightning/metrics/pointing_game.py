@@ -7,15 +7,15 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from typing_extensions import override
 
 from sess_lightning.metrics.functional import class_mean, pointing_hits
 from sess_lightning.metrics.per_sample import WholeCounts, keep_apart
+from sess_lightning.metrics.plots import PlotsValues
 from sess_lightning.ops import size_of
 from sess_lightning.regions import Regions, has_region, read_regions
 
 
-class PointingGame(WholeCounts):
+class PointingGame(PlotsValues, WholeCounts):
     """Does the highest point of a map lie on the object? Mean over classes of hits / (hits + misses).
 
     Args:
@@ -36,15 +36,10 @@ class PointingGame(WholeCounts):
 
     Source: Zhang et al., IJCV 2018, with TorchRay's rules.
 
-    >>> import torch
-    >>> from sess_lightning.metrics import PointingGame
-    >>> maps = torch.zeros(2, 32, 32)
-    >>> maps[:, 16, 16] = 1
-    >>> boxes = [torch.tensor([[8.0, 8.0, 24.0, 24.0]]), torch.tensor([[0.0, 0.0, 4.0, 4.0]])]
-    >>> game = PointingGame(num_classes=2, tolerance=2.0)
-    >>> game.update(maps, boxes, torch.tensor([0, 1]))
+    >>> game = PointingGame(num_classes=3, tolerance=2.0)
+    >>> game.update(maps, [torch.tensor([[8.0, 8.0, 24.0, 24.0]])], targets)
     >>> game.compute(), game.per_class()
-    (tensor(0.5000), tensor([1., 0.]))
+    (tensor(1.), tensor([1., nan, nan]))
     """
 
     is_differentiable = False
@@ -119,13 +114,3 @@ class PointingGame(WholeCounts):
     def per_class(self) -> Float[Tensor, " K"]:
         """Return each class's accuracy; NaN for classes without a trial."""
         return self.hits / (self.hits + self.misses)
-
-    @override
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot accuracies as points, or over time; return matplotlib's figure and axes.
-
-        Args:
-            val: What ``compute`` or ``forward`` returned, or a list of such; None computes it.
-            ax: Axes to draw on; None makes a figure.
-        """
-        return self._plot(val, ax)

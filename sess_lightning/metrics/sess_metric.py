@@ -69,11 +69,8 @@ class SESSMetric(PerSample):
     Attributes:
         latest: Results of the last update, by method; the method itself is ``""``.
 
-    >>> import torch
-    >>> from sess_lightning.methods import SESS, GradCAM
-    >>> layers = torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
     >>> metric = SESSMetric(SESS(GradCAM(), num_scales=2), steps=4)
-    >>> metric.update(torch.nn.Sequential(*layers), torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))
+    >>> metric.update(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), model), images, targets)
     >>> {"overall", "base/overall", "minus_base/overall"} <= metric.compute().keys()
     True
     """

@@ -11,10 +11,11 @@ from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 from typing_extensions import override
 
+from sess_lightning.metrics.plots import PlotsValues
 from sess_lightning.scores import SCORES, Key, split
 
 
-class SingleScore(WrapperMetric):
+class SingleScore(PlotsValues, WrapperMetric):
     """A scalar view of a metric that returns a dict, as ``MetricTracker`` and ``MinMaxMetric`` need it.
 
     Args:
@@ -25,8 +26,6 @@ class SingleScore(WrapperMetric):
         ValueError: If the key names no score.
 
     >>> from torchmetrics.wrappers import MetricTracker
-    >>> from sess_lightning.methods import SESS, GradCAM
-    >>> from sess_lightning.metrics import SESSMetric, SingleScore
     >>> tracker = MetricTracker(SingleScore(SESSMetric(SESS(GradCAM())), "overall"))
     >>> tracker.maximize
     True
@@ -68,16 +67,6 @@ class SingleScore(WrapperMetric):
         """Reset the metric."""
         self.metric.reset()
         super().reset()
-
-    @override
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot the score, or scores over time; return matplotlib's figure and axes.
-
-        Args:
-            val: What ``compute`` or ``forward`` returned, or a list of such; None computes it.
-            ax: Axes to draw on; None makes a figure.
-        """
-        return self._plot(val, ax)
 
     def _picked(self, values: dict[str, Any]) -> Float[Tensor, ""]:
         value = values.get(self.key, torch.nan)
