@@ -31,8 +31,8 @@ def batch_limit(given: int | None, images: Float[Tensor, "B C H W"]) -> int:
     free = _free_bytes(images.device)
     if free is None:
         return ON_CPU
-    each = BYTES_PER_BYTE * images[0].numel() * images.element_size()
-    return max(1, min(MOST, free // 2 // each))
+    bytes_each = BYTES_PER_BYTE * images[0].numel() * images.element_size()
+    return max(1, min(MOST, free // 2 // bytes_each))
 
 
 def _free_bytes(device: torch.device) -> int | None:
@@ -76,7 +76,7 @@ def in_batches(
             except RuntimeError as error:
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise
-                size, said = len(part) // 2, str(error).partition("\n")[0]
+                size, reason = len(part) // 2, str(error).partition("\n")[0]
             else:
                 yield result
                 held, place = held[len(part) :], place + len(part)
@@ -84,7 +84,7 @@ def in_batches(
             if not warned:
                 warned = True
                 warnings.warn(
-                    f"Out of memory with {len(part)} images at once ({said}); going on with {size}. Name a "
+                    f"Out of memory with {len(part)} images at once ({reason}); going on with {size}. Name a "
                     "smaller batch_size to be spared the attempt.",
                     SESSWarning,
                     stacklevel=2,
@@ -108,5 +108,5 @@ def by_image(which: slice, each: int) -> Iterator[tuple[int, slice, slice]]:
     """Yield, for a slice of items of which every image has ``each``: image, its items, their places."""
     for image in range(which.start // each, -(-which.stop // each)):
         start, stop = max(which.start, image * each), min(which.stop, (image + 1) * each)
-        own = slice(start - image * each, stop - image * each)
-        yield image, own, slice(start - which.start, stop - which.start)
+        items = slice(start - image * each, stop - image * each)
+        yield image, items, slice(start - which.start, stop - which.start)

@@ -80,8 +80,8 @@ def read_boxes(boxes: Any) -> list[Float[Tensor, "_ 4"]]:
     Raises:
         ValueError: If an image's boxes are not (N, 4).
     """
-    rows = list(_corners(boxes)) if isinstance(boxes, Tensor) else [_corners(each) for each in boxes]
-    rows = [each.reshape(-1, 4) if each.numel() in (0, 4) else each for each in rows]
+    rows = list(_corners(boxes)) if isinstance(boxes, Tensor) else [_corners(of_image) for of_image in boxes]
+    rows = [of_image.reshape(-1, 4) if of_image.numel() in (0, 4) else of_image for of_image in rows]
     _check_box_shapes(rows)
     return rows
 
@@ -102,9 +102,11 @@ def convert_boxes(boxes: Float[Tensor, "*B 4"], form: str) -> Float[Tensor, "*B 
 
 
 def _check_box_shapes(boxes: Sequence[Tensor]) -> None:
-    for each in boxes:
-        if each.ndim != 2 or each.shape[1] != 4:
-            raise ValueError(f"boxes must be (N, 4) per image, (x0, y0, x1, y1), got {tuple(each.shape)}.")
+    for of_image in boxes:
+        if of_image.ndim != 2 or of_image.shape[1] != 4:
+            raise ValueError(
+                f"boxes must be (N, 4) per image, (x0, y0, x1, y1), got {tuple(of_image.shape)}."
+            )
 
 
 PIXELS = (
@@ -298,7 +300,7 @@ def pad_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], device: torch.device) -> Fl
         ValueError: If an entry is not (N, 4).
     """
     _check_box_shapes(boxes)
-    rows = [each.to(device, torch.float32) for each in boxes]
+    rows = [of_image.to(device, torch.float32) for of_image in boxes]
     rows.append(torch.zeros(1, 4, device=device))
     return torch.cat(rows)[_padding(tuple(map(len, boxes)), device)]
 

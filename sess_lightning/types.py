@@ -135,10 +135,10 @@ class SaliencyMethod(ABC):
         There is one target per image, or several for a single image.
         """
         if len(images) == 1 < len(targets):
-            own = self.explain_classes(model, images, targets).maps
+            maps = self.explain_classes(model, images, targets).maps
         else:
-            own = self(model, images, targets)  # Controls need a forward pass for the score only.
-        return [own, *(other.maps_beside(model, images, targets)[0] for other in others)]
+            maps = self(model, images, targets)  # Controls need a forward pass for the score only.
+        return [maps, *(other.maps_beside(model, images, targets)[0] for other in others)]
 
     def gives(self, other: SaliencyMethod, model: nn.Module, size: tuple[int, int]) -> bool:  # noqa: ARG002
         """Return whether ``maps_beside`` gets ``other`` for free on images of ``size``."""

@@ -77,8 +77,8 @@ def findings(runs: Sequence[Run], now: Run) -> list[Finding]:
     lower = []
     for figure in FIGURES:
         before = [run for run in comparable(runs, now) if now.accuracy - run.accuracy >= LEAST_RISE]
-        each = [_lower(figure, now, run.figures[figure], LEAST_FALL, run) for run in before]
-        lower += sorted((one for one in each if one is not None), key=lambda one: one.high)[:1]
+        falls = [_lower(figure, now, run.figures[figure], LEAST_FALL, run) for run in before]
+        lower += sorted((one for one in falls if one is not None), key=lambda one: one.high)[:1]
     if now.accuracy - now.guess >= LEARNT * (1 - now.guess):
         beside = _lower(RELEVANCE_MASS, now, now.figures[REGION_SHARE], 0.0, None)
         lower += [beside] if beside is not None else []
@@ -119,20 +119,20 @@ def _lower(
 def describe(found: Sequence[Finding], now: Run, key: str, names: Sequence[str]) -> str:
     """Return the alarm's text; ``key`` is the accuracy's, ``names`` the samples'."""
     lines = []
-    for each in found:
-        figure = each.figure.replace("_", " ")
-        difference = f"{LEVEL:.0%} interval of the paired difference [{each.low:.3f}, {each.high:.3f}]"
-        samples = f"{each.samples} samples classified right"
-        samples += f", {each.flat} flat maps aside" * (each.flat > 0)
-        if each.since is None:
+    for reason in found:
+        figure = reason.figure.replace("_", " ")
+        difference = f"{LEVEL:.0%} interval of the paired difference [{reason.low:.3f}, {reason.high:.3f}]"
+        samples = f"{reason.samples} samples classified right"
+        samples += f", {reason.flat} flat maps aside" * (reason.flat > 0)
+        if reason.since is None:
             lines.append(
-                f"{figure} is {each.now:.3f}, less than the {each.before:.3f} of a map without preference "
-                f"({difference}, {samples})"
+                f"{figure} is {reason.now:.3f}, less than the {reason.before:.3f} of a map without "
+                f"preference ({difference}, {samples})"
             )
         else:
             lines.append(
-                f"{figure} fell from {each.before:.3f} (step {each.since.step}, {key} "
-                f"{each.since.accuracy:.3f}) to {each.now:.3f} ({difference}, {samples})"
+                f"{figure} fell from {reason.before:.3f} (step {reason.since.step}, {key} "
+                f"{reason.since.accuracy:.3f}) to {reason.now:.3f} ({difference}, {samples})"
             )
     worst = ", ".join(names[i] for i in found[0].worst)
     return (

@@ -193,7 +193,9 @@ def _numbers(labels: Any) -> Any:
 def _collated(targets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Collate one dict per image; labels of objects stay lists, one per image."""
     collated: dict[str, Any] = {
-        key: [target[key] for target in targets] for key in targets[0] if all(key in each for each in targets)
+        key: [target[key] for target in targets]
+        for key in targets[0]
+        if all(key in other for other in targets)
     }
     key = _first_key(collated, LABEL_KEYS)
     if key is None:
@@ -217,7 +219,7 @@ def _are_hot(labels: Sequence[Tensor], collated: Mapping[str, Any]) -> bool:
         return True
     objects = _first(collated, (*BOX_KEYS, *MASK_KEYS))
     per_object = objects is not None and all(
-        len(own) == len(label) for own, label in zip(objects, labels, strict=True)
+        len(of_image) == len(label) for of_image, label in zip(objects, labels, strict=True)
     )
     return stacked.shape[1] > 2 and not per_object and bool(((stacked == 0) | (stacked == 1)).all())
 
@@ -227,8 +229,8 @@ def _classes(labels: Tensor | _Ragged, activation: Activation | None) -> Classes
         return read_classes(labels)
     most = MOST_CLASSES if activation == "sigmoid" else 1
     items, named = [], []
-    for item, own in enumerate(labels):
-        distinct = [label for label in dict.fromkeys(own) if label >= 0][:most]
+    for item, indices in enumerate(labels):
+        distinct = [label for label in dict.fromkeys(indices) if label >= 0][:most]
         items += [item] * len(distinct)
         named += distinct
     return Classes(items, named, "sigmoid" if most > 1 else None)
@@ -260,10 +262,10 @@ def _rows(parts: _Parts, classes: Classes) -> Batch:
 
 def _boxes(parts: _Parts, classes: Classes) -> list[Float[Tensor, "_ 4"]]:
     boxes = regions.read_boxes(parts.boxes)
-    says_form = hasattr(parts.boxes, "format") or any(hasattr(each, "format") for each in parts.boxes)
+    says_form = hasattr(parts.boxes, "format") or any(hasattr(of_image, "format") for of_image in parts.boxes)
     if parts.box_form != "XYXY" and not says_form:
         form = parts.box_form if parts.box_form != COCO_BOX_KEY else _proven_form(boxes, parts)
-        boxes = [regions.convert_boxes(each, form) if form != "XYXY" else each for each in boxes]
+        boxes = [regions.convert_boxes(of_image, form) if form != "XYXY" else of_image for of_image in boxes]
     if isinstance(parts.labels, _Ragged):
         return [
             _of_label(boxes[item], parts.labels[item], label)
@@ -277,7 +279,7 @@ def _of_label(entries: Tensor, labels: Sequence[int], label: int) -> Tensor:
     """Return the entries of a label's objects, where there is one per object."""
     if len(entries) != len(labels):
         return entries
-    return entries[torch.tensor([own == label for own in labels], device=entries.device)]
+    return entries[torch.tensor([index == label for index in labels], device=entries.device)]
 
 
 def _shared(classes: Classes) -> set[int]:
@@ -289,13 +291,15 @@ def _proven_form(boxes: Sequence[Tensor], parts: _Parts) -> str:
     """Return the format of boxes under COCO's key, if only one format puts all of them inside the images."""
     fits = []
     for form in ("XYXY", "XYWH"):
-        written = [regions.convert_boxes(each, form) if form != "XYXY" else each for each in boxes]
+        written = [
+            regions.convert_boxes(of_image, form) if form != "XYXY" else of_image for of_image in boxes
+        ]
         try:
-            regions.check_boxes([each.cpu() for each in written], parts.size or size_of(parts.images))
+            regions.check_boxes([of_image.cpu() for of_image in written], parts.size or size_of(parts.images))
         except ValueError:
             continue
         fits.append(form)
-    if len(fits) == 2 and any(each.any() for each in boxes):
+    if len(fits) == 2 and any(of_image.any() for of_image in boxes):
         raise ValueError(
             'boxes under "bbox", COCO\'s key for (x, y, w, h), may as well be (x0, y0, x1, y1): give those '
             'under "boxes", or torchvision\'s BoundingBoxes, which say their format.'

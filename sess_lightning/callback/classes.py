@@ -133,9 +133,9 @@ def find_activation(model: nn.Module) -> Activation | None:
         if problem in ("multi_label_classification", "single_label_classification"):
             return "sigmoid" if problem.startswith("multi") else "softmax"
     for names in _names(model):
-        said = {says for name in names if (says := _activation_of(name)) is not None}
-        if said:
-            return said.pop() if len(said) == 1 else None
+        activations = {says for name in names if (says := _activation_of(name)) is not None}
+        if activations:
+            return activations.pop() if len(activations) == 1 else None
     return None
 
 

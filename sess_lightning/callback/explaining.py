@@ -136,11 +136,11 @@ class Examiner:
             tensors, watched = (samples.images, samples.labels), self._settings.dataloader_idx
             self._provider = self._loaders.provider(watched, batch, tensors)
         self.watcher.settle(model, samples.labels if samples.items is None else None)
-        said = self.watcher.activation(samples.activation)
-        if self.plan is None and said is not None:
-            self._metric, self._activation = None, said
-        elif said == "sigmoid" != known:
-            self.plan, self._metric, self._activation = None, None, said
+        activation = self.watcher.activation(samples.activation)
+        if self.plan is None and activation is not None:
+            self._metric, self._activation = None, activation
+        elif activation == "sigmoid" != known:
+            self.plan, self._metric, self._activation = None, None, activation
             raise ValueError(
                 "labels turn out to be multi-hot, so that scores are sigmoids: from the next run on. "
                 'SESSCallback(SESS(GradCAM(activation="sigmoid"))) says so from the start.'

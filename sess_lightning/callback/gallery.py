@@ -121,12 +121,12 @@ class Exhibit:
         height, width = self.sample.size or picture.shape[:2]
         scale = torch.tensor([picture.shape[1] / width, picture.shape[0] / height]).repeat(2)
         boxes = (self.sample.boxes[0] * scale).tolist() if self.sample.boxes is not None else []
-        own, *others = self.maps
+        explained, *others = self.maps
         return Panel(
             image=picture,
             overlays={
                 names[name]: overlay(picture, legend.displayed_map(name, self.maps[name]))
-                for name in (*others, own)
+                for name in (*others, explained)
             },
             caption="\n".join(lines),
             boxes=[tuple(box) for box in boxes if box[2] > box[0] and box[3] > box[1]],
@@ -182,7 +182,7 @@ class Gallery:
         """Find this rank's samples among those of all ranks."""
         # Of equal numbers, the first is this rank's own; other ranks' samples have no name and no image here.
         rows = (self._seen.get(number) for number in samples.numbers.tolist())
-        self._identified = [own.pop(0) if own else None for own in rows]
+        self._identified = [kept.pop(0) if kept else None for kept in rows]
 
     def title(self, i: int) -> str:
         """Return the name of sample ``i`` of all ranks."""

@@ -209,9 +209,9 @@ class SampleKeeper:
 
     def load_state_dict(self, state: Any) -> set[str]:
         """Keep a checkpoint's samples for ``settle``, and return the names of its odd fields."""
-        own, odd = read(state)
+        samples, odd = read(state)
         others = Reader(state).read("others", dict, {})
-        self._loaded, self._exchange.others = {0: own}, dict(others)
+        self._loaded, self._exchange.others = {0: samples}, dict(others)
         for rank, entry in others.items():
             self._loaded[int(rank)], more = read(entry)
             odd |= more

@@ -52,13 +52,13 @@ class Kept:
         Images with several classes, which share forward passes, are alone, and so are those whose call takes
         other inputs.
         """
-        alone = [own for own in self._images() if len(own) > 1 or self.samples.context]
-        together = [own[0] for own in self._images() if own not in alone]
-        return [self.take(own) for own in (together, *alone) if own]
+        alone = [rows for rows in self._images() if len(rows) > 1 or self.samples.context]
+        together = [rows[0] for rows in self._images() if rows not in alone]
+        return [self.take(rows) for rows in (together, *alone) if rows]
 
     def images(self) -> list[Kept]:
         """Return each image by itself."""
-        return [self.take(own) for own in self._images()]
+        return [self.take(rows) for rows in self._images()]
 
     def _images(self) -> list[list[int]]:
         rows: dict[int, list[int]] = {}

@@ -139,7 +139,7 @@ def survey(trainer: Trainer, loaders: Loaders | None) -> list[list[Holding]]:
         with suppress(Exception):
             found[i] = loaders.holding(i)  # type: ignore[union-attr]
     everyone = gathered(torch.tensor(found, device=trainer.strategy.root_device))
-    return [[Holding(*numbers) for numbers in each] for each in everyone.transpose(0, 1).tolist()]
+    return [[Holding(*numbers) for numbers in of_loader] for of_loader in everyone.transpose(0, 1).tolist()]
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ def _length(loader: Any, batches: float) -> int:
 
 def _sketch(loader: Any) -> int:
     """Return a number that identifies the data that a loader reads."""
-    told = "|".join(_words(getattr(loader, "dataset", None), 0))
-    return int.from_bytes(sha1(told.encode(), usedforsecurity=False).digest()[:7], "big")
+    words = "|".join(_words(getattr(loader, "dataset", None), 0))
+    return int.from_bytes(sha1(words.encode(), usedforsecurity=False).digest()[:7], "big")
 
 
 def _words(data: Any, depth: int) -> Iterator[str]:

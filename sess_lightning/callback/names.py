@@ -124,9 +124,9 @@ class Place(NamedTuple):
         """Whether its ``mean`` and ``std`` are a normalisation, not those of noise or a prior."""
         if isinstance(self.owner, dict):
             return self.held_as != "flags" and "noise" not in self.held_as.lower()
-        said = any(word in self.held_as.lower() for word in ("norm", "cfg", "config", "process"))
+        is_named = any(word in self.held_as.lower() for word in ("norm", "cfg", "config", "process"))
         data = isinstance(self.owner, (Dataset, DataLoader)) or self.kind == "ImageClassification"
-        return self.depth == 0 or self.normalises or said or data
+        return self.depth == 0 or self.normalises or is_named or data
 
     def get(self, name: str) -> Any:
         """Return what it holds under a name; computed attributes are not read."""

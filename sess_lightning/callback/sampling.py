@@ -109,8 +109,8 @@ class Pile:
         if self.mine is None:
             return Share(count, 0, count, self.batch_size)
         first, end = self.mine
-        own = [k for k, place in enumerate(spread(count, self.every)) if first <= place < end]
-        return Share(len(own), own[0] if own else 0, count, self.batch_size, end - first)
+        mine = [k for k, place in enumerate(spread(count, self.every)) if first <= place < end]
+        return Share(len(mine), mine[0] if mine else 0, count, self.batch_size, end - first)
 
 
 @dataclass(frozen=True)

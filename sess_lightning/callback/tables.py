@@ -63,9 +63,9 @@ def standing_out(
     chosen = [("worst explained", overall), ("most drifted", drifts.get(DRIFT_PREVIOUS, overall[:0]))]
     return [
         (why, i)
-        for why, each in chosen
-        for i in each.nan_to_num(torch.inf).argsort(stable=True)[:count].tolist()
-        if each[i].isfinite()
+        for why, figures in chosen
+        for i in figures.nan_to_num(torch.inf).argsort(stable=True)[:count].tolist()
+        if figures[i].isfinite()
     ]
 
 

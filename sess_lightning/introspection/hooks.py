@@ -126,15 +126,15 @@ def gradients(
         RuntimeError: If no gradient flows to any of them.
     """
     slopes = _differentiated(outputs, [*inputs.values()], weights, retain_graph)
-    if all(each is None for each in slopes):
+    if all(slope is None for slope in slopes):
         raise RuntimeError(
             "No gradient flows from the model's logits back to the target layer or the image: the forward "
             "detaches it, or runs it under no_grad or under a checkpoint with use_reentrant=True. "
             "Name a later target_layer, or change the forward."
         )
     return {
-        name: torch.zeros_like(by) if each is None else each
-        for (name, by), each in zip(inputs.items(), slopes, strict=True)
+        name: torch.zeros_like(by) if slope is None else slope
+        for (name, by), slope in zip(inputs.items(), slopes, strict=True)
     }
 
 

@@ -59,8 +59,8 @@ def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> F
     """Return each target's logit; a head with a single logit speaks for class 1, and negated for class 0.
 
     Raises:
-        UnknownClassError: If a target is none of the model's classes. If reading it would wait for the device, it is
-            not read, and such a target's logit is NaN.
+        UnknownClassError: If a target is none of the model's classes. If reading it would wait for the
+            device, it is not read, and such a target's logit is NaN.
     """
     check_targets(logits, targets)
     if logits.shape[1] == 1:

@@ -312,10 +312,10 @@ class Witness:
         leaves = [None if i == record.place or i in rows else leaf for i, leaf in enumerate(record.leaves)]
         losses = {name for name, tensor in self._reading.losses if is_same(logits, tensor)}
         says = {LOSSES[name] for name in losses}
-        said = says.pop() if len(says) == 1 else None
+        activation = says.pop() if len(says) == 1 else None
         ending = self._reading.of(logits, slice(*record.passed))
         return Call(
-            record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts, said,
+            record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts, activation,
             record.turn, ending, record.exchanged > 0,
         )  # fmt: skip
 

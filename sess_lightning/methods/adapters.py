@@ -55,8 +55,8 @@ class Adapter(SaliencyMethod):
             name: tuple(value) if isinstance(value, list) else value
             for name, value in {**(options or {}), **more}.items()
         }
-        own = {"method": method, "options": given or None}
-        for name, value in {**own, "target_layer": target_layer, "activation": activation}.items():
+        values = {"method": method, "options": given or None}
+        for name, value in {**values, "target_layer": target_layer, "activation": activation}.items():
             object.__setattr__(self, name, value)
 
     @abstractmethod
@@ -218,8 +218,8 @@ def _lent(model: nn.Module, site: Site | None) -> Iterator[_Classifier]:
             # The same values in other tensors: a `backward()` leaves its gradients there, and triggers no
             # hook of DDP.
             for module in model.modules():
-                own = module._parameters
-                own.update({name: stand_ins[p] for name, p in own.items() if p is not None})
+                parameters = module._parameters
+                parameters.update({name: stand_ins[p] for name, p in parameters.items() if p is not None})
             classifier = _Classifier(model)
             if site is not None:
                 layer = dict(model.named_modules(remove_duplicate=False))[site.name]

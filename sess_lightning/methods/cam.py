@@ -98,10 +98,10 @@ class _FromFeatures(ExtractingMethod):
         if not self._extracts_by_itself:
             return super().extract_classes(model, images, targets)
         with explaining(model):
-            each = [target.repeat(len(images)) for target in targets]
-            evidence = class_evidence(model, self.target_layer, images, each, self._evidence)
+            of_images = [target.repeat(len(images)) for target in targets]
+            evidence = class_evidence(model, self.target_layer, images, of_images, self._evidence)
             extractions = []
-            for (features, gradients, logits), target in zip(evidence, each, strict=True):
+            for (features, gradients, logits), target in zip(evidence, of_images, strict=True):
                 with torch.no_grad(), full_precision(images.device):
                     maps = self.combine(features, gradients)
                 extractions.append(self._extraction(maps, logits, target, size_of(images)))

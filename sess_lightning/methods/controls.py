@@ -142,10 +142,10 @@ def controls(method: SaliencyMethod, blurred: bool = False) -> dict[str, Salienc
         blurred: Whether to add the base's map, blurred.
     """
     base = getattr(method, "base", None)
-    own = base if isinstance(base, SaliencyMethod) else method
+    compared = base if isinstance(base, SaliencyMethod) else method
     return {
-        **({"base": own} if own is not method else {}),
-        **({"blurred": Blurred(own)} if blurred else {}),
+        **({"base": compared} if compared is not method else {}),
+        **({"blurred": Blurred(compared)} if blurred else {}),
         "random": RandomMap(activation=method.activation),
         "centre": CentreGaussian(activation=method.activation),
     }

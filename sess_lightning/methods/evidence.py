@@ -101,7 +101,7 @@ def class_evidence(
     """Yield what ``layer_evidence`` returns for each of several targets: one forward pass for all."""
     logits, features, site = read_features(model, target_layer, images)
     on_grid = site.to_maps(features).detach().to(torch.float32)
-    for place, each in enumerate(targets, 1):
-        weights = evidence(logits.detach(), each)
+    for place, target in enumerate(targets, 1):
+        weights = evidence(logits.detach(), target)
         slopes = gradients(logits, features, weights, retain_graph=place < len(targets))
         yield on_grid, site.to_maps(slopes).detach().to(torch.float32), logits.detach()

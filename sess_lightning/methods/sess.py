@@ -217,14 +217,14 @@ class SESS(WrappingMethod):
         if not any(self.gives(other, model, size) for other in others):
             return super().maps_beside(model, images, targets, others)
         check_inputs("SESS", images if len(images) > 1 else images.expand(len(targets), -1, -1, -1), targets)
-        own, first = self._finished(model, images, targets)
+        explained, first = self._finished(model, images, targets)
         assert first is not None
         base = upsample(first, size).clamp(0, 1) if self.stretch else min_max(upsample(first, size))
-        said = [
+        beside = [
             base if self.gives(other, model, size) else other.maps_beside(model, images, targets)[0]
             for other in others
         ]
-        return [own.maps, *said]
+        return [explained.maps, *beside]
 
     def gives(self, other: SaliencyMethod, model: nn.Module, size: tuple[int, int]) -> bool:
         """Return True for the base, if windows take one forward pass and the first is the untouched image."""

@@ -73,13 +73,13 @@ def _repeated(regions: Regions, times: int) -> Regions:
 def method_rows(assessments: Sequence[Assessment]) -> dict[str, Tensor]:
     """Return the rows of all methods, (B, M, ...)."""
     maps = torch.cat([one.maps for one in assessments])
-    each = len(assessments[0].maps)
+    count = len(assessments[0].maps)
     columns = {
         "probabilities": [torch.stack([one.insertion, one.deletion], 1) for one in assessments],
         "hits": [one.hits for one in assessments],
         "mass": [one.mass for one in assessments],
-        "tied": tied_share(maps).split(each),
-        "flat": _is_flat(maps).long().split(each),
+        "tied": tied_share(maps).split(count),
+        "flat": _is_flat(maps).long().split(count),
     }
     return {name: torch.stack([*parts], 1) for name, parts in columns.items()}
 

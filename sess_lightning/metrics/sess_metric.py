@@ -255,8 +255,8 @@ class SESSMetric(PerSample):
         if self._zero is None or self._zero[0] != key:
             self._zero = key, classify(model, torch.zeros_like(images[:1])).float()
         zero = self._zero[1].expand(len(images), -1)
-        each = torch.cat([logits, _logits(model, blurred, self.batch_size), zero])
-        ends = log_scores(each, targets.repeat(3), activation).exp().view(3, -1).mT
+        ends_logits = torch.cat([logits, _logits(model, blurred, self.batch_size), zero])
+        ends = log_scores(ends_logits, targets.repeat(3), activation).exp().view(3, -1).mT
         return ends, predict_beside(logits, targets, activation)
 
     def _curves(

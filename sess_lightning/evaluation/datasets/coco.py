@@ -71,7 +71,7 @@ class COCO14(Benchmark):
         categories = sorted(self._files.coco.cats)
         self._index = {category: index for index, category in enumerate(categories)}
         self.class_names = [self._files.coco.cats[category]["name"] for category in categories]
-        self._images = [self._files.coco.imgs[each] for each in self._files.ids]
+        self._images = [self._files.coco.imgs[image_id] for image_id in self._files.ids]
         self.ids = [Path(image["file_name"]).stem for image in self._images]
         self._flags = flags_or_none(difficult_list, len(categories))
         self.options = {"region": region, "difficult": digest(self._flags)}
@@ -83,7 +83,7 @@ class COCO14(Benchmark):
         by_category: dict[int, list[dict[str, Any]]] = {}
         for annotation in self._files.coco.imgToAnns.get(image["id"], []):
             by_category.setdefault(self._index[annotation["category_id"]], []).append(annotation)
-        regions = {target: self._union(own) for target, own in by_category.items()}
+        regions = {target: self._union(annotations_of) for target, annotations_of in by_category.items()}
         flags = None if self._flags is None else self._flags.get(self.ids[index], (True,) * len(self._index))
         trials = make_trials(regions, size, flags, len(by_category))
         return Sample(self.ids[index], self._folder / image["file_name"], size, trials)
@@ -91,11 +91,11 @@ class COCO14(Benchmark):
     def _union(self, annotations: Sequence[dict[str, Any]]) -> Region:
         if self._region == "boxes":
             return coco_boxes(annotations)
-        masks = [torch.from_numpy(self._files.coco.annToMask(each)) for each in annotations]
+        masks = [torch.from_numpy(self._files.coco.annToMask(annotation)) for annotation in annotations]
         return torch.stack(masks).bool().any(0)
 
 
 def coco_boxes(annotations: Iterable[Mapping[str, Any]]) -> Float[Tensor, "N 4"]:
     """Read boxes given as (x, y, width, height)."""
-    corners = [[x, y, x + w, y + h] for x, y, w, h in (each["bbox"] for each in annotations)]
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (annotation["bbox"] for annotation in annotations)]
     return torch.tensor(corners, dtype=torch.float32).view(-1, 4)

@@ -65,7 +65,7 @@ class PictureFolder(Benchmark):
         else:
             self._paths = find_pictures(self._root)
             self._folders()
-        self.ids = [each.relative_to(self._root).as_posix() for each in self._paths]
+        self.ids = [file.relative_to(self._root).as_posix() for file in self._paths]
         self._flags = flags_or_none(difficult_list, len(self.class_names))
         self.options = {"index_key": index_key, "difficult": digest(self._flags)}
 
@@ -97,8 +97,8 @@ class PictureFolder(Benchmark):
         else:
             self._category_of = _indices(categories, index_key)
             last = max(self._category_of.values(), default=0)
-            own = {index: names[key] for key, index in self._category_of.items()}
-            self.class_names = [own.get(index, f"class {index}") for index in range(last + 1)]
+            known = {index: names[key] for key, index in self._category_of.items()}
+            self.class_names = [known.get(index, f"class {index}") for index in range(last + 1)]
 
     def __getitem__(self, index: int) -> Sample:
         """Read a sample's annotations."""
@@ -110,25 +110,28 @@ class PictureFolder(Benchmark):
         size = (image["height"], image["width"]) if "height" in image else size_on_disk(path)
         objects = self._boxes.get(image["id"], [])
         regions: dict[int, Region] = {
-            target: _checked(own, size, path)
+            target: _checked(of_target, size, path)
             for target in self._asked(image, objects)
-            if (own := [each for each in objects if self._category_of.get(each["category_id"]) == target])
+            if (of_target := self._of(target, objects))
         }
         flags = None if self._flags is None else self._flags.get(path.stem, (True,) * len(self.class_names))
         if "hard" in image:
             flags = (bool(image["hard"]),) * len(self.class_names)
-        trials = make_trials(regions, size, flags, len({each["category_id"] for each in objects}))
+        trials = make_trials(regions, size, flags, len({item["category_id"] for item in objects}))
         blind = (Trial(target, None, None) for target in self._asked(image, objects) if target not in regions)
         return Sample(self.ids[index], path, size, (*trials, *blind))
 
-    def _asked(self, image: Mapping[str, Any], found: Iterable[Mapping[str, Any]]) -> list[int]:
+    def _of(self, target: int, objects: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [item for item in objects if self._category_of.get(item["category_id"]) == target]
+
+    def _asked(self, image: Mapping[str, Any], objects: Iterable[Mapping[str, Any]]) -> list[int]:
         """Return the classes to explain."""
         if "class_index" in image:
             return [int(image["class_index"])]
         folder = Path(image["file_name"]).parts[0]
         if folder in self.class_names and len(Path(image["file_name"]).parts) > 1:
             return [self.class_names.index(folder)]
-        present = {self._category_of.get(each["category_id"]) for each in found}
+        present = {self._category_of.get(item["category_id"]) for item in objects}
         return sorted(target for target in present if target is not None)
 
 
@@ -157,6 +160,7 @@ def _indices(categories: Sequence[Mapping[str, Any]], index_key: str) -> dict[An
         return {category["id"]: place for place, category in enumerate(categories)}
     indices = {category["id"]: category.get(index_key) for category in categories}
     firsts = {
-        key: (each[0] if each else None) if isinstance(each, list) else each for key, each in indices.items()
+        key: (value[0] if value else None) if isinstance(value, list) else value
+        for key, value in indices.items()
     }
-    return {key: int(each) for key, each in firsts.items() if each is not None}
+    return {key: int(value) for key, value in firsts.items() if value is not None}

@@ -76,8 +76,8 @@ class ImageNet(Benchmark):
         annotation = read_xml(self._xml[path.stem])
         objects = annotation.findall("object")
         synset = folder or (objects[0].findtext("name") if objects else None)
-        own = [each for each in objects if each.findtext("name") == synset]
-        region = xml_boxes(own, first_pixel=0) if own else None
+        of_class = [item for item in objects if item.findtext("name") == synset]
+        region = xml_boxes(of_class, first_pixel=0) if of_class else None
         return Sample(self.ids[index], path, xml_size(annotation), (self._trial(str(synset), region),))
 
     def _trial(self, synset: str, region: Region | None) -> Trial:

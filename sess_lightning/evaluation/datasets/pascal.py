@@ -63,18 +63,18 @@ class VOC07(Benchmark):
         """Read a sample's annotations."""
         annotation = read_xml(Path(self._files.annotations[index]))
         size, objects = xml_size(annotation), annotation.findall("object")
-        names = [str(each.findtext("name")) for each in objects]
+        names = [str(item.findtext("name")) for item in objects]
         if not set(names) <= set(VOC_CLASSES):
             raise BrokenSampleError(
                 f"{self.ids[index]}.xml names {set(names) - set(VOC_CLASSES)}, no class of VOC."
             )
         regions, skipped = {}, 0
         for name in sorted(set(names)):
-            own = [each for each, other in zip(objects, names, strict=True) if other == name]
-            if all(each.findtext("difficult") == "1" for each in own):
+            of_class = [item for item, other in zip(objects, names, strict=True) if other == name]
+            if all(item.findtext("difficult") == "1" for item in of_class):
                 skipped += 1
             else:
-                regions[VOC_CLASSES.index(name)] = xml_boxes(own, first_pixel=1)
+                regions[VOC_CLASSES.index(name)] = xml_boxes(of_class, first_pixel=1)
         flags = None if self._flags is None else self._flags.get(self.ids[index], (True,) * len(VOC_CLASSES))
         trials = make_trials(regions, size, flags, len(set(names)))
         return Sample(self.ids[index], Path(self._files.images[index]), size, trials, skipped)
@@ -124,11 +124,11 @@ def xml_boxes(objects: Iterable[ElementTree.Element], first_pixel: int) -> Float
         BrokenSampleError: If an object has no complete box.
     """
 
-    def corner(each: ElementTree.Element, name: str) -> float:
-        return float(each.findtext(f"bndbox/{name}", "nan"))
+    def corner(item: ElementTree.Element, name: str) -> float:
+        return float(item.findtext(f"bndbox/{name}", "nan"))
 
     boxes = torch.tensor(
-        [[corner(each, name) for name in ("xmin", "ymin", "xmax", "ymax")] for each in objects]
+        [[corner(item, name) for name in ("xmin", "ymin", "xmax", "ymax")] for item in objects]
     )
     if not boxes.isfinite().all():
         raise BrokenSampleError("An annotation holds an object without a complete box.")
