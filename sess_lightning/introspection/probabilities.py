@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -11,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
+
+from sess_lightning.types import SESSWarning
 
 Kind: TypeAlias = Literal["softmax", "log_softmax", "sigmoid"]
 
@@ -109,6 +112,24 @@ def ending_of(outputs: Float[Tensor, "B N"], takes_probabilities: bool = False) 
     if values.shape[1] > 1 and ((values.sum(1) - 1).abs() < rounding).all():
         return Ending("softmax")
     return Ending("sigmoid") if takes_probabilities else None
+
+
+def warn_of_probabilities(speaker: str, outputs: Float[Tensor, "B N"], is_first: bool = True) -> None:
+    """Warn that a model returns a softmax's probabilities; those on a device are not read.
+
+    Args:
+        speaker: Who warns.
+        outputs: What is taken for logits.
+        is_first: Whether these are the first ones; of others nothing is said.
+    """
+    if is_first and outputs.device.type == "cpu" and ending_of(outputs) is not None:
+        warnings.warn(
+            f"{speaker}: the model returns probabilities, in 0..1 and 1 together for each image, and "
+            "they are read as logits. Let it return what its softmax is given, or their logarithm; "
+            "SESSCallback does that by itself.",
+            SESSWarning,
+            stacklevel=3,
+        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing_extensions import override
 from sess_lightning.batching import batch_limit, in_batches, stacked
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores, predict_beside
+from sess_lightning.introspection.probabilities import warn_of_probabilities
 from sess_lightning.metrics.assessment import Assessment, Scene, method_rows, played, relevance_masses
 from sess_lightning.metrics.functional import blurred_baseline, insertion_and_deletion_curves
 from sess_lightning.metrics.per_sample import PerSample, keep_apart
@@ -248,6 +249,7 @@ class SESSMetric(PerSample):
         """Return the scores of image, blurred image and zeros, and the prediction."""
         activation = self.methods[OWN].activation
         logits = _logits(model, images, self.batch_size)
+        warn_of_probabilities("SESSMetric", logits, is_first=not self.targets)
         # Zeros are the same in every batch: scored once per run, as long as nothing writes to the model.
         tensors = (*model.parameters(), *model.buffers())
         versions = [(id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 
 from formula import picture
 from lightning_models import filled_net, validate
-from sess_lightning import SESS, SESSCallback
+from sess_lightning import SESS, SESSCallback, SESSMetric
 from sess_lightning.introspection.probabilities import Ending, Endings, ending_of, to_logits
 from sess_lightning.methods import GradCAM, GuidedBackprop
+from sess_lightning.types import SESSWarning
 
 PICTURES = [picture(32, 32, seed) for seed in range(6)]
 LABELS = torch.tensor([1, 0, 3, 2, 1, 0])
@@ -262,3 +263,15 @@ def test_logits_make_the_very_probabilities_again():
     with Endings() as endings:
         outputs = F.softmax(logits, dim=1)
     assert torch.equal(to_logits(outputs, Ending("softmax"), endings), logits)
+
+
+def test_a_metric_of_its_own_warns_of_probabilities_once_a_run_and_the_remedy_is_silent(recwarn):
+    images, metric = torch.stack(PICTURES), SESSMetric(GradCAM("0.3"), compare={}, steps=2)
+    soft, remedied = nn.Sequential(filled_net(), nn.Softmax(1)), nn.Sequential(filled_net(), nn.LogSoftmax(1))
+    metric.update(remedied, images, LABELS)
+    assert not [each for each in recwarn if issubclass(each.category, SESSWarning)]
+    metric.reset()
+    for part in (slice(3), slice(3, 6)):
+        metric.update(soft, images[part], LABELS[part])
+    (told,) = [each for each in recwarn if issubclass(each.category, SESSWarning)]
+    assert "SESSMetric: the model returns probabilities" in str(told.message)
