@@ -56,8 +56,7 @@ class _Moved(MetaPathFinder, Loader):
 
     @override
     def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        names = MOVED[module.__spec__.name.partition(".")[2]]
+        names = MOVED[module.__name__.partition(".")[2]]
         homes = [importlib.import_module(f"{__package__}.{name}") for name in names]
 
         def lookup(name: str) -> Any:

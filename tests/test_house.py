@@ -46,3 +46,10 @@ def test_the_plan_of_the_house_names_every_room():
 
 def test_the_plan_of_the_house_fits_on_two_pages():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(ROOT)))
+def test_no_assertion_only_serves_the_type_checker(module):
+    nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+    texts = [ast.unparse(node.test) for node in nodes if isinstance(node, ast.Assert)]
+    assert [text for text in texts if text.endswith("is not None")] == []

@@ -24,12 +24,26 @@ class Scored(NamedTuple):
     Attributes:
         which: For each target, their indices in the plan, rising.
         logs: Their log-scores.
-        maps: Their maps, on the method's own grid; None where scoring gives no maps.
+        maps: None: scoring gave no maps.
     """
 
     which: Int[Tensor, "T S"]
     logs: Float[Tensor, "T S"]
-    maps: Float[Tensor, "T S h w"] | None
+    maps: None = None
+
+
+class Extracted(NamedTuple):
+    """The windows that were scored and explained.
+
+    Attributes:
+        which: For each target, their indices in the plan, rising.
+        logs: Their log-scores.
+        maps: Their maps, on the method's own grid.
+    """
+
+    which: Int[Tensor, "T S"]
+    logs: Float[Tensor, "T S"]
+    maps: Float[Tensor, "T S h w"]
 
 
 @dataclass(frozen=True)
@@ -68,9 +82,9 @@ class WindowExtractor:
         logits = stream.gathered(torch.cat([*parts])).expand(len(self.targets), -1, -1)
         of_window = self.targets[:, None].expand(-1, len(self.plan))
         logs = log_scores(logits.flatten(0, 1), of_window.flatten(), activation)
-        return Scored(self.numbers, logs.view(-1, len(self.plan)), None)
+        return Scored(self.numbers, logs.view(-1, len(self.plan)))
 
-    def extract(self, model: nn.Module, method: SaliencyMethod) -> Scored:
+    def extract(self, model: nn.Module, method: SaliencyMethod) -> Extracted:
         """Score and explain all windows; those of a single image pass once for all targets."""
         stream, limit = self._stream()
         if len(self.images) == len(self.targets):
@@ -82,7 +96,7 @@ class WindowExtractor:
             )
             joined = method.join_parts([*parts], of_window, self.plan.window_size)
             maps, logs = (stream.gathered(values) for values in (self.maps_of(joined), joined.log_scores))
-            return Scored(self.numbers, logs, maps)
+            return Extracted(self.numbers, logs, maps)
         shared = [
             *in_batches(
                 lambda _, which: method.extract_classes(model, stream.take(which), self.targets),
@@ -92,7 +106,7 @@ class WindowExtractor:
         ]
         maps = torch.cat([torch.stack([self.maps_of(one) for one in part]) for part in shared], 1)
         logs = torch.cat([torch.stack([one.log_scores for one in part]) for part in shared], 1)
-        return Scored(self.numbers, logs, maps)
+        return Extracted(self.numbers, logs, maps)
 
     def extract_some(
         self, model: nn.Module, method: SaliencyMethod, which: Int[Tensor, "T K"]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.engine.extraction import Scored, WindowExtractor
+from sess_lightning.engine.extraction import Extracted, WindowExtractor
 from sess_lightning.engine.fusion import crop_strips, window_means
 from sess_lightning.engine.windows import Plan, descent, ranked
 from sess_lightning.ops import ROUNDING
@@ -21,7 +21,7 @@ def descend(
     guide: SaliencyMethod,
     share: float,
     fuse: Callable[[Tensor, Tensor, Tensor, Plan], Float[Tensor, "T H W"]],
-) -> Scored:
+) -> Extracted:
     """Score the coarser scales, and those of the other windows over which the fused map is highest.
 
     Where it is flat, the first of them are taken.
@@ -39,7 +39,6 @@ def descend(
     scales, fine = descent(extractor.plan, share)
     coarse = extractor.first(scales)
     scored = coarse.extract(model, guide)
-    assert scored.maps is not None
     if not fine:
         return scored
     fused = fuse(scored.maps, scored.logs, scored.which, coarse.plan)
@@ -47,7 +46,7 @@ def descend(
     extractions = [*extractor.extract_some(model, guide, chosen)]
     maps = torch.cat([extractor.maps_of(part) for part in extractions]).unflatten(0, chosen.shape)
     logs = torch.cat([part.log_scores for part in extractions]).view_as(chosen)
-    return Scored(
+    return Extracted(
         torch.cat([scored.which, chosen], 1),
         torch.cat([scored.logs, logs], 1),
         torch.cat([scored.maps, maps], 1),

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.engine.extraction import Scored, WindowExtractor
+from sess_lightning.engine.extraction import Extracted, Scored, WindowExtractor
 from sess_lightning.engine.fusion import AnyFusion, Fusion, channel_weights, fuse_maps, smooth
 from sess_lightning.engine.windows import (
     Plan,
@@ -218,13 +218,17 @@ class SESS(WrappingMethod):
             return super().maps_beside(model, images, targets, others)
         check_inputs("SESS", images if len(images) > 1 else images.expand(len(targets), -1, -1, -1), targets)
         explained, first = self._finished(model, images, targets)
-        assert first is not None
-        base = upsample(first, size).clamp(0, 1) if self.stretch else min_max(upsample(first, size))
         beside = [
-            base if self.gives(other, model, size) else other.maps_beside(model, images, targets)[0]
+            self._drawn(first, size)
+            if first is not None and self.gives(other, model, size)
+            else other.maps_beside(model, images, targets)[0]
             for other in others
         ]
         return [explained.maps, *beside]
+
+    def _drawn(self, maps: Float[Tensor, "T h w"], size: tuple[int, int]) -> Float[Tensor, "T H W"]:
+        drawn = upsample(maps, size)
+        return drawn.clamp(0, 1) if self.stretch else min_max(drawn)
 
     def gives(self, other: SaliencyMethod, model: nn.Module, size: tuple[int, int]) -> bool:
         """Return True for the base, if windows take one forward pass and the first is the untouched image."""
@@ -290,27 +294,26 @@ class SESS(WrappingMethod):
     def _extractor(self, images: Tensor, targets: Tensor, plan: Plan) -> WindowExtractor:
         return WindowExtractor(images, targets, plan, self.antialias, self.stretch, self.batch_size)
 
-    def _filtered(self, scored: Scored, plan: Plan) -> Scored:
+    def _filtered(self, scored: Scored | Extracted, plan: Plan) -> Scored | Extracted:
         kept = self._scored_and_kept(plan)[1]
         if kept == scored.which.shape[1]:
             return scored
         # In the plan's order: where all are kept, the windows need not be cut one by one.
         places = ranked(scored.logs, SCORES_APART)[:, :kept].sort(dim=-1).values
-        of_map, maps = places[..., None, None], scored.maps
-        return Scored(
-            scored.which.gather(1, places),
-            scored.logs.gather(1, places),
-            None if maps is None else maps.gather(1, of_map.expand(-1, -1, *maps.shape[2:])),
-        )
+        which, logs = scored.which.gather(1, places), scored.logs.gather(1, places)
+        if scored.maps is None:
+            return Scored(which, logs)
+        of_map = places[..., None, None].expand(-1, -1, *scored.maps.shape[2:])
+        return Extracted(which, logs, scored.maps.gather(1, of_map))
 
-    def _scored(self, model: nn.Module, extractor: WindowExtractor) -> Scored:
+    def _scored(self, model: nn.Module, extractor: WindowExtractor) -> Scored | Extracted:
         if self.coarse_to_fine is not None:
             return self._descended(model, extractor, self.coarse_to_fine)
         if self.base.single_forward:
             return extractor.extract(model, self.base)
         return extractor.score(model, self.activation)
 
-    def _descended(self, model: nn.Module, extractor: WindowExtractor, share: float) -> Scored:
+    def _descended(self, model: nn.Module, extractor: WindowExtractor, share: float) -> Scored | Extracted:
         if self.base.single_forward:
             return descend(extractor, model, self.base, share, self._fuse)
         guide = GradCAM(activation=self.activation)
@@ -320,7 +323,7 @@ class SESS(WrappingMethod):
             raise ValueError(
                 f"SESS: coarse_to_fine descends by {guide} here, which fails; leave it out. {error}"
             ) from error
-        return scored._replace(maps=None)  # The maps are the guide's, not the base's.
+        return Scored(scored.which, scored.logs)  # The maps are the guide's, not the base's.
 
 
 @dataclass(frozen=True)
