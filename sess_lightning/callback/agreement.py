@@ -1,4 +1,4 @@
-"""Whether the samples that are explained are classified as often correctly as the logged accuracy says."""
+"""Whether the explained samples are classified correctly as often as the logged accuracy says."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from jaxtyping import Bool
 from torch import Tensor
 
 LEVEL = 0.999
-"""Two-sided: an agreeing training is warned of once in a thousand."""
+"""Two-sided level: once in a thousand times, an agreeing training is warned of."""
 CERTAIN = 0.01
-"""How far from 0 and 1 an accuracy is taken: rounding may decide about an image, too."""
+"""An accuracy is kept this far from 0 and 1: rounding may decide on an image, too."""
 
 
 def disagrees(accuracy: float, right: Bool[Tensor, " N"], targets: Sequence[int]) -> bool:
     """Return whether samples are classified correctly more or less often than chance allows.
 
-    The accuracy may be the share of all images, or the mean of the classes' shares: it has to agree with one
-    of them. Samples are drawn without replacement, which makes the test cautious.
+    The accuracy may be the share of all images, or the mean of the classes' shares: it must agree with one of
+    them. Samples are drawn without replacement, which makes the test cautious.
 
     Args:
-        accuracy: Of the whole validation set, a fraction; NaN is unknown.
+        accuracy: Accuracy on the whole validation set, as a fraction; NaN if unknown.
         right: Which samples the explained model classifies correctly.
         targets: Their classes.
     """
@@ -34,7 +34,7 @@ def disagrees(accuracy: float, right: Bool[Tensor, " N"], targets: Sequence[int]
 
 
 def _two_sided(hits: int, count: int, chance: float) -> float:
-    """Return the probability of at least so unlikely a number of hits (exact binomial test)."""
+    """Return the probability of a number of hits that is at least as unlikely (exact binomial test)."""
     masses = [math.comb(count, k) * chance**k * (1 - chance) ** (count - k) for k in range(count + 1)]
     return sum(mass for mass in masses if mass <= masses[hits] * (1 + 1e-9))
 

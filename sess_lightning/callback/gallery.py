@@ -139,7 +139,7 @@ class Gallery:
     """Keeps what a run shows of its samples, and matches samples to the run's numbers.
 
     Args:
-        num_images: Samples in the panel; 0 sends no picture at all.
+        num_images: Samples in the panel; 0 sends no image at all.
         num_rows: Rows of the worst explained samples, and as many of the most drifted.
         legend: How samples and methods are named and displayed.
     """

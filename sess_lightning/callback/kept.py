@@ -1,4 +1,4 @@
-"""Kept: samples as they came, on the host, and which of all samples they are."""
+"""Kept: samples as they passed, on the host, with their numbers among all samples."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def digest(image: Tensor) -> int:
 
 
 def joined(waiting: Sequence[Kept]) -> Kept:
-    """Return samples of one kind together."""
+    """Return samples of one kind as one."""
     validated = [kept.validated for kept in waiting if kept.validated is not None]
     return Kept(
         Batch.joined([kept.samples for kept in waiting]),

@@ -39,7 +39,7 @@ class Holding(NamedTuple):
 
 
 def is_even(holdings: Sequence[Holding]) -> bool:
-    """Return whether as many batches of a loader pass on every rank."""
+    """Return whether the same number of a loader's batches passes on every rank."""
     batches = {holding.batches for holding in holdings}
     return len(batches) == 1 and UNKNOWN not in batches
 

@@ -16,9 +16,9 @@ from sess_lightning.callback.runs import age
 FIELDS = {
     "failed", "last", "history", "runs", "epoch", "alarmed", "selection", "percent", "kept", "chosen",
     "others",
-    "samples",  # Of versions that kept samples by their batches.
+    "samples",  # From versions that kept samples by their batches.
 }  # fmt: skip
-"""What a checkpoint may hold of a callback."""
+"""Fields of a callback's state in a checkpoint."""
 
 
 class Remembering(Callback):

@@ -12,10 +12,10 @@ class Reader:
     """Reads the fields of a state, and notes which of them are odd.
 
     Args:
-        state: What a checkpoint holds.
+        state: The state from a checkpoint.
 
     Attributes:
-        odd: Names of the fields that are missing, unknown or of another type than expected.
+        odd: Names of the fields that are missing, unknown or of an unexpected type.
     """
 
     def __init__(self, state: Any) -> None:

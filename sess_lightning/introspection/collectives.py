@@ -1,4 +1,4 @@
-"""How many times the processes of a training have communicated."""
+"""Counting the collectives of a training's processes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import distributed
 
 
 def collectives() -> int:
-    """Return the number of collectives this process has joined so far, over all groups; 0 on its own.
+    """Return the number of collectives that this process has joined, over all groups; 0 for a single process.
 
-    Groups that do not count them are left out.
+    Groups without a counter are left out.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0

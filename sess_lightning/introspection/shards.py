@@ -14,8 +14,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     """Hold all parameters of a sharded model; every rank must enter together.
 
     Inside, forward and backward passes gather nothing, so that ranks may run different numbers of them. The
-    whole model has to fit on each device. Afterwards, what was sharded before is sharded again. A model that
-    is not sharded is left as it is.
+    whole model must fit on each device. Afterwards, everything that was sharded before is sharded again. A
+    model that is not sharded is left as it is.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -52,10 +52,10 @@ def _groups(state: Any) -> list[Any]:
 
 
 class _Note:
-    """What FSDP keeps about passes under way: the order of modules, a callback that is queued.
+    """FSDP's state of passes under way: the order of modules, and queued callbacks.
 
-    A pass of the explanation that fails, or that only one rank runs, must leave nothing of it: the order of
-    the next training step's collectives hangs on it.
+    A pass of the explanation that fails, or that only one rank runs, must not change it: the order of the
+    next training step's collectives depends on it.
     """
 
     def __init__(self, owner: Any) -> None:

@@ -1,4 +1,4 @@
-"""What can be said of a method before it runs: whether the model has its layers, and what suits a model."""
+"""What can be decided before a method runs: whether the model has its layers, and the method that suits it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sess_lightning.types import SaliencyMethod
 
 
 def check_layers(model: nn.Module, *methods: SaliencyMethod) -> None:
-    """Refuse methods whose target layer the model does not have; nothing is run.
+    """Refuse methods whose target layer the model does not have, without running anything.
 
     Args:
-        model: What is to be explained.
-        methods: With all that they are made of. Those of other packages must exist there.
+        model: The model to explain.
+        methods: The methods, with those they are made of. Those of other packages must exist there.
 
     Raises:
-        ValueError: With the nearest names.
+        ValueError: Naming the most similar layers.
         ImportError: If a method's package is not installed.
     """
     for method in _parts(*methods):
@@ -37,7 +37,7 @@ def check_layers(model: nn.Module, *methods: SaliencyMethod) -> None:
 
 
 def _parts(*methods: SaliencyMethod) -> Iterator[SaliencyMethod]:
-    """Yield methods and those that they are made of."""
+    """Yield methods, and those they are made of."""
     for method in methods:
         yield method
         if is_dataclass(method):
@@ -46,16 +46,16 @@ def _parts(*methods: SaliencyMethod) -> Iterator[SaliencyMethod]:
 
 
 def default_method(model: nn.Module, image: Float[Tensor, "1 C H W"]) -> SaliencyMethod:
-    """Return what explains a model if nothing is asked for.
+    """Return the default method for a model.
 
-    ``SESS(GradCAM())``, or ``SESS(Gradient())`` where no layer could have places, as in an MLP. One forward
-    pass pass of the image tells, that which finds Grad-CAM's layer.
+    ``SESS(GradCAM())``, or ``SESS(Gradient())`` if no layer could lie on the image, as in an MLP. The forward
+    pass of the image that finds Grad-CAM's layer decides.
 
     Args:
         model: Any classifier.
         image: As the model takes it.
     """
-    # Any other error is the run's to tell, of the very images that it is about.
+    # Any other error is left to the run, which raises it about its own images.
     with suppress(Exception):
         try:
             find_target_layer(model, image)

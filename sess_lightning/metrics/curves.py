@@ -196,14 +196,14 @@ class _Transition(NamedTuple):
 
 
 class _Painter:
-    """The images along several transitions, one behind the other, and with them their targets.
+    """The images along several transitions, one after the other, with their targets.
 
-    On a CPU they are painted image by image, as they lie. On an accelerator, which waits for its host, a
-    batch is painted at once, at the price of a copy of all ends.
+    On a CPU they are painted image by image, in place. An accelerator waits for its host: there, a batch is
+    painted at once, at the cost of a copy of all ends.
 
     Args:
-        transitions: What to paint.
-        asked: Of each, which steps.
+        transitions: The transitions to paint.
+        asked: The steps of each.
         together: Whether to paint a batch at once; None does on an accelerator.
     """
 
@@ -251,7 +251,7 @@ def _draw(
     activation: Activation,
     batch_size: int | None,
 ) -> list[Float[Tensor, "B {steps}+1"]]:
-    """Return the target's probability along every transition; batches run on from one into the next."""
+    """Return the target's probability along every transition; batches run across transitions."""
     for one in transitions:
         if len(one.targets):
             check_inputs("Insertion and deletion", one.start, one.targets)
