@@ -76,9 +76,7 @@ def _stated_sizes(module: nn.Module) -> Iterator[Any]:
         yield vars(module).get("image_size")
     cfg = vars(module).get("pretrained_cfg")
     if isinstance(cfg, Mapping) and cfg.get("fixed_input_size"):
-        yield getattr(
-            getattr(module, "patch_embed", None), "img_size", None
-        )  # That of the model as made.
+        yield getattr(getattr(module, "patch_embed", None), "img_size", None)  # That of the model as made.
         yield cfg.get("input_size")
     config = vars(module).get("config")
     if config is not None and not isinstance(config, Mapping):

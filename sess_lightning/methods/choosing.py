@@ -1,4 +1,4 @@
-"""What can be decided before a method runs: whether the model has its layers, and the method that suits it."""
+"""Decided before a method runs: whether the model has its layers, and the method that suits it."""
 
 from __future__ import annotations
 
