@@ -82,8 +82,9 @@ class Watcher:
 
     @property
     def classes(self) -> int | None:
-        """Number of the model's logits in the last step; None if none were seen."""
-        return None if self._seen is None or self._seen.logits is None else self._seen.logits.shape[1]
+        """Number of the model's logits; None if none were seen so far."""
+        seen = None if self._seen is None else self._seen.logits
+        return (self._outputs or None) if seen is None else seen.shape[1]
 
     @property
     def communicates(self) -> bool:

@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from callbacks import quick
 from lightning_models import Classifier, squares, validate
+from sess_lightning import SESSCallback
 from sess_lightning.callback.names import find_class_names, find_display_channels, find_normalisation
 
 NAMES = ["cat", "dog"]
@@ -227,3 +228,21 @@ def test_a_normalisation_of_another_number_of_channels_is_passed_over(tmp_path):
 )  # fmt: skip
 def test_bands_are_those_of_the_images(held, channels, tmp_path):
     assert legend(tmp_path, Renamed(data=held)).channels == channels
+
+
+class Apart(Renamed):
+    """Its step does not call it: that which finds a layer tells how many logits there are."""
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize(
+    "held", [{"a": {"classes": NAMES}}, {"a": {"classes": NAMES}, "b": {"labels": COLOURS}}]
+)
+def test_names_fit_the_logits_of_a_model_that_is_not_watched(held, tmp_path):
+    callback = SESSCallback(num_samples=2, num_images=0, report=False, on_error="raise")
+    loader = squares(4)
+    loader.dataset.classes = None
+    validate(tmp_path, callback, module=Apart(**held), val=loader)
+    assert callback.gallery.legend.class_names == (COLOURS if "b" in held else None)
