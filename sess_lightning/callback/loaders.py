@@ -105,12 +105,12 @@ class Loaders:
         ]  # fmt: skip
         return gave[0] if len(gave) == 1 else None
 
-    def holding(self, i: int) -> Holding:
-        """Return what this rank knows of loader ``i``."""
+    def holding(self, i: int, is_alone: bool = False) -> Holding:
+        """Return what this rank knows of loader ``i``; a rank that is alone looks at no data set."""
         loader = self.all[i]
         batches = min(self.counts[i], self.passing(i))
         known = UNKNOWN if batches == float("inf") else int(batches)
-        return Holding(_length(loader, batches), _sketch(loader), known)
+        return Holding(_length(loader, batches), 0 if is_alone else _sketch(loader), known)
 
 
 def loaders_of(trainer: Trainer) -> Loaders:
@@ -137,7 +137,7 @@ def survey(trainer: Trainer, loaders: Loaders | None) -> list[list[Holding]]:
     found = [Holding.unknown() for _ in range(MOST_LOADERS)]
     for i in range(min(len(loaders.all), MOST_LOADERS) if loaders is not None else 0):
         with suppress(Exception):
-            found[i] = loaders.holding(i)  # type: ignore[union-attr]
+            found[i] = loaders.holding(i, trainer.world_size == 1)  # type: ignore[union-attr]
     everyone = gathered(torch.tensor(found, device=trainer.strategy.root_device))
     return [[Holding(*numbers) for numbers in of_loader] for of_loader in everyone.transpose(0, 1).tolist()]
 

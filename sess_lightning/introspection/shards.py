@@ -27,7 +27,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _held(module: Any) -> Iterator[None]:
     state = module._get_fsdp_state()
-    groups = [group for group in _groups(state) if group is not None]
+    groups = groups_of(state)
     held = [group.is_unsharded for group in groups]
     module.unshard()
     owners = [state, getattr(state, "_state_ctx", None), *groups]
@@ -46,9 +46,12 @@ def _held(module: Any) -> Iterator[None]:
                 group.reshard()
 
 
-def _groups(state: Any) -> list[Any]:
+def groups_of(state: Any) -> list[Any]:
+    """Return what FSDP gathers at once of a module, by its state: none, one or several groups."""
     several = getattr(state, "_fsdp_param_groups", None)
-    return [state._fsdp_param_group] if several is None else list(several)
+    return [
+        group for group in ([state._fsdp_param_group] if several is None else several) if group is not None
+    ]
 
 
 class _Note:

@@ -27,6 +27,7 @@ from faults import FAULTS, STAGES, Red, failing, fussy, on_last
 from lightning_models import Classifier, Knowing, Squares, boxed, fit, validate
 from sess_lightning import SESS, SESSCallback
 from sess_lightning.introspection.lending import explaining
+from sess_lightning.introspection.shards import groups_of
 from sess_lightning.methods import GradCAM
 from sess_lightning.types import Explanation, SaliencyMethod, SESSWarning
 
@@ -285,7 +286,7 @@ def held(module):
     groups = [
         group
         for layer in module.modules() if hasattr(layer, "_get_fsdp_state")
-        for group in (layer._get_fsdp_state()._fsdp_param_groups or [])
+        for group in groups_of(layer._get_fsdp_state())
     ]  # fmt: skip
     return [
         [group.is_unsharded, group.reshard_after_backward, group._reshard_after_forward] for group in groups
