@@ -56,6 +56,21 @@ class SyncSpy(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, such as MPS: fails on every operator that gives any."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if any(isinstance(item, torch.Tensor) and item.dtype == torch.float64 for item in tree_leaves(found)):
+            pytest.fail(f"{func.name()} gives float64")
+        return found
+
+
+@pytest.fixture
+def without_float64():
+    return NoFloat64()
+
+
 @pytest.fixture
 def sync_spy():
     return SyncSpy()

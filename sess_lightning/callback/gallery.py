@@ -234,4 +234,4 @@ def _exhibits(
             latest = metric.latest[name]
             figures += [curve_auc(latest.insertion[i]), curve_auc(latest.deletion[i]), latest.hits[i]]
         maps = {name: metric.latest[name].maps[i] for name in shown}
-        yield Exhibit(samples.take([i]), maps, torch.stack([figure.double() for figure in figures]))
+        yield Exhibit(samples.take([i]), maps, torch.stack([figure.float() for figure in figures]))

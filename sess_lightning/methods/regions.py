@@ -91,9 +91,9 @@ class XRAI(SaliencyMethod):
             scores = score(model, images, targets, self.activation).exp()
         maps = [
             grow(attribution, self.segments(image), self.min_gain)
-            for attribution, image in zip(attributions.double().cpu().numpy(), images, strict=True)
+            for attribution, image in zip(attributions.cpu().double().numpy(), images, strict=True)
         ]
-        return Explanation(min_max(torch.from_numpy(np.stack(maps)).to(images.device, torch.float32)), scores)
+        return Explanation(min_max(torch.from_numpy(np.stack(maps)).float().to(images.device)), scores)
 
     def attributions(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
@@ -109,7 +109,7 @@ class XRAI(SaliencyMethod):
         size = size_of(image)
         picture = resize(image[None].float(), (_SEGMENTED_AT, _SEGMENTED_AT))
         picture = 2 * min_max(picture.flatten(1)[:, None])[:, 0].view_as(picture) - 1
-        pixels = picture[0].permute(1, 2, 0).double().cpu().numpy()
+        pixels = picture[0].permute(1, 2, 0).cpu().double().numpy()
         masks = []
         for scale in self.scales:
             labels = felzenszwalb(pixels, scale=scale, sigma=self.sigma, min_size=self.min_size)

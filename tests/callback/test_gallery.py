@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sess_lightning import SESS
-from sess_lightning.callback.gallery import Exhibit, Legend
+from sess_lightning import SESS, SESSMetric
+from sess_lightning.callback.gallery import Exhibit, Gallery, Legend
 from sess_lightning.engine.fusion import smooth
-from sess_lightning.methods import CentreGaussian, GradCAM, ScoreCAM
+from sess_lightning.methods import CentreGaussian, GradCAM, RandomMap, ScoreCAM
 from sess_lightning.ops import min_max
 from sess_lightning.types import Batch
 
@@ -66,3 +66,20 @@ def test_a_flat_map_is_captioned_as_such():
     own, base = exhibit.panel(0, Legend({"": SESS(GradCAM()), "base": GradCAM()})).caption.splitlines()[-2:]
     assert own.endswith(", flat map")
     assert "flat" not in base
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("regions", ["none", "boxes", "masks"])
+def test_scores_and_panel_need_no_float64_on_the_device(regions, tiny, images, targets, without_float64):
+    boxes = [torch.tensor([[1.0, 1, 90, 90]])] * 2
+    given = {"none": None, "boxes": boxes, "masks": torch.ones(2, 224, 224, dtype=torch.bool)}[regions]
+    compare = {"base": GradCAM("features.5"), "random": RandomMap(), "centre": CentreGaussian()}
+    method = SESS(GradCAM("features.5"), num_scales=2)
+    metric = SESSMetric(method, compare=compare, limits={"random": 1}, grid=8, steps=4)
+    gallery = Gallery(2, 2, Legend(metric.methods))
+    for _ in range(2):
+        metric.update(tiny, images, targets, given)
+    with without_float64:
+        metric.update(tiny, images, targets, given)
+        gallery.add(metric, Batch(images, targets), [0, 1], 2)
+        gallery.to_host()

@@ -263,3 +263,14 @@ def test_a_target_layer_from_yaml_is_a_name():
     }
     got = instantiated(parser, parser.parse_object({"method": text}))
     assert got == SESS(methods.LayerCAM("features.3"))
+
+
+@pytest.mark.usefixtures("unchecked")
+@every_method
+def test_the_device_needs_no_float64(name, images, targets, model, without_float64):
+    if name in ("XRAI", "Captum", "PytorchGradCAM"):
+        pytest.skip("works on the host: segments, or another library")
+    method = made(name)
+    method(model, images, targets)  # What follows from the size alone is computed on the host.
+    with without_float64:
+        method(model, images, targets)
