@@ -142,6 +142,9 @@ def _told(error: Exception, costs: str) -> str:
 
 
 def _remedy(error: Exception) -> str:
+    notes: list[str] = getattr(error, "__notes__", [])
+    if notes and not is_out_of_memory(error):
+        return " ".join(notes)
     if is_out_of_memory(error):
         return "Smaller validation batches, fewer scales or a smaller num_samples need less memory."
     if isinstance(error, (ConnectionError, TimeoutError)):

@@ -36,6 +36,12 @@ LOSSES: dict[str, Activation | None] = {
 READINGS = frozenset({"argmax", "topk", "softmax", "sigmoid"})
 """Functions by which predictions are read off logits."""
 
+LEADS_ON = (
+    "This was {}, repeated on other images; if it works on validation's batches only, say how images become "
+    "logits: SESSCallback(forward=lambda module, images: logits)."
+)
+"""A note on errors of the model in such a call."""
+
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 """Modules that take no images, and compute differently when one of them has a hook."""
 
@@ -94,9 +100,13 @@ class Call:
             args, kwargs = tree_unflatten(leaves, self.spec)
             called = module.get_submodule(self.module)
             # The watched module's own forward pass is called as its step calls it: without hooks.
-            with noting(self.ending) as endings:
-                output = called.forward(*args, **kwargs) if not self.module else called(*args, **kwargs)
-                return to_logits(logits_at(output, self.path), self.ending, endings)
+            try:
+                with noting(self.ending) as endings:
+                    output = called.forward(*args, **kwargs) if not self.module else called(*args, **kwargs)
+                    return to_logits(logits_at(output, self.path), self.ending, endings)
+            except Exception as error:
+                error.__notes__ = [LEADS_ON.format(self.text)]
+                raise
 
         with calling(root, call):
             yield

@@ -465,6 +465,30 @@ def test_a_model_that_squares_its_images_inside_is_explained_on_the_images_it_ge
     agree(values, figures(tmp_path / "b", Plain(Planes(view=squared)), (32, 64), method=stated))
 
 
+class Remembers(Plain):
+    """Its forward needs what the step has set for this very batch."""
+
+    def forward(self, images):
+        return self.net(images) + 0 * F.one_hot(self.labels, 4)
+
+    def validation_step(self, batch, batch_idx):
+        self.labels = batch[1]
+        super().validation_step(batch, batch_idx)
+
+
+def test_a_call_that_works_on_its_own_batch_only_leads_to_one_that_works(tmp_path, plain):
+    with pytest.raises(RuntimeError, match="must match the size"):
+        figures(tmp_path / "a", Remembers())
+    callback = SESSCallback(METHOD, num_samples=6, report=False)
+    data = [(picture(*SIZE, seed), label) for seed, label in enumerate(LABELS)]
+    with pytest.warns(
+        SESSWarning, match=r"the module called as forward\(images\), repeated .*say how images"
+    ):
+        validate(tmp_path / "b", callback, module=Remembers(), val=DataLoader(data, 3))
+    stated = figures(tmp_path / "c", Remembers(), forward=lambda module, images: module.net(images))
+    agree(stated, plain)
+
+
 class Detaches(Plain):
     def forward(self, images):
         return self.net[2:](self.net[:2](images).detach())
