@@ -27,10 +27,8 @@ from sess_lightning.cost.budget import Budget
 from sess_lightning.introspection.observers import unobserved
 from sess_lightning.introspection.shards import unsharded
 from sess_lightning.methods.choosing import check_layers
-from sess_lightning.metrics.sess_metric import OWN
 from sess_lightning.ops import size_of
 from sess_lightning.reporting.publisher import Publisher
-from sess_lightning.reporting.run import RunReport
 from sess_lightning.scores import SELECTION
 from sess_lightning.types import Batch, SaliencyMethod
 
@@ -312,13 +310,10 @@ class SESSCallback(Remembering, RunHooks):
 
     def _show(self, trainer: Trainer, outcome: Outcome) -> None:
         when, device = moment(trainer, self._loaded), trainer.lightning_module.device
-        panels, tables = self.gallery.shown(outcome.samples, outcome.drifts, device, self.guard.protect)
-        names = self.gallery.legend.names
-        self.publisher.publish(RunReport(
-            self.settings.prefix, when["epoch"], when["step"], method=names[OWN], values=outcome.values,
-            names=names, curves=outcome.curves, panels=panels, tables=tables,
-            settings={**self.examiner.details, "seconds": round(self.guard.seconds, 2)},
-        ))  # fmt: skip
+        shown = self.gallery.shown(outcome.samples, outcome.drifts, device, self.guard.protect)
+        settings = {**self.examiner.details, "seconds": round(self.guard.seconds, 2)}
+        names, prefix = self.gallery.legend.names, self.settings.prefix
+        self.publisher.publish(outcome.report(prefix, when, names, *shown, settings))
 
     def _close(self, trainer: Trainer) -> None:
         metrics, prefix, fits = trainer.callback_metrics, self.settings.prefix, trainer.state.fn == "fit"

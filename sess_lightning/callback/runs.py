@@ -14,7 +14,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from sess_lightning.metrics.functional import rank_correlation
-from sess_lightning.metrics.sess_metric import NO_TRIAL, Samples, Summary
+from sess_lightning.metrics.sess_metric import NO_TRIAL, OWN, Samples, Summary
+from sess_lightning.reporting.panels import Panel
+from sess_lightning.reporting.run import RunReport
 from sess_lightning.scores import (
     DRIFT_INITIAL,
     DRIFT_PREVIOUS,
@@ -99,6 +101,21 @@ class Outcome:
         every = {**summary.values, **means}
         self.values = {name: value for name, value in every.items() if math.isfinite(value)}
         self.curves, self.samples, self.drifts = summary.curves, summary.samples, drifts
+
+    def report(
+        self,
+        prefix: str,
+        when: Mapping[str, int],
+        names: Mapping[str, str],
+        panels: Sequence[Panel],
+        tables: Mapping[str, Sequence[Mapping[str, Any]]],
+        settings: Mapping[str, Any],
+    ) -> RunReport:
+        """Return what the sinks get; arguments as for ``RunReport``."""
+        return RunReport(
+            prefix, when["epoch"], when["step"], method=names[OWN], values=self.values, names=names,
+            curves=self.curves, panels=panels, tables=tables, settings=settings,
+        )  # fmt: skip
 
 
 def moment(trainer: Trainer, loaded: dict[str, int] | None = None) -> dict[str, int]:

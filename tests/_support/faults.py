@@ -214,7 +214,7 @@ STAGES = {
     "the run is compared": "sess_lightning.callback.callback.record",
     "the run is remembered": "sess_lightning.callback.history.RunHistory.add",
     "scores are logged": "sess_lightning.callback.callback.log_scores",
-    "the report is made": "sess_lightning.callback.callback.RunReport",
+    "the report is made": "sess_lightning.callback.runs.RunReport",
     "the run is judged": "sess_lightning.callback.history.RunHistory.judge",
     "the checkpoint is written": "sess_lightning.callback.history.RunHistory.state_dict",
 }
