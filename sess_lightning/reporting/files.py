@@ -48,7 +48,7 @@ class FileSink(Sink):
                 append_rows(inside(self._folder, report.key(f"{name}.csv")), whole)
         for name, picture in pictures(report):
             file = io.BytesIO()
-            Image.fromarray(picture).save(file, "PNG")
+            Image.fromarray(picture).save(file, "PNG", compress_level=1)
             write_whole(inside(self._folder, report.key(f"{name}/{report.stem}.png")), [file.getvalue()])
 
 

@@ -193,7 +193,9 @@ def curve_figure(curves: Mapping[str, Float[Tensor, "2 T"]], title: str = "") ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    # Margins by hand: a layout that measures all texts takes half of the time, and training waits.
+    figure = Figure(figsize=(9, 3.6), dpi=110)
+    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.14, top=0.82, wspace=0.06)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, kind, row in zip(
