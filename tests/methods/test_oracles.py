@@ -26,7 +26,7 @@ def test_sess_is_grad_cams(name, ratio):
     expected = torch.from_numpy(oracle(images, outputs))
     model.zero_grad(set_to_none=True)
     got = SESS(GradCAM(layer), num_scales=3, prefilter_ratio=ratio)(model, images, targets)
-    # It counts what exceeds 0, this package what exceeds rounding: lone pixels may differ. Measured: 1.4e-6, none.
+    # It counts what exceeds 0, this package what exceeds rounding: lone pixels may differ. Measured: 1.4e-6.
     assert ((got - expected).abs() > 1e-4).float().mean() < 1e-3
 
 
@@ -41,7 +41,7 @@ def test_score_cam_is_torchcams():
             expected.append(oracle(target)[0][0])
     expected = min_max(upsample(torch.stack(expected), (64, 64)))
     got = ScoreCAM(layer, weighting="softmax", batch_size=64)(model, images, targets)
-    # It stretches a channel before it is enlarged, this package (as the authors' code) after. Measured: 0.9993.
+    # It stretches a channel before it is enlarged, this package, as the authors' code, after: 0.9993.
     for one, other in zip(got, expected, strict=True):
         assert np.corrcoef(one.flatten(), other.flatten())[0, 1] > 0.998
 
