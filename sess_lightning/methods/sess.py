@@ -48,7 +48,7 @@ class SESS(WrappingMethod):
     normalised, a flat window is left out (in theirs, everything that it covers becomes NaN), and scores are
     divided by the best one, in logarithms. Where equation 2 counts values above 0, this counts values above
     rounding, 1e-6 of a window's own weight (see ``fuse``), so that an image's map is the same whatever the
-    batch, memory layout, number of threads or CPU.
+    batch, memory layout, number of threads or CPU, but for some pixels in a million at many scales.
 
     Attributes:
         base: The method to enhance.
