@@ -61,7 +61,7 @@ class Run:
         if not (isinstance(self.small, Tensor) and self.small.ndim == 3 and isinstance(self.samples, tuple)):
             return False
         columns = self.figures if isinstance(self.figures, dict) else {}
-        return {*FIGURES, "region_share"} <= columns.keys() and all(
+        return {*FIGURES, REGION_SHARE} <= columns.keys() and all(
             isinstance(column, Tensor) and column.shape == self.small.shape[:1] for column in columns.values()
         )
 

@@ -12,7 +12,7 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 from typing_extensions import override
 
 from sess_lightning.metrics.plots import PlotsValues
-from sess_lightning.scores import SCORES, Key, split
+from sess_lightning.scores import OVERALL, SCORES, Key, split
 
 
 class SingleScore(PlotsValues, WrapperMetric):
@@ -33,7 +33,7 @@ class SingleScore(PlotsValues, WrapperMetric):
 
     is_differentiable = False
 
-    def __init__(self, metric: Metric, key: str = "overall") -> None:
+    def __init__(self, metric: Metric, key: str = OVERALL) -> None:
         super().__init__()
         parts = split(key)
         if parts is None:
