@@ -35,7 +35,15 @@ def disagrees(accuracy: float, right: Bool[Tensor, " N"], targets: Sequence[int]
 
 def _two_sided(hits: int, count: int, chance: float) -> float:
     """Return the probability of a number of hits that is at least as unlikely (exact binomial test)."""
-    masses = [math.comb(count, k) * chance**k * (1 - chance) ** (count - k) for k in range(count + 1)]
+    # By logarithms: of thousands of samples the coefficients exceed any float.
+    places = math.lgamma(count + 1)
+    masses = [
+        math.exp(
+            places - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+            + k * math.log(chance) + (count - k) * math.log1p(-chance)
+        )
+        for k in range(count + 1)
+    ]  # fmt: skip
     return sum(mass for mass in masses if mass <= masses[hits] * (1 + 1e-9))
 
 

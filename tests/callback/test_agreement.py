@@ -38,6 +38,11 @@ def test_an_accuracy_may_be_balanced_over_classes():
     assert disagrees(0.1, right(28), targets)
 
 
+@pytest.mark.parametrize(("hits", "expected"), [(2500, False), (2700, True), (2300, True)])
+def test_thousands_of_samples_may_be_explained(hits, expected):
+    assert disagrees(0.5, right(hits, 5000), [0] * 5000) == expected
+
+
 def test_without_samples_nothing_is_said():
     assert not disagrees(0.5, torch.zeros(0, dtype=torch.bool), [])
 
