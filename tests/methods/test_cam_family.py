@@ -49,8 +49,9 @@ def test_maps_are_those_of_grad_cam_on_real_weights(method, layer):
         expected = theirs(cats().clone(), [ClassifierOutputTarget(target) for target in TARGETS.tolist()])
     model.zero_grad(set_to_none=True)
     explanation = method(f"features.{layer}").explain(model, cats(), TARGETS)
-    # Measured: at most 1.5e-6 at the last layer, 3.3e-6 at the early one.
-    close(explanation.maps, torch.from_numpy(expected), 1e-5)
+    # Measured: at most 1.5e-6 at the last layer, 3.3e-6 at the early one; with SSE4.1 kernels 2.2e-5 there,
+    # by Grad-CAM++, whose third power of the gradient magnifies rounding. A wrong formula is hundredths off.
+    close(explanation.maps, torch.from_numpy(expected), 1e-4)
     close(explanation.scores, model(cats()).softmax(1)[[0, 1], TARGETS].detach(), 1e-6)
 
 
