@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 INSERTION, DELETION, OVERALL = "insertion", "deletion", "overall"
 POINTING_GAME, DIFFICULT, RELEVANCE_MASS = "pointing_game", "pointing_game_difficult", "relevance_mass"
+POINTING_GAME_IMAGES = "pointing_game_images"
 REGION_SHARE, TIED_SHARE = "region_share", "tied_share"
 DRIFT_PREVIOUS, DRIFT_INITIAL = "drift_previous", "drift_initial"
 SELECTION, CURVES_N, SECONDS_PER_IMAGE = "selection", "curves_n", "seconds_per_image"
@@ -79,6 +80,7 @@ SCORES = {
         Score(DELETION, "Deletion", "lower", 1.0, _UNIT),
         Score(OVERALL, "Overall", "higher", -1.0, (-1.0, 1.0), "insertion − deletion"),
         Score(POINTING_GAME, "Pointing Game", "higher", 0.0, _UNIT),
+        Score(POINTING_GAME_IMAGES, "Pointing Game, mean over images", "higher", None, _UNIT),
         Score(DIFFICULT, "Pointing Game, difficult", "higher", None, _UNIT),
         Score(RELEVANCE_MASS, "Relevance mass", "higher", 0.0, _UNIT, "share inside the object"),
         Score(REGION_SHARE, "Object's share of the image", "", None, _UNIT, is_shared=True),

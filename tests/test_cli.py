@@ -121,7 +121,8 @@ def test_evaluate_writes_and_prints_the_figures(tmp_path, capsys, tiny_network):
     cli.main([*given, "--accelerator", "cpu", "--parquet", "false"])
     printed = capsys.readouterr().out
     assert "SESS(GradCAM()" in printed
-    assert {"n 3", "images 3", "broken 0", "missing 0"} <= set(printed.replace("\n", ", ").split(", "))
+    notes = set(printed.replace("\n", ", ").split(", "))
+    assert {"3 explained", "3 images", "0 broken files", "0 missing"} <= notes
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "records-0-of-1.jsonl", "results.csv", "results.txt", "classes.csv", "samples.csv", "curves.png",
     }  # fmt: skip
@@ -137,8 +138,8 @@ def test_two_processes_evaluate_to_the_figures_of_one(tmp_path, capsys):
     command = [sys.executable, "-m", "sess_lightning", *given, "--out", str(tmp_path / "two")]
     done = subprocess.run([*command, "--devices", "2"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    notes = [line.split(", ") for line in done.stdout.splitlines() if "broken 0" in line]
-    assert [{"n 3", "images 3", "missing 0"} <= {*line} for line in notes] == [True]
+    notes = [line.split(", ") for line in done.stdout.splitlines() if "0 broken files" in line]
+    assert [{"3 explained", "3 images", "0 missing"} <= {*line} for line in notes] == [True]
     shares = sorted((tmp_path / "two").glob("records-*-of-2.jsonl"))
     assert [path.read_text().count("\n") for path in shares] == [3, 2]  # A line of settings each.
 

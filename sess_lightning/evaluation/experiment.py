@@ -42,6 +42,9 @@ class Experiment:
         mean: Mean per channel, of pixels in [0, 1].
         std: Standard deviation per channel.
         curves: Whether to draw insertion and deletion curves.
+        limits: For how many images, drawn at random, curves are measured; the Pointing Game covers all. A
+            number for all methods, or one per method by its name in ``compare`` (``""`` is the method
+            itself); None and names that are left out have no limit.
         steps: Number of steps of a curve.
         tolerance: Tolerance of the Pointing Game, px at original resolution.
         batch_size: Images that go through the model at once.
@@ -58,6 +61,7 @@ class Experiment:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     curves: bool = True
+    limits: int | dict[str, int] | None = None
     steps: int = 28
     tolerance: float = 15.0
     batch_size: int = 32
@@ -70,18 +74,31 @@ class Experiment:
 
     def metric(self) -> SESSMetric:
         """Return the metric that scores a sample."""
-        compare = self.methods()
-        limits = {} if self.curves else dict.fromkeys(("", *compare), 0)
         return SESSMetric(
             self.method,
-            compare=compare,
-            limits=limits,
+            compare=self.methods(),
             steps=self.steps,
             tolerance=self.tolerance,
             batch_size=self.batch_size,
             clock=_read_clock,
             distributed_available_fn=_never,  # Processes share records, not collectives.
         )
+
+    def without_curves(self, count: int) -> dict[int, dict[str, int]]:
+        """Return, for each image chosen out of ``count``, the methods without curves, as metric's limits."""
+        chosen, names = self.chosen(count), ("", *self.methods())
+        limits = self.limits if isinstance(self.limits, dict) else dict.fromkeys(names, self.limits)
+        if unknown := sorted(set(limits) - set(names)):
+            raise ValueError(f"limits: there is no method {unknown[0]!r}; they are {[*names]}.")
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return {
+            image: {
+                name: 0
+                for name in names
+                if not self.curves or ((limit := limits.get(name)) is not None and place >= limit)
+            }
+            for image, place in zip(chosen, order, strict=True)
+        }
 
     def images(self, picture: Real[Tensor, "3 H W"]) -> Float[Tensor, "1 3 h w"]:
         """Return an image with pixels in 0..255 as the model takes it."""

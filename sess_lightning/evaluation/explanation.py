@@ -14,7 +14,7 @@ from sess_lightning.evaluation.datasets import read_pixels
 from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.weights import Network
 from sess_lightning.introspection.lending import explaining
-from sess_lightning.introspection.logits import classify, log_scores
+from sess_lightning.introspection.logits import classify, log_scores, predict
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
 from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
@@ -92,7 +92,7 @@ def _for_display(method: SaliencyMethod, maps: Float[Tensor, "1 h w"]) -> Float[
 
 def _class_index(target: int | str | None, names: tuple[str, ...], logits: Float[Tensor, "1 N"]) -> int:
     if target is None:
-        return int(logits.argmax(1))
+        return int(predict(logits))
     if target in names:
         return names.index(str(target))
     count = max(logits.shape[1], 2)  # A single logit tells two classes apart.

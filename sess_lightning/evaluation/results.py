@@ -13,16 +13,33 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
-from sess_lightning.metrics.summary import Rows, sample_scores
+from sess_lightning.metrics.bootstrap import Mean, interval, resample
+from sess_lightning.metrics.summary import NO_TRIAL, Rows, sample_scores
 from sess_lightning.reporting.files import harmless
 from sess_lightning.reporting.panels import curve_figure
 from sess_lightning.reporting.text import text_table
-from sess_lightning.scores import ENDS, SCORES, SECONDS_PER_IMAGE, build
+from sess_lightning.scores import (
+    DIFFICULT,
+    ENDS,
+    POINTING_GAME,
+    POINTING_GAME_IMAGES,
+    SCORES,
+    SECONDS_PER_IMAGE,
+    Key,
+    build,
+)
 
 SHOWN = tuple(key for key, score in SCORES.items() if score.better and score.bounds)
 """Scores that the table and figures show; files hold all."""
 SHARED = tuple(key for key, score in SCORES.items() if score.is_shared)
 SECONDS = SECONDS_PER_IMAGE
+HEADS = {
+    POINTING_GAME: ("Pointing Game", "mean over classes"),
+    POINTING_GAME_IMAGES: ("Pointing Game", "mean over images"),
+    DIFFICULT: ("Pointing Game, difficult", "mean over classes"),
+    SECONDS: ("Seconds", "per image"),
+}
+"""Two lines above a column of the table; others have the score's label and which end is good."""
 OWN = "method"
 """Name of the explained method in the tables of samples and classes."""
 
@@ -75,27 +92,32 @@ class Results:
 
     def table(self, paper: Mapping[str, float] | None = None) -> str:
         """Return the figures in percent as text: a line per method, 95 % intervals in brackets."""
-        paper = paper or {}
+        paper, short = paper or {}, self.method.partition("(")[0]
         shown = [score for score in SHOWN if score in self.figures]
-        lines = [["", *shown, SECONDS]]
+        heads = [HEADS.get(s, (SCORES[s].label, f"{SCORES[s].better} is better")) for s in (*shown, SECONDS)]
+        lines = [["", *(head for head, _ in heads)], ["", *(note for _, note in heads)]]
         for name in ("", *self.others):
             keys = [build(score, name) for score in shown]
             time = f"{self.seconds[name]:.3g}" if name in self.seconds else "-"
-            lines.append([name or self.method, *(_cell(self.figures, key) for key in keys), time])
+            lines.append([name or short, *(_cell(self.figures, key) for key in keys), time])
             if paper.keys() & {*keys, build(SECONDS, name)}:
                 beside = (_beside(self.figures, paper, key) for key in keys)
                 lines.append(["  in the paper", *beside, str(paper.get(build(SECONDS, name), "-"))])
         for name in self.others:
             paired = (_cell(self.figures, build(score, name, minus=True), signed=True) for score in shown)
-            lines.append([f"less {name}", *paired, ""])
-        return "\n".join([*text_table(lines), ", ".join(self._notes())])
+            lines.append([f"{short} - {name}", *paired, ""])
+        title = f"{self.method}\nPercent, in brackets the 95 % interval."
+        return "\n".join([title, "", *text_table(lines), "", ", ".join(self._notes())])
+
+    def __str__(self) -> str:
+        return self.table()
 
     def _notes(self) -> Iterator[str]:
         """Yield the lines below the table."""
         for key, score in SCORES.items():
             if key in self.figures and (score.is_count or score.is_shared):
                 value = self.figures[key]
-                yield f"{key} {value:.0f}" if score.is_count else f"{key} {100 * value:.2f}"
+                yield f"{value:.0f} {score.label}" if score.is_count else f"{score.label} {100 * value:.2f} %"
 
     def write(
         self,
@@ -155,6 +177,30 @@ def per_class(rows: Rows, names: Sequence[str], others: Sequence[str]) -> list[d
         row |= {f"{name}_hits": int((hits[:, i] == 1).sum()) for i, name in enumerate((OWN, *others))}
         table.append(row)
     return table
+
+
+def over_images(rows: Rows, methods: Sequence[str]) -> dict[str, float]:
+    """Return the Pointing Game's mean over trials, whatever their class, with intervals and differences.
+
+    Args:
+        rows: Of all samples.
+        methods: The methods' names; the first, the explained one's, is empty.
+    """
+    hits, chosen = rows.hits.double(), (rows.hits != NO_TRIAL).all(1)
+    if not chosen.any():
+        return {}
+    columns = {Key(POINTING_GAME_IMAGES, name): hits[:, i] for i, name in enumerate(methods)}
+    columns |= {
+        Key(POINTING_GAME_IMAGES, name, minus=True): hits[:, 0] - hits[:, i]
+        for i, name in enumerate(methods)
+        if name
+    }
+    means = {key: Mean(column[chosen], rows.image_of[chosen]) for key, column in columns.items()}
+    figures = {build(*key): mean.value for key, mean in means.items()}
+    for key, drawn in resample(means, int(rows.image_of[-1]) + 1, len(hits)).items():
+        ends = zip(ENDS, interval(drawn), strict=False)
+        figures |= {build(*key._replace(end=end)): value for end, value in ends}
+    return figures
 
 
 def per_sample(

@@ -31,7 +31,7 @@ from sess_lightning.evaluation.datasets import (
 )
 from sess_lightning.evaluation.experiment import FORMAT, Experiment
 from sess_lightning.evaluation.journal import Journal, read_journals
-from sess_lightning.evaluation.results import Results, per_class, per_sample
+from sess_lightning.evaluation.results import Results, over_images, per_class, per_sample
 from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import classify, predict
 from sess_lightning.jsonl import plain
@@ -42,6 +42,8 @@ from sess_lightning.metrics.summary import mean_curves, scores
 def describe(model: nn.Module, benchmark: Benchmark, experiment: Experiment) -> dict[str, str]:
     """Return what the figures depend on, as text: settings, the model's weights, the images' names."""
     settings = {field.name: repr(getattr(experiment, field.name)) for field in fields(experiment)}
+    if experiment.limits is None:
+        del settings["limits"]  # Records from before there were limits are still read.
     settings["compare"] = repr(experiment.methods())
     settings["format"] = str(FORMAT)
     weights = hashlib.sha256()
@@ -81,8 +83,11 @@ def evaluate(
 
     Raises:
         BrokenSampleError: If a file is missing or damaged and not skipped, or if all of them are.
-        ValueError: If the folder holds records made with other settings.
+        ValueError: If the folder holds records made with other settings, or if labels are asked for and there
+            are none.
     """
+    if not benchmark.is_labelled and experiment.target == "label":
+        raise ValueError('evaluate: the images have no labels; explain predictions, target="predicted".')
     folder, settings = Path(folder), describe(model, benchmark, experiment)
     done = read_journals(folder, settings)
     mine = experiment.chosen(len(benchmark))[rank::world]
@@ -90,8 +95,10 @@ def evaluate(
     metric = experiment.metric().to(_device(model))
     bar = tqdm(total=len(mine), initial=len(mine) - len(left), unit="image", disable=not progress)
     journal = Journal(folder / f"records-{rank}-of-{world}.jsonl", settings)
+    without = experiment.without_curves(len(benchmark))
     with bar:
         for number in left:
+            metric.limits = without[number]
             journal.append(number, _entry(model, benchmark, number, experiment, metric, skip_broken))
             bar.update()
     return summarise(folder, settings, benchmark, experiment)
@@ -172,13 +179,13 @@ def _entry(
             raise
         return {"id": name, "broken": str(error)}
     entry: dict[str, Any] = {"id": name, "all_difficult": sample.skipped}
-    if not sample.trials:
+    if not sample.trials and benchmark.is_labelled:
         return entry
     images = experiment.images(picture).to(_device(model))
     if experiment.target == "predicted":
         labels = [trial.target for trial in sample.trials]
         sample = as_predicted(sample, model, images)
-        entry["misclassified"] = int(sample.trials[0].target not in labels)
+        entry["misclassified"] = int(benchmark.is_labelled and sample.trials[0].target not in labels)
     entry["rows"] = assess(model, sample, images, metric)
     entry["seconds"] = {method: round(scored.seconds, 6) for method, scored in metric.latest.items()}
     return entry
@@ -241,8 +248,12 @@ def summarise(
     rows, others = metric.gather(), tuple(experiment.methods())
     names = [*metric.methods]
     figures = scores(rows, names)
+    if scored:
+        figures |= over_images(rows, names)
     if experiment.target == "predicted":
         figures["misclassified"] = _total(entries, "misclassified")
+    if not benchmark.is_labelled:  # What was predicted is what was explained.
+        figures.pop("misclassified", None)
     figures["images"] = float(len(entries))
     figures["broken"] = float(len(broken))
     figures["missing"] = float(len(set(chosen) - set(entries)))

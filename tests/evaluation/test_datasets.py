@@ -161,6 +161,47 @@ def test_own_class_folders_alone(tmp_path):
     assert [PictureFolder(root)[i].trials[0].target for i in range(3)] == [0, 1, 1]
 
 
+def class_folders(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        photograph("chelsea").save(root / name / "a.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "targets"),
+    [
+        (["Egyptian_cat", "tench"], ["tench", "tabby", "Egyptian cat"], [2, 0]),  # By name.
+        (["10", "2"], [f"class {i}" for i in range(11)], [10, 2]),  # By number.
+        (["n01", "n02"], ["cat", "dog"], [0, 1]),  # As many, as torchvision's ImageFolder takes them.
+    ],
+)
+def test_class_folders_are_found_among_the_models_classes(tmp_path, folders, classes, targets):
+    benchmark = PictureFolder(class_folders(tmp_path, *folders), classes=classes)
+    assert [benchmark[i].trials[0].target for i in range(2)] == targets
+    assert list(benchmark.class_names) == classes
+
+
+def test_a_class_folder_that_is_no_class_of_the_model_is_refused(tmp_path):
+    root = class_folders(tmp_path, "taby", "tench")
+    with pytest.raises(ValueError, match=r"'taby' is none of the model's 3 classes \(similar: tabby\); name"):
+        PictureFolder(root, classes=["tench", "tabby", "cat"])
+
+
+def test_images_beside_class_folders_are_refused_and_alone_have_no_label(tmp_path):
+    photograph("chelsea").save(tmp_path / "a.png")
+    assert PictureFolder(tmp_path)[0].trials == ()
+    class_folders(tmp_path / "b")
+    with pytest.raises(ValueError, match="in class folders and beside them"):
+        PictureFolder(class_folders(tmp_path, "c"))
+
+
+def test_a_damaged_json_is_named(tmp_path):
+    (tmp_path / "annotations.json").write_text("{")
+    with pytest.raises(ValueError, match=r"annotations\.json: is not valid JSON"):
+        PictureFolder(tmp_path)
+
+
 def write_json(root, image, categories, annotations):
     photograph("chelsea").save(root / "a.jpg")
     height = photograph("chelsea").height

@@ -265,7 +265,8 @@ def test_no_score_is_dropped_on_its_way_into_the_files(voc, tmp_path):
         assert float(rows[label, key.score][key.end or "value"]) == value
     with (tmp_path / "samples.csv").open() as file:
         told = {(row["method"], row["figure"]) for row in csv.DictReader(file)}
-    single = {"pointing_game": "hit", "pointing_game_difficult": "hit"}  # Difficult is a column.
+    # Difficult is a column.
+    single = dict.fromkeys(("pointing_game", "pointing_game_images", "pointing_game_difficult"), "hit")
     means = [key for key in keys if not (SCORES[key.score].is_count or "normalised" in key.score)]
     for key in means:
         assert (key.method or "method", single.get(key.score, key.score)) in told
@@ -298,7 +299,59 @@ def test_seconds_are_told_but_are_no_figure(whole):
             if row["figure"] == "seconds_per_image"}  # fmt: skip
     assert rows["base"]["value"] == results.seconds["base"]
     assert rows["base"]["difference"] == pytest.approx(results.seconds["base"] - 0.03)
-    assert "seconds_per_image" in results.table().splitlines()[0]
+    heads, notes = results.table().splitlines()[3:5]
+    assert heads.split()[-1] + notes.split("  ")[-1] == "Secondsper image"
+
+
+def test_results_print_as_their_table_with_both_means_of_the_pointing_game(voc, whole):
+    results = whole[0]
+    assert str(results) == results.table()
+    method, percent, _, heads, notes, *rows = str(results).splitlines()
+    assert method == "SESS(GradCAM(), num_scales=2, window=64, antialias=False)"
+    assert "95 % interval" in percent
+    assert heads.count("Pointing Game") == 3  # With the difficult subset.
+    assert (notes.count("mean over classes"), notes.count("mean over images")) == (2, 1)
+    names = ["SESS", "base", "random", "SESS - base", "SESS - random"]
+    assert [row.partition("  ")[0] for row in rows[:5]] == names
+    hits = [sum(row[f"{name}_hits"] for row in results.classes) for name in ("method", "base")]
+    trials = sum(row["trials"] for row in results.classes)
+    assert results.figures["pointing_game_images"] == pytest.approx(hits[0] / trials)
+    assert results.figures["minus_base/pointing_game_images"] == pytest.approx((hits[0] - hits[1]) / trials)
+    value = 100 * results.figures["pointing_game_images"]
+    assert f"{value:.2f} [{100 * results.figures['pointing_game_images_ci_low']:.2f}, " in rows[0]
+
+
+def test_pointing_covers_all_images_where_curves_are_limited_to_some(voc, whole, tmp_path):
+    results = run(voc, tmp_path, experiment(limits={"": 2, "random": 1}))
+    figures, samples = results.figures, results.samples
+    assert {key: figures[key] for key in figures if "pointing_game" in key} == {
+        key: value for key, value in whole[0].figures.items() if "pointing_game" in key
+    }
+    drawn = {
+        name: {*samples["id"][(samples["method"] == name) & (samples["figure"] == "overall")]}
+        for name in ("method", "base", "random")
+    }
+    assert {name: len(images) for name, images in drawn.items()} == {"method": 2, "base": 3, "random": 1}
+    assert drawn["random"] < drawn["method"]
+    with pytest.raises(ValueError, match=r"no method 'rnadom'; they are \['', 'base', 'random'\]"):
+        run(voc, tmp_path / "other", experiment(limits={"rnadom": 1}))
+
+
+def test_images_without_labels_are_explained_for_what_is_predicted(tmp_path):
+    root = write_own(tmp_path / "own")
+    (root / "annotations.json").unlink()
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in root.rglob("*.png"):
+        file.rename(flat / file.name)
+    benchmark = PictureFolder(flat)
+    with pytest.raises(ValueError, match='have no labels; explain predictions, target="predicted"'):
+        evaluate(build("tiny"), benchmark, experiment(), tmp_path / "out")
+    results = evaluate(build("tiny"), benchmark, experiment(target="predicted"), tmp_path / "out")
+    assert not benchmark.is_labelled
+    assert results.figures["n"] == 3
+    assert "misclassified" not in results.figures
+    assert (results.samples["target"] == results.samples["predicted"]).all()
 
 
 def test_the_prediction_is_explained_once_a_picture_and_points_only_where_a_label_agrees(voc, tmp_path):

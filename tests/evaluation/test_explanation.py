@@ -33,6 +33,21 @@ def test_a_class_is_given_by_name_by_index_or_predicted(file, network):
     assert sum(others) == pytest.approx(1, abs=1e-6)  # Five roundings of float32.
 
 
+@pytest.mark.parametrize(("sign", "predicted"), [(1, 1), (-1, 0)])
+def test_a_single_logit_predicts_either_of_two_classes(file, network, sign, predicted):
+    class OneLogit(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network.model
+
+        def forward(self, images):
+            return sign * self.net(images)[:, :1].abs()
+
+    explained = explain_image(file, network._replace(model=OneLogit()), GradCAM(), size=64)
+    assert explained.target == predicted
+    assert explained.probability > 0.5
+
+
 def test_the_base_stands_beside_sess(file, network):
     explained = explain_image(file, network, SMALL, "b", size=64)
     assert list(explained.maps) == list(explained.panel.overlays) == ["GradCAM", "SESS"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ from sess_lightning.regions import check_boxes
 
 
 class PictureFolder(Benchmark):
-    """Your own images: an ``ImageFolder``, a COCO-style JSON, or both.
+    """Your own images: a folder of images, a folder per class, a COCO-style JSON, or class folders with JSON.
 
-    Without JSON, the class is the sub-folder's index among the sorted sub-folders, and there are no regions.
+    Without JSON, the class is that of the sub-folder, and there are no regions; images that lie in no
+    sub-folder have no label, and the predicted class is explained.
+
     With JSON, boxes (x, y, w, h in pixels of the file) are the regions. Which classes are explained:
 
-    - an image with ``class_index``: that one, with the boxes of the category of this id; - an image in a
-    class folder: the folder's, with the boxes of the category of this name; - else every category on the
-    image, a trial each; its class index is what the category carries under
+    - an image with ``class_index``: that one, with the boxes of the category of this id;
+    - an image in a class folder: the folder's, with the boxes of the category of this name;
+    - else every category on the image, a trial each; its class index is what the category carries under
       ``index_key`` (of a list the first; categories without one are not explained, but count as other
       classes), else its place among the rising category ids.
 
@@ -43,10 +46,14 @@ class PictureFolder(Benchmark):
         annotations: The JSON; None takes ``annotations.json`` in ``root``, if it exists.
         index_key: The categories' key that holds the model's class indices.
         difficult_list: As for ``VOC07``, by the images' file names without suffix.
+        classes: Names of the model's classes, in order: class folders are found among them by name (case,
+            "_" and "-" do not matter) or number, else there must be as many folders as classes. None takes a
+            folder's place among the sorted folders, as torchvision's ``ImageFolder`` does.
 
     Raises:
         FileNotFoundError: If there is nothing to read.
-        ValueError: If nothing says which classes to explain, or if boxes are fractions of the sides.
+        ValueError: If a class folder is none of the model's classes, if images lie beside class folders, or
+            if boxes are fractions of the sides.
     """
 
     def __init__(
@@ -55,13 +62,16 @@ class PictureFolder(Benchmark):
         annotations: str | Path | None = None,
         index_key: str = "class_index",
         difficult_list: str | Path | None = None,
+        classes: Sequence[str] | None = None,
     ) -> None:
-        self._root = Path(root)
+        self._root, self._classes = Path(root), classes
         path = Path(annotations) if annotations else self._root / "annotations.json"
         self._paths: list[Path] = []
         self._images: list[dict[str, Any]] = []
+        self._target_of: dict[str, int] = {}
         if annotations or path.is_file():
-            self._read(json.loads(path.read_text()), index_key)
+            self._read(_load(path), index_key)
+            self._target_of = self._target_of or {name: i for i, name in enumerate(self.class_names)}
         else:
             self._paths = find_pictures(self._root)
             self._folders()
@@ -70,12 +80,17 @@ class PictureFolder(Benchmark):
         self.options = {"index_key": index_key, "difficult": digest(self._flags)}
 
     def _folders(self) -> None:
-        if any(path.parent == self._root for path in self._paths):
+        beside = [path.parent == self._root for path in self._paths]
+        self.is_labelled = not all(beside)
+        if any(beside) and self.is_labelled:
             raise ValueError(
-                f"PictureFolder: {self._root} holds pictures outside of class folders and no "
-                "annotations.json; nothing says which classes to explain."
+                f"PictureFolder: {self._root} holds images in class folders and beside them; nothing says "
+                "which class the latter show. Move them into class folders, or all of them into one folder "
+                "without sub-folders to explain what the model predicts."
             )
-        self.class_names = sorted({path.relative_to(self._root).parts[0] for path in self._paths})
+        names = {path.relative_to(self._root).parts[0] for path in self._paths} if self.is_labelled else ()
+        self.class_names = sorted(names) if self._classes is None else self._classes
+        self._target_of = _places(sorted(names), self.class_names)
 
     def _read(self, coco: Mapping[str, Any], index_key: str) -> None:
         self._images = list(coco["images"])
@@ -92,7 +107,7 @@ class PictureFolder(Benchmark):
             self.class_names = [names.get(index, f"class {index}") for index in range(last + 1)]
         elif all(len(Path(image["file_name"]).parts) > 1 for image in self._images):
             self._folders()
-            places = {name: index for index, name in enumerate(self.class_names)}
+            places = self._target_of
             self._category_of = {key: places[name] for key, name in names.items() if name in places}
         else:
             self._category_of = _indices(categories, index_key)
@@ -104,8 +119,9 @@ class PictureFolder(Benchmark):
         """Read a sample's annotations."""
         path = self._paths[index]
         if not self._images:
-            target = self.class_names.index(path.relative_to(self._root).parts[0])
-            return Sample(self.ids[index], path, size_on_disk(path), (Trial(target, None, None),))
+            target = self._target_of.get(path.relative_to(self._root).parts[0])
+            trials = tuple(Trial(place, None, None) for place in (target,) if place is not None)
+            return Sample(self.ids[index], path, size_on_disk(path), trials)
         image = self._images[index]
         size = (image["height"], image["width"]) if "height" in image else size_on_disk(path)
         objects = self._boxes.get(image["id"], [])
@@ -129,10 +145,40 @@ class PictureFolder(Benchmark):
         if "class_index" in image:
             return [int(image["class_index"])]
         folder = Path(image["file_name"]).parts[0]
-        if folder in self.class_names and len(Path(image["file_name"]).parts) > 1:
-            return [self.class_names.index(folder)]
+        if folder in self._target_of and len(Path(image["file_name"]).parts) > 1:
+            return [self._target_of[folder]]
         present = {self._category_of.get(item["category_id"]) for item in objects}
         return sorted(target for target in present if target is not None)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not valid JSON ({error}).") from error
+
+
+def _places(folders: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
+    """Return each class folder's class index."""
+    names = {_plain(name): index for index, name in reversed([*enumerate(classes)])}
+    unknown = [folder for folder in folders if _plain(folder) not in names]
+    if not unknown:
+        return {folder: names[_plain(folder)] for folder in folders}
+    if len(folders) == len(classes):
+        return {folder: index for index, folder in enumerate(folders)}
+    if all(folder.isdecimal() and int(folder) < len(classes) for folder in folders):
+        return {folder: int(folder) for folder in folders}
+    near = get_close_matches(_plain(unknown[0]), names, 3)
+    hint = f" (similar: {', '.join(classes[names[name]] for name in near)})" if near else ""
+    raise ValueError(
+        f"PictureFolder: the folder {unknown[0]!r} is none of the model's {len(classes)} classes{hint}; name "
+        "class folders as the model's classes or by their indices, or put all images into one folder to "
+        "explain what the model predicts."
+    )
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("_", " ").replace("-", " ").strip()
 
 
 def _refuse_shares(annotations: Sequence[Mapping[str, Any]], root: Path) -> None:

@@ -62,11 +62,14 @@ class Benchmark(Dataset[Sample]):
     Attributes:
         class_names: Name of each class index, where known.
         ids: Name of each image.
+        is_labelled: Whether anything says which classes are on the images; otherwise the predicted ones are
+            explained (``Experiment(target="predicted")``).
         options: Other settings that the trials depend on, as text.
     """
 
     class_names: Sequence[str] = ()
     ids: Sequence[str] = ()
+    is_labelled: bool = True
     options: Mapping[str, str] = MappingProxyType({})
 
     def __len__(self) -> int:
