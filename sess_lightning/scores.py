@@ -13,6 +13,7 @@ POINTING_GAME_IMAGES = "pointing_game_images"
 REGION_SHARE, TIED_SHARE = "region_share", "tied_share"
 DRIFT_PREVIOUS, DRIFT_INITIAL = "drift_previous", "drift_initial"
 SELECTION, CURVES_N, SECONDS_PER_IMAGE = "selection", "curves_n", "seconds_per_image"
+FLAT, FAILED = "flat", "failed"
 CURVES = (INSERTION, DELETION)
 """The scores that are areas under curves, in the order in which curves are kept."""
 OF_REGIONS = (POINTING_GAME, DIFFICULT, RELEVANCE_MASS, REGION_SHARE)
@@ -103,9 +104,9 @@ SCORES = {
         _count("left_out", "without a known class, or not finite"),
         _count("misclassified", "misclassified"),
         _count("nan", "not finite"),
-        _count("flat", "flat maps", is_shared=False),
+        _count(FLAT, "flat maps", is_shared=False),
         _count("signed", "signed maps, without relevance mass", is_shared=False),
-        _count("failed", "failed runs"),
+        _count(FAILED, "failed runs"),
     )
 }
 """Every score there is, in the order in which tables show them."""

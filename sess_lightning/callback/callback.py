@@ -264,7 +264,7 @@ class SESSCallback(Remembering, RunHooks):
         outcome = self._outcome(trainer, pl_module) if self._due else None
         prefix, measured = self.settings.prefix, {"failed"} if self._due else set()
         if outcome is not None:
-            self.history.last = outcome.values
+            self.history.note(moment(trainer, self._loaded), outcome.values, trainer.state.fn == "fit")
             measured |= {*self.history.last, SELECTION}
         with self.guard.protect("patience of EarlyStopping is not spared"):
             spare_patience(trainer, prefix, measured)
@@ -313,7 +313,9 @@ class SESSCallback(Remembering, RunHooks):
         shown = self.gallery.shown(outcome.samples, outcome.drifts, device, self.guard.protect)
         settings = {**self.examiner.details, "seconds": round(self.guard.seconds, 2)}
         names, prefix = self.gallery.legend.names, self.settings.prefix
-        self.publisher.publish(outcome.report(prefix, when, names, *shown, settings))
+        report = outcome.report(prefix, when, names, *shown, settings)
+        differences, arguments = self.history.differences, self.settings.arguments
+        self.publisher.publish(replace(report, differences=differences, arguments=arguments))
 
     def _close(self, trainer: Trainer) -> None:
         metrics, prefix, fits = trainer.callback_metrics, self.settings.prefix, trainer.state.fn == "fit"

@@ -14,6 +14,7 @@ from sess_lightning.callback.alarm import describe, findings
 from sess_lightning.callback.runs import Run, drift, remembered
 from sess_lightning.callback.selection import Selection, select
 from sess_lightning.callback.versions import Reader
+from sess_lightning.reporting.dashboard import Difference, difference, read_differences
 from sess_lightning.scores import SELECTION
 
 _Record = TypeVar("_Record", Run, Selection)
@@ -35,6 +36,7 @@ class RunHistory:
         selection: The epoch to keep, so far.
         training: Identifies the training, for the page of the report.
         last: The scores of the last successful run.
+        differences: The paired differences of the training's runs, and of the newest run, whatever it is of.
     """
 
     def __init__(self, prefix: str, accuracy: str | None, rings: bool, loader: int = 0) -> None:
@@ -45,6 +47,8 @@ class RunHistory:
         self.selection = Selection()
         self.training: dict[str, str] = {}
         self.last: dict[str, float] = {}
+        self.differences: list[Difference] = []
+        self._fitted: list[Difference] = []
         self._epoch: int | None = None
         self._open: Run | None = None
 
@@ -60,12 +64,28 @@ class RunHistory:
         """Begin another training, without any history."""
         self.start_training()
         self.runs, self.last, self.alarmed = [], {}, False
+        self._fitted, self.differences = [], []
         self._is_percent, self._open = False, None
 
     def start_training(self) -> None:
         """Begin another training; a checkpoint brings its own."""
         self.training.clear()
         self.selection, self._epoch = Selection(), None
+
+    def note(self, when: Mapping[str, int], values: dict[str, float], is_fit: bool) -> None:
+        """Note the scores of a successful run.
+
+        Args:
+            when: Its epoch and step.
+            values: The scores.
+            is_fit: Whether it belongs to the training.
+        """
+        self.last, new = values, difference(values, when["epoch"], when["step"])
+        if new is not None:
+            # What comes later was measured before the training was resumed from an earlier checkpoint.
+            before = [one for one in self._fitted if one[1:3] < new[1:3]]
+            self.differences = [*before, new]
+            self._fitted = self.differences if is_fit else self._fitted
 
     def add(self, run: Run) -> dict[str, Tensor]:
         """Add a run, and return how similar its maps are to those of earlier ones."""
@@ -145,6 +165,7 @@ class RunHistory:
             "last": dict(self.last), "history": dict(self.training),
             "runs": [dict(vars(run)) for run in self.runs], "epoch": self._epoch,
             "alarmed": self.alarmed, "selection": dict(vars(self.selection)), "percent": self._is_percent,
+            "differences": [list(one) for one in self._fitted],
         }  # fmt: skip
 
     def load_state_dict(self, state: Any) -> set[str]:
@@ -163,6 +184,7 @@ class RunHistory:
         self._epoch = None if epoch < 0 else epoch
         chosen = _read(Selection, [reader.read("selection", dict, {})], reader.odd)
         self.selection = next(iter(chosen), Selection())
+        self._fitted = read_differences(reader.read("differences", list, []))
         return reader.odd
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from sess_lightning.scores import check_names
 from sess_lightning.types import Activation, Batch, SaliencyMethod
 
 LITERATURE_TOLERANCE, LITERATURE_SIDE = 15.0, 224
+MOST_LISTED = 20
+"""Longest list of values that a configuration holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,11 @@ class Settings:
     def accuracy_key(self) -> str | None:
         """The key under which the accuracy is logged; None to look for one."""
         return self.accuracy or (self.alarm if isinstance(self.alarm, str) else None)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments in texts and numbers, as the configuration of a tracked run holds them."""
+        return {argument.name: _plain(getattr(self, argument.name)) for argument in fields(self)}
 
     def methods(
         self, model: nn.Module, activation: Activation | None = None
@@ -151,6 +158,17 @@ class Settings:
         resized = batch.size is None if batch.masks is None else size_of(batch.masks) == size
         scale = min(size) / LITERATURE_SIDE if resized else 1
         return self.tolerance or LITERATURE_TOLERANCE * scale
+
+
+def _plain(value: Any) -> Any:
+    """Return an argument in plain values; long lists as their length, functions by their names."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [*map(_plain, value)] if len(value) <= MOST_LISTED else f"{len(value)} values"
+    return getattr(value, "__qualname__", None) or str(value)
 
 
 def _check_prefix(prefix: object) -> None:

@@ -15,7 +15,7 @@ from sess_lightning.callback.runs import age
 
 FIELDS = {
     "failed", "last", "history", "runs", "epoch", "alarmed", "selection", "percent", "kept", "chosen",
-    "others",
+    "others", "differences",
     "samples",  # From versions that kept samples by their batches.
 }  # fmt: skip
 """Fields of a callback's state in a checkpoint."""

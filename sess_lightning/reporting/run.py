@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from sess_lightning.reporting.dashboard import Difference
 from sess_lightning.reporting.panels import Panel
 from sess_lightning.scores import CURVES_N, build
 
@@ -33,6 +34,8 @@ class RunReport:
         metrics: What the user's own module logged; known when the run is closed.
         alerts: What the user was warned of; known when the run is closed.
         run: Name of the training; a resumed one keeps its name.
+        differences: The paired differences of the training's runs so far, this one the last.
+        arguments: The callback's arguments, in texts and numbers.
     """
 
     prefix: str
@@ -48,6 +51,8 @@ class RunReport:
     metrics: Mapping[str, float] = field(default_factory=dict)
     alerts: Sequence[str] = ()
     run: str = ""
+    differences: Sequence[Difference] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def when(self) -> dict[str, int]:

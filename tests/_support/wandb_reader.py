@@ -69,3 +69,37 @@ def _row(logged):
             place = place.setdefault(name, {})
         place[last] = json.loads(item.value_json)
     return row
+
+
+def sections(folder):
+    """Return the charts of W&B's automatic workspace, by section: the part of a key before its first "/".
+
+    Every logged key has one unless its definition hides it, and so has every custom chart.
+    """
+    (path,) = Path(folder).glob("run-*.wandb")
+    keys, hidden = {}, {}
+    for record in records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            keys |= dict.fromkeys((item.nested_key or [item.key])[0] for item in record.history.item)
+        elif kind == "metric" and record.metric.name:
+            hidden[record.metric.name] = record.metric.options.hidden
+        elif kind == "config":
+            paths = [list(item.nested_key) for item in record.config.update]
+            keys |= dict.fromkeys(place[2] for place in paths if place[:2] == ["_wandb", "visualize"])
+    charts = {}
+    for key in keys:
+        if not key.startswith("_") and not hidden.get(key):
+            charts.setdefault(key.partition("/")[0] if "/" in key else "Charts", set()).add(key)
+    return charts
+
+
+def config(folder):
+    """Return the run's configuration, without W&B's own part."""
+    (path,) = Path(folder).glob("run-*.wandb")
+    found = {}
+    for record in records(path):
+        kind = record.WhichOneof("record_type")
+        updates = {"config": record.config.update, "run": record.run.config.update}.get(kind, ())
+        found |= {item.key: json.loads(item.value_json) for item in updates if item.key}
+    return {key: value for key, value in found.items() if key != "_wandb"}

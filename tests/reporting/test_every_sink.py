@@ -45,7 +45,7 @@ def test_every_sink_keeps_every_score(tmp_path, monkeypatch, wandb_logger):
     wandb_logger.experiment.finish()
     tensorboard.experiment.flush()
     folder = run_folder(tmp_path)
-    (table,) = (folder / "files" / "media" / "table" / "sess").glob("scores*.json")
+    (table,) = (folder / "files" / "media" / "table" / "sess_more").glob("scores*.json")
     (event,) = EventAccumulator(tensorboard.log_dir).Reload().Tensors("sess/scores/text_summary")
     texts = {
         "W&B": table.read_text("utf-8"),

@@ -89,7 +89,7 @@ def test_wandb_holds_strips_captions_boxes_and_the_chart_at_the_loggers_own_step
     folder = run_folder(tmp_path)
     (row,) = history(folder)
     assert (row["trainer/global_step"], row["epoch"]) == (17, 2)
-    assert row["sess/curves_by_epoch"]["count"] == 1
+    assert row["sess_more/curves_by_epoch"]["count"] == 1
     logged = row["sess/panel"]
     assert (logged["_type"], logged["format"], logged["count"]) == ("images/separated", "jpg", 2)
     assert (logged["width"], logged["height"]) == (3 * 40, 32)
@@ -113,7 +113,7 @@ def test_wandb_holds_every_point_of_the_curves(wandb_logger, tmp_path):
     wandb_logger.experiment.finish()
     folder = run_folder(tmp_path)
     (row,) = history(folder)
-    table = json.loads((folder / "files" / row["sess/curves_table"]["path"]).read_text())
+    table = json.loads((folder / "files" / row["Custom Chart Tables/sess/curves_table"]["path"]).read_text())
     assert len(table["data"]) == 4 * 5
     named = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
     points = [
@@ -151,17 +151,17 @@ def test_wandb_gets_a_new_table_every_run_and_its_pictures_beside(wandb_logger, 
     folder = run_folder(tmp_path)
     first, second = history(folder)
     assert (first["trainer/global_step"], second["trainer/global_step"]) == (17, 25)
-    table = json.loads((folder / "files" / first["sess/samples"]["path"]).read_text())
+    table = json.loads((folder / "files" / first["sess_more/samples"]["path"]).read_text())
     assert table["columns"] == ["sample", "score", "hit"]
     assert table["data"] == [["a|b", 0.25, None], ["c", 0.5, "miss"]]
-    pictures = first["sess/samples_pictures"]
+    pictures = first["sess_more/samples_pictures"]
     assert pictures["captions"] == [
         "sample: a\\|b\nscore: 0.250\nhit: ",
         "sample: c\nscore: 0.500\nhit: miss",
     ]
     with Image.open(folder / "files" / pictures["filenames"][0]) as picture:
         assert picture.size == (40, 32)
-    assert second["sess/samples"]["nrows"] == 1
+    assert second["sess_more/samples"]["nrows"] == 1
 
 
 def test_wandbs_summary_keeps_the_best_and_the_last_of_what_lightning_logs(wandb_logger, tmp_path):
@@ -177,7 +177,16 @@ def test_wandbs_summary_keeps_the_best_and_the_last_of_what_lightning_logs(wandb
         for record in records(path)
         if record.WhichOneof("record_type") == "metric"
     }
-    assert {name for name in defined if "sess" in name} == {"sess/overall", "sess/base/deletion"}
+    hidden = {name for name, metric in defined.items() if metric.options.hidden}
+    assert hidden == {
+        "sess/base/deletion",
+        "sess/minus_base/overall",
+        "sess/n",
+        "sess/selection",
+        "sess/failed",
+    }
+    kept = {name for name, metric in defined.items() if metric.HasField("summary")}
+    assert kept == {"sess/overall", "sess/base/deletion"}
     for name, best in (("sess/overall", "max"), ("sess/base/deletion", "min")):
         assert defined[name].step_metric == "trainer/global_step"
         assert {kind.name for kind, kept in defined[name].summary.ListFields() if kept} == {best, "last"}
@@ -214,7 +223,9 @@ def test_a_prefix_of_the_logger_begins_every_key_of_wandb(monkeypatch, tmp_path,
         logger.experiment.finish()
         folder = run_folder(tmp_path)
         (row,) = history(folder)
-        assert {key.partition("/")[0] for key in row if "sess" in key} == {"fold1-sess"}
+        assert {key.partition("/")[0] for key in row if "sess" in key} == {
+            "fold1-sess", "fold1-sess_more", "Custom Chart Tables",
+        }  # fmt: skip
         (path,) = folder.glob("run-*.wandb")
         defined = [each.metric.name for each in records(path) if each.WhichOneof("record_type") == "metric"]
         assert "fold1-sess/overall" in defined
