@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -19,9 +20,9 @@ LARGE = 1 << 20
 class Copies:
     """Copies of tensors of any layout, type and device.
 
-    Storages are copied as plain words, and written back without the tensors' knowledge: no version changes,
-    so that a graph recorded before can still be differentiated. On a GPU nothing waits for the device. Meta
-    tensors hold nothing to copy.
+    Storages are copied whole, and written back without the tensors' knowledge: no version changes, so that a
+    graph recorded before can still be differentiated. On a GPU nothing waits for the device. Meta tensors
+    hold nothing to copy.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -29,34 +30,36 @@ class Copies:
         self._opaque: list[tuple[Tensor, Tensor]] = []
         self._places: dict[int, int] = {}
         for place, tensor in enumerate(tensors):
-            for part in _parts(tensor):
+            for part in (tensor,) if type(tensor) in PLAIN_TENSORS else _parts(tensor):
                 try:
                     storage = part.untyped_storage()
                 except NotImplementedError:  # Sparse and opaque tensors have no storage.
                     self._opaque.append((part, part.detach().clone()))
                     continue
-                if storage._cdata not in self._places and storage.device.type != "meta" and storage.nbytes():
+                size = storage.nbytes()
+                if storage._cdata not in self._places and size and not part.is_meta:
                     self._places[storage._cdata] = place
-                    words = _words(storage)
-                    alone = words.is_cpu and words.nbytes > LARGE
-                    groups.setdefault(place if alone else (words.device, words.dtype), []).append(words)
-        self._groups = [(words, torch.cat(words)) for words in groups.values()]
+                    alone = size > LARGE and part.is_cpu
+                    held = _words(storage) if alone or not _is_whole(part, size) else part.data
+                    groups.setdefault(place if alone else (held.device, held.dtype), []).append(held)
+        self._groups = [(held, _flat(held)) for held in groups.values()]
 
     def put_back(self) -> set[int]:
         """Put back what has changed, and return the indices of the CPU tensors that had."""
         changed = set()
         for group, flat in self._groups:
-            copies = flat.split([words.numel() for words in group])
-            held = [pair for pair in zip(group, copies, strict=True) if _is_held(pair[0])]
+            whole = all(map(_is_held, group))
+            if whole and flat.is_cpu and len(group) > 1 and _same(_flat(group), flat):
+                continue
+            copies = _unflatten_dense_tensors(flat, group)
+            pairs = [pair for pair in zip(group, copies, strict=True) if whole or _is_held(pair[0])]
             if flat.is_cpu:
-                if len(held) == len(group) > 1 and _same(torch.cat(group), flat):
-                    continue
-                for words, copy in held:
-                    if not _same(words, copy):
-                        words.copy_(copy)
-                        changed.add(self._places[words.untyped_storage()._cdata])
-            elif held:
-                torch._foreach_copy_([words for words, _ in held], [copy for _, copy in held])
+                for held, copy in pairs:
+                    if not _same(held, copy):
+                        held.copy_(copy)
+                        changed.add(self._places[held.untyped_storage()._cdata])
+            elif pairs:
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
         for tensor, copy in self._opaque:
             with torch.no_grad():
                 tensor.copy_(copy)
@@ -65,29 +68,46 @@ class Copies:
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the plain tensors that a wrapper, such as a DTensor, consists of."""
-    if type(tensor) in _PLAIN_TENSORS or not is_traceable_wrapper_subclass(tensor):
+    if type(tensor) in PLAIN_TENSORS or not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
         yield from _parts(getattr(tensor, name))
 
 
+def _is_whole(tensor: Tensor, size: int) -> bool:
+    """Whether a tensor is all of its storage, in order, and of a type that flattens."""
+    return tensor.dtype in _BITS and tensor.nbytes == size and tensor.is_contiguous()
+
+
+_BITS = {
+    torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16,
+    torch.bfloat16: torch.int16, torch.bool: torch.uint8,
+} | {dtype: dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)}  # fmt: skip
+
+
 def _words(storage: torch.UntypedStorage) -> Tensor:
-    # Wide words are compared and copied fastest; as integers, NaN equals itself.
+    # Wide words are compared and copied fastest.
     size = storage.nbytes()
     dtype = torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else torch.uint8
     return torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
 
 
-def _is_held(words: Tensor) -> bool:
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return _flatten_dense_tensors(tensors) if len(tensors) > 1 else tensors[0].flatten().clone()
+
+
+def _is_held(held: Tensor) -> bool:
     # Sharded models free the storages that they gathered.
-    return words.untyped_storage().nbytes() >= words.nbytes
+    return held.untyped_storage().nbytes() >= held.nbytes
 
 
-def _same(words: Tensor, copy: Tensor) -> bool:
+def _same(held: Tensor, copy: Tensor) -> bool:
+    # As integers, NaN equals itself.
     # By NumPy: a test that nothing waits for a device could not tell torch's comparison from one that does.
     # Through copies: a storage that NumPy has seen can never be resized.
-    chunks = zip(words.split(LARGE // 8), copy.split(LARGE // 8), strict=True)
+    pair = (tensor.reshape(-1).view(_BITS[tensor.dtype]).split(LARGE // 8) for tensor in (held, copy))
+    chunks = zip(*pair, strict=True)
     return all((chunk.clone().numpy() == kept.numpy()).all() for chunk, kept in chunks)
 
 
@@ -98,7 +118,7 @@ def note_memory(tensors: list[Tensor]) -> Callable[[], None]:
 
     def put_back() -> None:
         for tensor, data, requires_grad in zip(tensors, memory, recorded, strict=True):
-            if type(tensor) in _PLAIN_TENSORS and not _is_same_memory(tensor, data):
+            if type(tensor) in PLAIN_TENSORS and not _is_same_memory(tensor, data):
                 tensor.data = data
             if tensor.requires_grad is not requires_grad and tensor.is_leaf:
                 tensor.requires_grad_(requires_grad)
@@ -106,7 +126,7 @@ def note_memory(tensors: list[Tensor]) -> Callable[[], None]:
     return put_back
 
 
-_PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
+PLAIN_TENSORS = frozenset({Tensor, nn.Parameter})
 
 
 def _is_same_memory(tensor: Tensor, data: Tensor) -> bool:

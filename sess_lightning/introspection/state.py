@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 from typing_extensions import override
 
-from sess_lightning.introspection.copies import Copies, note_memory, take_gradients, watch
+from sess_lightning.introspection.copies import PLAIN_TENSORS, Copies, note_memory, take_gradients, watch
 from sess_lightning.introspection.ledger import ATOMIC, DICTS, Ledger
 from sess_lightning.ops import is_out_of_memory
 
@@ -47,7 +47,7 @@ class State(Ledger):
     first forward pass, and the parameters of sharded models, which their forward pass swaps.
 
     Attributes:
-        devices: The devices of the model's parameters and buffers.
+        devices: The devices of the model's parameters and buffers, apart from the CPU.
     """
 
     def __init__(self) -> None:
@@ -105,33 +105,33 @@ class State(Ledger):
             store.clear()
 
     def _note_module(self, attributes: dict[str, Any], sharded: bool) -> None:
-        self.keep(attributes)
-        for name in attributes.keys() - _MODULES_OWN:
-            value = attributes[name]
-            if type(value) not in ATOMIC:
+        if sharded:
+            self._swapped.add(id(attributes.get("_parameters")))
+        for name, value in self.keep(attributes).items():
+            kind = type(value)
+            if kind in ATOMIC:
+                continue
+            if name not in _MODULES_OWN:
                 lent = self.lent(value)
                 if lent is not value:
                     attributes[name] = lent
+            elif name in _STORES and isinstance(value, dict) and id(value) not in self._swapped:
+                if value:
+                    self.keep(value)
+                elif kind in DICTS:
+                    self._empty.append(value)
         # Scripted and traced modules hold none of them.
-        buffers, parameters, *_ = stores = [attributes.get(name) for name in _STORES_IN_ORDER]
-        if sharded:
-            self._swapped.add(id(parameters))
-        for store in stores:
-            if isinstance(store, dict) and id(store) not in self._swapped:
-                if store:
-                    self.keep(store)
-                elif type(store) in DICTS:
-                    self._empty.append(store)
-        if buffers:
+        if buffers := attributes.get("_buffers"):
             self._note_tensors(buffers, self._tensors)
-        if parameters:
+        if parameters := attributes.get("_parameters"):
             self._note_tensors(parameters, None if sharded else self._parameters)
 
     def _note_tensors(self, store: Any, tensors: list[Tensor] | None) -> None:
         for name, tensor in store.items():
-            if tensor is None or is_lazy(tensor):
+            if tensor is None or (type(tensor) not in PLAIN_TENSORS and is_lazy(tensor)):
                 continue
-            self.devices.add(tensor.device)
+            if not tensor.is_cpu:
+                self.devices.add(tensor.device)
             if tensors is None:
                 continue
             if tensor.is_inference():
@@ -143,7 +143,6 @@ class State(Ledger):
 
 _MODULES_OWN = frozenset(vars(nn.Module()))
 _STORES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
-_STORES_IN_ORDER = ("_buffers", "_parameters", *sorted(_STORES - {"_buffers", "_parameters"}))
 
 
 @cache
