@@ -59,7 +59,7 @@ class Copies:
                         held.copy_(copy)
                         changed.add(self._places[held.untyped_storage()._cdata])
             elif pairs:
-                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+                torch._foreach_copy_([held for held, _ in pairs], [copy for _, copy in pairs])
         for tensor, copy in self._opaque:
             with torch.no_grad():
                 tensor.copy_(copy)

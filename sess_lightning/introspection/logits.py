@@ -62,24 +62,55 @@ def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> F
         UnknownClassError: If a target is none of the model's classes. If reading it would wait for the
             device, it is not read, and such a target's logit is NaN.
     """
-    check_targets(logits, targets)
-    if logits.shape[1] == 1:
-        logits = torch.cat([-logits, logits], 1)
-    # Clamped, because on a GPU an index out of range kills the whole process.
-    known = targets.clamp(0, logits.shape[1] - 1)
-    return logits.gather(1, known[:, None].long()).squeeze(1).masked_fill(known != targets, torch.nan)
+    return TargetScores(targets).logits(logits)
 
 
-def check_targets(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> None:
+_ALL = slice(None)
+
+
+class TargetScores:
+    """Reads targets' scores off batches of logits; what concerns the targets alone is computed once.
+
+    Args:
+        targets: Class indices of all batches.
+        activation: How logits become probabilities, as for ``log_scores``.
+    """
+
+    def __init__(self, targets: Int[Tensor, " B"], activation: Activation = "softmax") -> None:
+        self._targets, self._activation = targets, activation
+        self._index: Tensor | None = None
+        self._unknown = targets
+
+    def read(self, logits: Float[Tensor, "K N"], which: slice = _ALL) -> Float[Tensor, " K"]:
+        """Return the log-scores, float32, of some targets by their batch's logits."""
+        logits = logits.to(torch.float32)
+        if self._activation == "sigmoid" or logits.shape[1] == 1:
+            return F.logsigmoid(self.logits(logits, which))
+        return self.logits(logits.log_softmax(1), which)
+
+    def logits(self, logits: Float[Tensor, "K N"], which: slice = _ALL) -> Float[Tensor, " K"]:
+        """Return some targets' logits; arguments and errors as for ``target_logits``."""
+        if self._index is None:
+            check_targets(logits, self._targets)
+            # Clamped, because on a GPU an index out of range kills the whole process.
+            known = self._targets.clamp(0, max(2, logits.shape[1]) - 1)
+            self._index, self._unknown = known[:, None].long(), known != self._targets
+        if logits.shape[1] == 1:
+            logits = torch.cat([-logits, logits], 1)
+        return logits.gather(1, self._index[which]).squeeze(1).masked_fill(self._unknown[which], torch.nan)
+
+
+def check_targets(logits: Float[Tensor, "B N"], targets: Int[Tensor, " K"]) -> None:
     """Refuse targets that are none of the model's classes; those on a device are not read.
 
     Raises:
         UnknownClassError: If there is one.
     """
     classes = max(2, logits.shape[1])
-    if targets.device.type == "cpu" and not all(0 <= target < classes for target in targets.tolist()):
+    wrong = {t for t in targets.tolist() if not 0 <= t < classes} if targets.is_cpu else set()
+    if wrong:
         raise UnknownClassError(
-            f"targets must be class indices in 0..{classes - 1}, as the model has, got {targets.tolist()}; "
+            f"targets must be class indices in 0..{classes - 1}, as the model has, got {sorted(wrong)}; "
             "leave out samples without a class, and check that labels and model count classes alike. "
             + ORDINAL,
             classes,
@@ -97,10 +128,7 @@ def log_scores(
         activation: ``"softmax"`` for single-label heads, ``"sigmoid"`` for multi-label ones; a head with a
             single logit is always read with a sigmoid.
     """
-    logits = logits.to(torch.float32)
-    if activation == "sigmoid" or logits.shape[1] == 1:
-        return F.logsigmoid(target_logits(logits, targets))
-    return target_logits(logits.log_softmax(1), targets)
+    return TargetScores(targets, activation).read(logits)
 
 
 def classify(model: nn.Module, images: Real[Tensor, "B C H W"]) -> Float[Tensor, "B N"]:

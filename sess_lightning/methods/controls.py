@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -59,12 +60,7 @@ class RandomMap(_Blind):
 
     def draw(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
         """Draw a map for each image."""
-        size = images.shape[-2:]
-        if images.device.type == "meta":
-            return images.new_zeros(images.shape[0], *size, dtype=torch.float32)
-        generator = torch.Generator(images.device).manual_seed(self.seed)
-        noise = torch.rand(1, *size, generator=generator, device=images.device, dtype=torch.float32)
-        return min_max(noise).expand(images.shape[0], -1, -1)
+        return _noise(size_of(images), self.seed, images.device).expand(len(images), -1, -1)
 
 
 @dataclass(frozen=True)
@@ -84,13 +80,23 @@ class CentreGaussian(_Blind):
 
     def draw(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
         """Draw a map for each image."""
-        y, x = (
-            ((torch.arange(n, device=images.device, dtype=torch.float32) + 0.5) / n - 0.5) / self.sigma
-            for n in images.shape[-2:]
-        )
-        return min_max(torch.exp(-(y[None, :, None] ** 2 + x[None, None, :] ** 2) / 2)).expand(
-            images.shape[0], -1, -1
-        )
+        return _gaussian(size_of(images), self.sigma, images.device).expand(len(images), -1, -1)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _noise(size: tuple[int, int], seed: int, device: torch.device) -> Float[Tensor, "1 H W"]:
+    if device.type == "meta":
+        return torch.zeros(1, *size, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return min_max(torch.rand(1, *size, generator=generator, device=device, dtype=torch.float32))
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _gaussian(size: tuple[int, int], sigma: float, device: torch.device) -> Float[Tensor, "1 H W"]:
+    y, x = (((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n - 0.5) / sigma for n in size)
+    return min_max(torch.exp(-(y[None, :, None] ** 2 + x[None, None, :] ** 2) / 2))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sess_lightning.batching import batch_limit, blank_batch, in_batches
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs, score
+from sess_lightning.introspection.logits import TargetScores, check_inputs, classify
 from sess_lightning.ops import blur, sent, size_of
 from sess_lightning.types import Activation
 
@@ -68,8 +68,8 @@ def insertion_curve(
     torch.Size([1, 5])
     """
     start = blurred_baseline(images) if baseline is None else _like(images, baseline)
-    transition = _Transition.by(maps, start, images, targets, ends, steps, ties)
-    return _draw(model, [transition], steps, activation, batch_size)[0]
+    scenes = _Scenes((start, images), ends, targets, ((0, 1),))
+    return _draw(model, scenes, [maps], steps, ties, activation, batch_size)[0, 0]
 
 
 def deletion_curve(
@@ -94,8 +94,8 @@ def deletion_curve(
     torch.Size([1, 5])
     """
     end = torch.zeros_like(images) if baseline is None else _like(images, baseline)
-    transition = _Transition.by(maps, images, end, targets, ends, steps, ties)
-    return _draw(model, [transition], steps, activation, batch_size)[0]
+    scenes = _Scenes((images, end), ends, targets, ((0, 1),))
+    return _draw(model, scenes, [maps], steps, ties, activation, batch_size)[0, 0]
 
 
 def insertion_and_deletion_curves(
@@ -109,9 +109,9 @@ def insertion_and_deletion_curves(
     batch_size: int | None = None,
     blurred: Float[Tensor, "B C H W"] | None = None,
     ends: tuple[Tensor, Tensor, Tensor] | None = None,
-    which: Sequence[slice | Tensor] | None = None,
-) -> list[tuple[Float[Tensor, "_ {steps}+1"], Float[Tensor, "_ {steps}+1"]]]:
-    """Return (insertion, deletion) curves of each method's maps, from one stream of full batches.
+    which: Sequence[Sequence[int]] | None = None,
+) -> Float[Tensor, "M 2 B {steps}+1"]:
+    """Return the insertion and deletion curves of each method's maps, from one stream of full batches.
 
     Raises ``ValueError`` if shapes do not fit.
 
@@ -125,164 +125,158 @@ def insertion_and_deletion_curves(
         batch_size: Images that go through the model at once; None by the memory there is.
         blurred: What insertion starts from; None is ``blurred_baseline``.
         ends: Scores of the images, the blurred images and zeros, which all curves share; None scores them.
-        which: For each method, an index of the images whose curves are measured; None measures all.
+        which: For each method, the indices of the images whose curves are measured, the others' being NaN;
+            None measures all.
 
-    >>> len(insertion_and_deletion_curves(model, images, [maps], targets, steps=4))
-    1
+    >>> insertion_and_deletion_curves(model, images, [maps], targets, steps=4).shape
+    torch.Size([1, 2, 1, 5])
     """
-    whole = _Pictures.of(images, blurred, targets, ends)
-    transitions = []
-    for of_method, some in zip(maps, which or [slice(None)] * len(maps), strict=True):
-        transitions += whole.transitions(of_method, some, steps)
-    curves = _draw(model, transitions, steps, activation, batch_size)
-    return list(zip(curves[::2], curves[1::2], strict=True))
+    pool = images, blurred_baseline(images) if blurred is None else blurred, torch.zeros_like(images)
+    scenes = _Scenes(pool, ends or (None, None, None), targets, ((1, 0), (0, 2)))
+    return _draw(model, scenes, maps, steps, "first", activation, batch_size, which)
 
 
-class _Pictures(NamedTuple):
-    """The ends of every method's curves, with their scores where these are known."""
+class _Scenes(NamedTuple):
+    """Images that turn into others pixel by pixel.
 
-    images: Float[Tensor, "B C H W"]
-    blurred: Float[Tensor, "B C H W"]
-    zeros: Float[Tensor, "B C H W"]
+    Attributes:
+        pool: Images and their baselines.
+        scores: The targets' probabilities on each of the pool, where known.
+        targets: The class of each image.
+        ways: For each kind of curve, the place in the pool that it starts from, and that it ends at.
+    """
+
+    pool: Sequence[Float[Tensor, "B C H W"]]
+    scores: Sequence[Float[Tensor, " B"] | None]
     targets: Int[Tensor, " B"]
-    scores: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]
+    ways: Sequence[tuple[int, int]]
 
-    @classmethod
-    def of(
-        cls,
-        images: Tensor,
-        blurred: Tensor | None,
-        targets: Tensor,
-        ends: tuple[Tensor, Tensor, Tensor] | None,
-    ) -> _Pictures:
-        """Lay the images out once, for all methods."""
-        images, blurred = _last(images), _last(blurred_baseline(images) if blurred is None else blurred)
-        return cls(images, blurred, torch.zeros_like(images), targets, ends or (None, None, None))
+    def asked(self, way: int, steps: int) -> range:
+        """Return the steps of a curve that have to be scored: without the ends where they are known."""
+        start, end = (self.scores[place] is not None for place in self.ways[way])
+        return range(int(start), steps + 1 - int(end))
 
-    def transitions(
-        self, maps: Float[Tensor, "B H W"], some: slice | Tensor, steps: int
-    ) -> list[_Transition]:
-        """Return insertion and deletion of some of the images by their maps."""
-        _check_maps(maps, len(self.images), size_of(self.images))
-        step_of = pixel_steps(borrowed(maps[some]), steps)
-        image, blurred, zero = (None if end is None else end[some] for end in self.scores)
-        images, targets = self.images[some], self.targets[some]
-        return [
-            _Transition(self.blurred[some], images, step_of, targets, (blurred, image)),
-            _Transition(images, self.zeros[some], step_of, targets, (image, zero)),
-        ]
+    def laid_out(self, which: Sequence[Sequence[int]], steps: int) -> tuple[list[_Item], list[int]]:
+        """Return what has to be painted, and where each point of all curves will be found.
+
+        That is among NaN, for an image whose curves are not measured, the known scores, and the painted ones.
+        """
+        items: list[_Item] = []
+        places: list[int] = []
+        count, order = len(self.targets), 0
+        known = [place for place, score in enumerate(self.scores) if score is not None]
+        for some in which:
+            orders = {image: order + i for i, image in enumerate(some)}
+            order += len(some)
+            for way, ends in enumerate(self.ways):
+                asked = self.asked(way, steps)
+                at_ends = [1 + known.index(end) * count if end in known else None for end in ends]
+                for image in range(count):
+                    if image not in orders:
+                        places += [0] * (steps + 1)
+                        continue
+                    first = 1 + len(known) * count + len(items)
+                    inner = range(first, first + len(asked))
+                    start, end = ([] if at is None else [at + image] for at in at_ends)
+                    places += [*start, *inner, *end]
+                    rows = [end * count + image for end in ends]
+                    items += [_Item(rows[0], rows[1], orders[image], step) for step in asked]
+        return items, places
 
 
-class _Transition(NamedTuple):
-    """Images that turn into others pixel by pixel, in the order of their maps."""
+class _Item(NamedTuple):
+    """An image of a stream: from which row of the pool to which, in which map's order, up to which step."""
 
-    start: Float[Tensor, "B C H W"]
-    end: Float[Tensor, "B C H W"]
-    step_of: Int[Tensor, "B H W"]
-    targets: Int[Tensor, " B"]
-    ends: Ends
-
-    @classmethod
-    def by(
-        cls, maps: Tensor, start: Tensor, end: Tensor, targets: Tensor, ends: Ends, steps: int, ties: Ties
-    ) -> _Transition:
-        """Return the transition in which the most salient pixels change first."""
-        _check_maps(maps, len(start), size_of(start))
-        return cls(start, end, pixel_steps(borrowed(maps), steps, ties), targets, ends)
-
-    def asked(self, steps: int) -> range:
-        """Return the steps that have to be scored: without the ends where they are known."""
-        return range(0 if self.ends[0] is None else 1, steps + 1 if self.ends[1] is None else steps)
+    start: int
+    end: int
+    order: int
+    step: int
 
 
 class _Painter:
-    """The images along several transitions, one after the other, with their targets.
+    """The images of a stream.
 
     On a CPU they are painted image by image, in place. An accelerator waits for its host: there, a batch is
-    painted at once, at the cost of a copy of all ends.
+    painted at once, at the cost of a copy of the pool.
 
     Args:
-        transitions: The transitions to paint.
-        asked: The steps of each.
+        pool: Images and their baselines, (B, C, H, W) each.
+        step_of: For each map, the step at which each pixel changes.
+        items: What to paint.
         together: Whether to paint a batch at once; None does on an accelerator.
     """
 
     def __init__(
-        self, transitions: Sequence[_Transition], asked: Sequence[range], together: bool | None = None
+        self,
+        pool: Sequence[Float[Tensor, "B C H W"]],
+        step_of: Int[Tensor, "R H W"],
+        items: Sequence[_Item],
+        together: bool | None = None,
     ) -> None:
-        device = transitions[0].start.device
-        self._together = device.type != "cpu" if together is None else together
-        self._starts, self._ends, self._steps, targets = (
-            [row for one in transitions for row in getattr(one, name)]
-            if not self._together and name != "targets"
-            else torch.cat([getattr(one, name) for one in transitions])
-            for name in ("start", "end", "step_of", "targets")
-        )
-        counts = [len(one.targets) for one in transitions]
-        owners = [some for some, count in zip(asked, counts, strict=True) for _ in range(count)]
-        self._owner = [place for place, some in enumerate(owners) for _ in some]
-        self._at = [step for some in owners for step in some]
-        self._on_device = [sent(numbers, device) for numbers in (self._owner, self._at)]
-        self.targets = targets[self._on_device[0]]
-
-    def __len__(self) -> int:
-        return len(self._at)
+        self._items, self._step_of = items, step_of
+        self._together = not step_of.is_cpu if together is None else together
+        if self._together:
+            self._pool = torch.cat([_last(images).permute(0, 2, 3, 1) for images in pool])
+            columns = sent(list(zip(*items, strict=True)) or [[]] * 4, step_of.device)
+            self._ends, self._order, self._step = columns[:2], columns[2], columns[3][:, None, None]
+        else:
+            self._rows = [row for images in pool for row in _last(images)]
 
     def paint(self, which: slice) -> Float[Tensor, "K C H W"]:
         """Return some of the images, channels last."""
         if self._together:
-            owner, at = (numbers[which] for numbers in self._on_device)
-            changed = (self._steps[owner] < at[:, None, None])[:, None]
-            return _last(torch.where(changed, self._ends[owner], self._starts[owner]))
-        owners = self._owner[which]
-        seen, done = blank_batch(len(owners), self._starts[owners[0]][None]), 0
-        for one, items in groupby(owners):
-            place = slice(done, done := done + len([*items]))
-            steps = self._at[which][place]
-            changed = _changed(self._steps[one], range(steps[0], steps[-1] + 1), seen.shape[1])
-            torch.where(changed, self._ends[one], self._starts[one], out=seen[place])
+            start, end = self._pool[self._ends[:, which]]
+            changed = self._step_of[self._order[which]] < self._step[which]
+            return torch.where(changed[..., None], end, start).permute(0, 3, 1, 2)
+        items = self._items[which]
+        seen, done = blank_batch(len(items), self._rows[0][None]), 0
+        for (start, end, order), group in groupby(items, lambda item: item[:3]):
+            steps = [item.step for item in group]
+            place = slice(done, done := done + len(steps))
+            changed = _changed(self._step_of[order], range(steps[0], steps[-1] + 1), seen.shape[1])
+            torch.where(changed, self._rows[end], self._rows[start], out=seen[place])
         return seen
 
 
 def _draw(
     model: nn.Module,
-    transitions: Sequence[_Transition],
+    scenes: _Scenes,
+    maps: Sequence[Float[Tensor, "B H W"]],
     steps: int,
+    ties: Ties,
     activation: Activation,
     batch_size: int | None,
-) -> list[Float[Tensor, "B {steps}+1"]]:
-    """Return the target's probability along every transition; batches run across transitions."""
-    for one in transitions:
-        if len(one.targets):
-            check_inputs("Insertion and deletion", one.start, one.targets)
-    asked = [one.asked(steps) for one in transitions]
+    which: Sequence[Sequence[int]] | None = None,
+) -> Float[Tensor, "M K B {steps}+1"]:
+    """Return the target's probability along every curve of every map; batches run across curves."""
+    count, which = len(scenes.targets), which or [range(len(scenes.targets))] * len(maps)
+    for one in maps:
+        _check_maps(one, count, size_of(scenes.pool[0]))
+    for start, _ in scenes.ways:
+        check_inputs("Insertion and deletion", scenes.pool[start], scenes.targets)
+    items, places = scenes.laid_out(which, steps)
+    device = scenes.targets.device
     with explaining(model), torch.no_grad():
-        laid = [
-            one._replace(start=_last(one.start), end=_last(one.end), targets=borrowed(one.targets))
-            for one in transitions
+        measured = [
+            one if len(some) == count else one[sent(some, device)]
+            for one, some in zip(maps, which, strict=True)
         ]
-        painter = _Painter(laid, asked)
+        painter = _Painter(scenes.pool, pixel_steps(torch.cat(measured), steps, ties), items)
+        of_item = borrowed(scenes.targets)[sent([item.start % count for item in items], device)]
+        targets = TargetScores(of_item, activation)
 
-        def scored(_: Sequence[int], which: slice) -> Tensor:
-            return score(model, painter.paint(which), painter.targets[which], activation)
+        def scored(_: Sequence[_Item], part: slice) -> Tensor:
+            return targets.read(classify(model, painter.paint(part)), part)
 
-        batches = in_batches(scored, range(len(painter)), batch_limit(batch_size, laid[0].start))
-        none = torch.zeros(0, device=painter.targets.device)
-        counts = [len(one.targets) * len(some) for one, some in zip(laid, asked, strict=True)]
-        probabilities = torch.cat([none, *batches]).exp().split(counts)
-    return [
-        _with_ends(inner.view(len(one.targets), len(some)), one.ends)
-        for inner, some, one in zip(probabilities, asked, transitions, strict=True)
-    ]
+        batches = in_batches(scored, items, batch_limit(batch_size, scenes.pool[0]))
+        drawn = torch.cat([torch.zeros(0, device=device), *batches]).exp()
+    known = [score.to(drawn) for score in scenes.scores if score is not None]
+    values = torch.cat([drawn.new_full((1,), torch.nan), *known, drawn])
+    return values[sent(places, device)].view(len(maps), len(scenes.ways), count, steps + 1)
 
 
 def _last(images: Tensor) -> Tensor:
     return images.detach().contiguous(memory_format=torch.channels_last)
-
-
-def _with_ends(inner: Float[Tensor, "B S"], ends: Ends) -> Float[Tensor, "B T"]:
-    known = [None if end is None else end[:, None].to(inner) for end in ends]
-    return torch.cat([part for part in (known[0], inner, known[1]) if part is not None], 1)
 
 
 def _changed(step_of: Int[Tensor, "H W"], steps: range, channels: int) -> Bool[Tensor, "T C H W"]:

@@ -265,20 +265,14 @@ class SESSMetric(PerSample):
         self, model: nn.Module, maps: Sequence[Tensor], scene: Scene, numbers: Sequence[int]
     ) -> dict[str, Float[Tensor, "2 B T"]]:
         """Return every method's curves; NaN where its limit leaves an image out."""
-        device = scene.images.device
-        which = [_drawn(numbers, self.limits.get(name), device) for name in self.methods]
+        which = [_drawn(numbers, self.limits.get(name)) for name in self.methods]
         image, blurred, zeros = scene.ends.unbind(1)
-        drawn = insertion_and_deletion_curves(
+        curves = insertion_and_deletion_curves(
             model, scene.images, maps, scene.targets,
             steps=self.steps, activation=self.methods[OWN].activation, batch_size=self.batch_size,
             blurred=scene.blurred, ends=(image, blurred, zeros), which=which,
         )  # fmt: skip
-        curves = {}
-        for name, some, pair in zip(self.methods, which, drawn, strict=True):
-            whole = image.new_full((2, len(image), self.steps + 1), torch.nan, dtype=torch.float32)
-            whole[:, some] = torch.stack(pair)
-            curves[name] = whole
-        return curves
+        return dict(zip(self.methods, curves, strict=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Update, and return the figures of this batch alone; its samples' numbers continue earlier ones."""
@@ -345,8 +339,6 @@ def _logits(model: nn.Module, images: Tensor, batch_size: int | None) -> Float[T
     return torch.cat([*logits]).float()
 
 
-def _drawn(numbers: Sequence[int], limit: int | None, device: torch.device) -> slice | Tensor:
-    """Return an index of the images whose curves are measured."""
-    if limit is None or all(number < limit for number in numbers):
-        return slice(None)
-    return sent([i for i, n in enumerate(numbers) if n < limit], device)
+def _drawn(numbers: Sequence[int], limit: int | None) -> Sequence[int]:
+    """Return the places of the images whose curves are measured."""
+    return [i for i, number in enumerate(numbers) if limit is None or number < limit]

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import gaussian_blur
 from formula import build, picture
 from lightning_models import Counter, filled_net
 from sess_lightning.introspection.logits import score
-from sess_lightning.metrics.curves import _Painter, _Transition
+from sess_lightning.metrics.curves import _Item, _Painter
 from sess_lightning.metrics.functional import (
     blurred_baseline,
     curve_auc,
@@ -258,15 +258,11 @@ def test_an_accelerator_paints_the_images_that_a_cpu_paints(batch):
     generator = torch.Generator().manual_seed(0)
     start, end = torch.rand(2, 3, 3, 6, 7, generator=generator)
     steps = pixel_steps(torch.rand(3, 6, 7, generator=generator), 4)
-    targets = torch.tensor([2, 0, 1])
-    known = _Transition(start, end, steps, targets, (torch.zeros(3), torch.zeros(3)))
-    some = _Transition(end[:2], start[:2], steps[1:], targets[1:], (None, None))
-    asked = [one.asked(4) for one in (known, some)]
-    here, there = (_Painter([known, some], asked, together=together) for together in (False, True))
-    assert len(here) == len(there) == 3 * 3 + 2 * 5
-    assert torch.equal(here.targets, there.targets)
-    for begin in range(0, len(here), batch):
-        which = slice(begin, min(begin + batch, len(here)))
+    items = [_Item(row, 3 + row, row, step) for row in (2, 0, 1) for step in range(1, 4)]
+    items += [_Item(3 + row, row, 2 - row, step) for row in (0, 1) for step in range(5)]
+    here, there = (_Painter((start, end), steps, items, together) for together in (False, True))
+    for begin in range(0, len(items), batch):
+        which = slice(begin, min(begin + batch, len(items)))
         painted = there.paint(which)
         assert torch.equal(here.paint(which), painted)
         assert painted.is_contiguous(memory_format=torch.channels_last)
