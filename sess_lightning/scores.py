@@ -73,6 +73,7 @@ def _count(key: str, label: str, is_shared: bool = True) -> Score:
 
 
 _UNIT = (0.0, 1.0)
+DRIFT_NOTE = "rank correlation of maps, 1 if none has changed"
 
 SCORES = {
     score.key: score
@@ -88,8 +89,8 @@ SCORES = {
         Score("insertion_normalised", "Insertion, normalised", "higher"),
         Score("deletion_normalised", "Deletion, normalised", "lower"),
         Score(TIED_SHARE, "Tied pixels", "", None, _UNIT, "share of a map whose order is arbitrary"),
-        Score(DRIFT_PREVIOUS, "Like the previous run", "", None, (-1.0, 1.0), "rank correlation of maps"),
-        Score(DRIFT_INITIAL, "Like the first run", "", None, (-1.0, 1.0), "rank correlation of maps"),
+        Score(DRIFT_PREVIOUS, "Drift to the previous run", "", None, (-1.0, 1.0), DRIFT_NOTE),
+        Score(DRIFT_INITIAL, "Drift to the first run", "", None, (-1.0, 1.0), DRIFT_NOTE),
         Score(SELECTION, "Selection", "higher"),
         Score(SECONDS_PER_IMAGE, "Seconds per image", "lower"),
         _count("n", "explained"),
@@ -123,6 +124,12 @@ def build(score: str, method: str = "", minus: bool = False, end: str = "") -> s
     """
     prefix = f"{MINUS * minus}{method}/" if method else ""
     return f"{prefix}{score}_{end}" if end else prefix + score
+
+
+def column_label(name: str) -> str:
+    """Return a column's display name: the score's label, else the name in words."""
+    known = {**{key: score.label for key, score in SCORES.items()}, ENDS[0]: "95 % from", ENDS[1]: "to"}
+    return known.get(name, name.replace("_", " "))
 
 
 def split(key: str) -> Key | None:

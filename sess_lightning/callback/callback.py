@@ -331,4 +331,4 @@ class SESSCallback(Remembering, RunHooks):
                 if text and trainer.is_global_zero:
                     self.guard.warn(text)
         with self.guard.protect("figures of its own are missing"):
-            self.publisher.close(of_others(metrics, f"{prefix}/"))
+            self.publisher.close(of_others(metrics, f"{prefix}/"), self.history.accuracy_of(metrics))

@@ -106,6 +106,12 @@ class RunHistory:
         """The scores that were measured last, with the selection."""
         return self.last | ({SELECTION: self.selection.value} if self.selection != Selection() else {})
 
+    def accuracy_of(self, metrics: Mapping[str, Any]) -> str:
+        """Return the key of the accuracy in a validation or test; empty if none is logged."""
+        found = find_accuracy(metrics, self._prefix, self._loader, self._named)
+        found = found or find_accuracy(metrics, self._prefix, self._loader)  # A test has other keys.
+        return "" if found is None or is_error(found) else found
+
     def judge(
         self, metrics: dict[str, Tensor], count: float, is_fit: bool, title: Callable[[int], str]
     ) -> str:

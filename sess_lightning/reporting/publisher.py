@@ -108,11 +108,16 @@ class Publisher:
         for sink in self._sinks:
             self._try(sink, "alert", f"alert is missing in {sink.name}", title, text)
 
-    def close(self, metrics: Mapping[str, float]) -> None:
-        """End the run that was published last, if it is still open, with the user's own metrics."""
+    def close(self, metrics: Mapping[str, float], accuracy: str = "") -> None:
+        """End the run that was published last, if it is still open.
+
+        Args:
+            metrics: The user's own metrics.
+            accuracy: Key of the accuracy among them, if there is one.
+        """
         if self._report is None:
             return
-        report = replace(self._report, metrics=metrics, alerts=tuple(self._alerts))
+        report = replace(self._report, metrics=metrics, accuracy=accuracy, alerts=tuple(self._alerts))
         self._report, self._alerts = None, []
         for sink in self._sinks:
             self._try(sink, "close", f"figures are missing in {sink.name}", report)

@@ -32,6 +32,7 @@ class RunReport:
         tables: Name -> rows of plain values and images; all rows have the same columns.
         settings: How the scores were measured, in words and numbers.
         metrics: What the user's own module logged; known when the run is closed.
+        accuracy: Key of the accuracy among ``metrics``, empty if there is none; known when the run is closed.
         alerts: What the user was warned of; known when the run is closed.
         run: Name of the training; a resumed one keeps its name.
         differences: The paired differences of the training's runs so far, this one the last.
@@ -49,6 +50,7 @@ class RunReport:
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    accuracy: str = ""
     alerts: Sequence[str] = ()
     run: str = ""
     differences: Sequence[Difference] = ()
@@ -89,16 +91,32 @@ class RunReport:
         }
 
 
+LABELS = {
+    "AugmentedGradCAM": "Augmented Grad-CAM", "ContrastiveSESS": "Contrastive SESS",
+    "ExcitationBackprop": "Excitation backprop", "ExtremalPerturbation": "Extremal perturbation",
+    "GradCAM": "Grad-CAM", "GradCAMPlusPlus": "Grad-CAM++", "GroupCAM": "Group-CAM",
+    "GuidedBackprop": "Guided backprop", "IntegratedGradients": "Integrated gradients",
+    "ScoreCAM": "Score-CAM", "SmoothGradCAMPlusPlus": "Smooth Grad-CAM++", "XGradCAM": "XGrad-CAM",
+}  # fmt: skip
+"""Name of a method's class -> its name in the literature, where they differ."""
+
+
+def type_label(method: object) -> str:
+    """Return a method's name in the literature, else that of its class."""
+    name = type(method).__name__
+    return LABELS.get(name, name)
+
+
 def display_names(methods: Mapping[str, Any]) -> dict[str, str]:
     """Return the display names of methods.
 
-    The explained method, whose key is ``""``, and its ``"base"`` are named after their classes; the others
-    keep their keys. Where two names would be the same, the key is used.
+    The explained method, whose key is ``""``, and its ``"base"`` have the names of the literature, such as
+    "Grad-CAM"; the others keep their keys. Where two names would be the same, the key is used.
 
     Args:
         methods: Key -> method.
     """
-    base, explained = (type(methods.get(key)).__name__ for key in ("base", ""))
+    base, explained = (type_label(methods.get(key)) for key in ("base", ""))
     names = {key: key for key in methods} | {"": explained}
     if "base" in methods and base not in names.values():
         names["base"] = base

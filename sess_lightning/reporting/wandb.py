@@ -11,7 +11,7 @@ from sess_lightning.reporting.dashboard import difference, main_scores, thinned
 from sess_lightning.reporting.panels import Panel, curve_figure
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.sink import LoggerSink, cell, plain_row, score_rows
-from sess_lightning.scores import CURVES, FAILED, OVERALL, SCORES, SELECTION, split
+from sess_lightning.scores import CURVES, FAILED, OVERALL, SCORES, SELECTION, column_label, split
 
 FRONT = ("panel", "curves", "difference")
 """What is shown in the same section as the main scores; all else has a section of its own."""
@@ -171,7 +171,9 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     plain = [plain_row(row) for row in rows]
     table = wandb.Table(columns=list(plain[0]), data=[list(row.values()) for row in plain])
     pictures = [
-        wandb.Image(value, caption="\n".join(f"{k}: {cell(v)}" for k, v in row.items()), file_type="jpg")
+        wandb.Image(
+            value, caption="\n".join(f"{column_label(k)}: {cell(v)}" for k, v in row.items()), file_type="jpg"
+        )
         for row, whole in zip(plain, rows, strict=True)
         for value in whole.values()
         if isinstance(value, np.ndarray)

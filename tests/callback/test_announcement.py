@@ -50,7 +50,7 @@ def test_what_will_be_done_is_said_once_in_one_line(tmp_path, told):
     assert "\n" not in line
     for part in (
         "each run explains 4 samples of 32x32 px with SESS(GradCAM(), num_scales=2), 5 forwards a map",
-        "beside GradCAM (4), random (4), centre (4)",
+        "beside Grad-CAM (4), random (4), centre (4)",
         "Pointing Game within 2.14 px",
         "at most 895 forwards a run",
     ):

@@ -10,6 +10,7 @@ from callbacks import QUICK, numbers, quick
 from lightning_models import Classifier, boxed, fit, squares, validate
 from sess_lightning import SESSCallback
 from sess_lightning.methods import CentreGaussian, GradCAM, LayerCAM, RandomMap
+from sess_lightning.reporting.report.records import read
 from wandb_reader import config, history, run_folder, sections
 
 MAIN = {"overall", "base/overall", "insertion", "deletion", "flat", "panel", "curves", "difference"}
@@ -100,7 +101,7 @@ def test_one_chart_holds_the_paired_difference_of_all_runs_and_its_interval_also
     folder = finished(tmp_path, wandb_logger)
     rows = history(folder)
     for line, key in (
-        ("SESS − GradCAM", ""),
+        ("SESS − Grad-CAM", ""),
         ("95 % interval, lower end", "_ci_low"),
         ("95 % interval, upper end", "_ci_high"),
     ):
@@ -156,3 +157,29 @@ def test_a_loggers_own_prefix_moves_all_sections(monkeypatch, tmp_path, wandb_lo
     assert "sess" not in charts
     assert len(charts["v-sess"]) <= 12
     assert "v-sess_more/scores" in charts["v-sess_more"]
+
+
+class Accurate(Classifier):
+    """Logs an accuracy of its training, one of its validation and one of its test."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("train_acc", 0.9, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", 0.5, batch_size=1)
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_acc", 0.25, batch_size=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"accuracy": "val_acc"}])
+def test_the_page_knows_the_accuracy_of_a_validation_and_of_a_test(tmp_path, options):
+    callback = quick(**options)
+    its = fit(tmp_path, callback, module=Accurate, max_epochs=2, num_sanity_val_steps=0)
+    its.test(its.lightning_module, squares(), verbose=False)
+    (fitted,) = tmp_path.glob("**/sess/records")
+    (tested,) = tmp_path.glob("**/sess/test/records")
+    assert [record.accuracy for record in read(fitted)] == ["val_acc", "val_acc"]
+    assert [record.accuracy for record in read(tested)] == ["test_acc"]
+    assert "train_acc" in read(fitted)[-1].metrics

@@ -44,7 +44,7 @@ def test_the_panel_shows_the_same_samples_in_every_epoch(tmp_path, shelf):
     for one, other in zip(first, second, strict=True):
         assert np.array_equal(one.image, other.image)
         assert one.boxes == other.boxes
-        assert list(one.overlays) == list(other.overlays) == ["GradCAM", "SESS"]
+        assert list(one.overlays) == list(other.overlays) == ["Grad-CAM", "SESS"]
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def test_where_nothing_names_the_classes_their_numbers_do(tmp_path, shelf):
 def test_another_method_than_sess_goes_by_its_own_name(tmp_path, shelf):
     validate(tmp_path, quick(method=GradCAM(), compare={"random": RandomMap()}))
     ((_, _, panels),) = shelf.shown
-    assert list(panels[0].overlays) == ["GradCAM"]
-    assert panels[0].caption.split("\n")[3].startswith("GradCAM: insertion 0.")
+    assert list(panels[0].overlays) == ["Grad-CAM"]
+    assert panels[0].caption.split("\n")[3].startswith("Grad-CAM: insertion 0.")
     ((key, _, curves),) = shelf.drawn
     assert key == "sess/curves"
-    assert list(curves) == ["GradCAM (n=4)", "random (n=4)"]
+    assert list(curves) == ["Grad-CAM (n=4)", "random (n=4)"]

@@ -160,7 +160,7 @@ def check_panel(folder, panel):
         assert re.fullmatch(r"score of the label: 0\.\d{3}", lines[3])
         assert re.fullmatch(r"SESS: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)(, flat map)?", lines[4])
         assert re.fullmatch(
-            r"GradCAM: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)(, flat map)?", lines[5]
+            r"Grad-CAM: insertion 0\.\d{3}, deletion 0\.\d{3}, (hit|miss)(, flat map)?", lines[5]
         )
         drawn = np.asarray(Image.open(folder / "files" / name))
         assert drawn.shape == (32, 3 * 32, 3)
@@ -180,9 +180,9 @@ def check_curves(folder, logged, figures):
     assert kinds == {
         f"{kind}, {name} (n=4)"
         for kind in ("insertion", "deletion")
-        for name in ("SESS", "GradCAM", "random", "centre")
+        for name in ("SESS", "Grad-CAM", "random", "centre")
     }
-    key = "deletion, GradCAM (n=4)"
+    key = "deletion, Grad-CAM (n=4)"
     curve = torch.tensor([point["lineVal"] for point in points if point["lineKey"] == key])
     assert curve_auc(curve).item() == pytest.approx(figures["sess/base/deletion"], abs=1e-6)
 

@@ -116,7 +116,7 @@ def test_the_summary_shows_the_base_and_the_floors_beside_the_method(page):
     assert "0.300 [0.280, 0.320]" in overall
     assert "GradCAM0.250+0.050 [+0.040, +0.060]" in overall
     assert "random (n=2)0.200+0.100 [+0.090, +0.110]" in overall
-    assert "0.530 from 0.500" in next(text for text in tiles.values() if text.startswith("val/acc"))
+    assert "0.530 from 0.500" in next(text for text in tiles.values() if text.startswith("Accuracy: val/acc"))
 
 
 def test_there_is_a_chart_for_each_figure_with_all_methods_and_one_for_each_metric(page):
@@ -164,9 +164,9 @@ def test_every_run_is_there_with_its_pictures_curves_and_tables(tmp_path, page):
         "0.000 [−0.020, 0.020]", "+0.100 [+0.090, +0.110]",
     ]  # fmt: skip
     assert runs[3]["tables"][1:] == [
-        {"caption": "Classes", "columns": ["class", "trials", "pointing game"],
+        {"caption": "Classes", "columns": ["class", "trials", "Pointing Game"],
          "rows": [["cat", "4", "0.750"]]},
-        {"caption": "Samples", "columns": ["sample", "overall", "why"],
+        {"caption": "Samples", "columns": ["sample", "Overall", "why"],
          "rows": [["cat 1", "−0.125", "–"]]},
     ]  # fmt: skip
     kept = {path.name: path.read_bytes() for path in (tmp_path / "records").glob("*.jpg")}
@@ -351,3 +351,62 @@ def test_the_page_shows_every_score_of_every_method_whatever_it_is_called(tmp_pa
     drawn = [text for _, text in page.all("desc")]
     for name in names.values():
         assert any(f"{name} epoch 0" in text for text in drawn), name
+
+
+def tiles_of(tmp_path, **changes):
+    """Return the tiles of a page whose last run has other figures, by their headlines."""
+    folder = write_runs(tmp_path / "records")
+    last = read(folder)[-1]
+    scalars = {**last.scalars, **changes.pop("scalars", {})}
+    append(folder, RunRecord(**{**vars(last), "epoch": 9, "scalars": scalars, **changes}))
+    page = Page(write_report(folder, tmp_path / "report.html"))
+    found = zip(page.all("div", **{"class": "tile"}), page.all("h3"), strict=False)
+    return {headline: text.removeprefix(headline) for (_, text), (_, headline) in found}
+
+
+METRICS = {"train_acc": 0.9, "val_acc": 0.5, "val_loss": 1.0, "a_misclassified_acc": 0.1}
+
+
+def test_the_first_tile_is_the_accuracy_that_the_callback_found(tmp_path):
+    tiles = tiles_of(tmp_path, metrics=METRICS, accuracy="val_acc")
+    assert next(iter(tiles)) == "Accuracy: val_acc"
+    assert tiles["Accuracy: val_acc"].split() == ["0.500"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "first"),
+    [
+        ("", "Overall = insertion − deletion"),
+        (None, "Accuracy: val_acc"),
+        ("gone", "Overall = insertion − deletion"),
+    ],
+)
+def test_without_one_there_is_no_such_tile_and_records_of_old_find_it_but_not_the_trainings(
+    tmp_path, accuracy, first
+):
+    tiles = tiles_of(tmp_path, metrics={"train_acc": 0.9, "val_acc": 0.5}, accuracy=accuracy)
+    assert next(iter(tiles)) == first
+
+
+def test_relevance_mass_stands_beside_the_objects_share(tmp_path):
+    tiles = tiles_of(tmp_path, scalars={"region_share": 0.125})
+    assert "Object's share of the image0.125" in tiles["Relevance mass"]
+
+
+def test_flat_maps_have_a_tile_where_there_are_any(tmp_path):
+    assert "Flat maps" not in tiles_of(tmp_path, scalars={"flat": 0.0, "base/flat": 0.0, "random/flat": 3.0})
+    tiles = tiles_of(tmp_path, scalars={"flat": 0.0, "base/flat": 2.0, "random/flat": 3.0})
+    assert tiles["Flat maps"].strip().startswith("0 of 8")
+    assert "GradCAM2 of 8" in tiles["Flat maps"]
+    assert "random" not in tiles["Flat maps"]
+
+
+def test_columns_have_labels_and_no_keys(tmp_path):
+    folder = write_runs(tmp_path / "records")
+    last = read(folder)[-1]
+    row = {"why": "most drifted", "drift_previous": 0.5, "relevance_mass": 0.5, "ci_low": 0.1, "ci_high": 0.2}
+    append(folder, RunRecord(**{**vars(last), "epoch": 9, "tables": {"samples": [row]}}))
+    page = Page(write_report(folder, tmp_path / "report.html"))
+    assert page.data["runs"][-1]["tables"][1]["columns"] == [
+        "why", "Drift to the previous run", "Relevance mass", "95 % from", "to",
+    ]  # fmt: skip

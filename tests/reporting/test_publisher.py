@@ -136,7 +136,7 @@ def test_methods_are_called_by_what_they_are_or_by_the_name_they_were_given():
         pass
 
     names = display_names({"": SESS(), "base": GradCAM(), "plus plus": GradCAM()})
-    assert names == {"": "SESS", "base": "GradCAM", "plus plus": "plus plus"}
+    assert names == {"": "SESS", "base": "Grad-CAM", "plus plus": "plus plus"}
 
 
 def test_no_two_methods_are_called_the_same():
@@ -146,8 +146,8 @@ def test_no_two_methods_are_called_the_same():
     class SESS:
         pass
 
-    assert display_names({"": GradCAM(), "base": GradCAM()}) == {"": "GradCAM", "base": "base"}
-    named = {"": SESS(), "base": GradCAM(), "GradCAM": GradCAM(), "SESS": GradCAM()}
+    assert display_names({"": GradCAM(), "base": GradCAM()}) == {"": "Grad-CAM", "base": "base"}
+    named = {"": SESS(), "base": GradCAM(), "Grad-CAM": GradCAM(), "SESS": GradCAM()}
     assert display_names(named) == {
-        "": "SESS", "base": "base", "GradCAM": "GradCAM", "SESS": "SESS (compared)",
+        "": "SESS", "base": "base", "Grad-CAM": "Grad-CAM", "SESS": "SESS (compared)",
     }  # fmt: skip

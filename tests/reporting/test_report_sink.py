@@ -70,7 +70,7 @@ def test_a_training_leaves_a_page_with_its_figures_the_users_own_and_the_setting
         for name, value in its.callback_metrics.items()
         if not name.startswith("sess/")
     }
-    assert [[*sample.pictures] for sample in last.panel] == [["image", "GradCAM", "SESS"]] * 2
+    assert [[*sample.pictures] for sample in last.panel] == [["image", "Grad-CAM", "SESS"]] * 2
     assert [*last.curves] == ["", "base"]
     assert last.settings["method"] == str(SESS(GradCAM(), num_scales=2))
     assert last.settings["samples"] == 4

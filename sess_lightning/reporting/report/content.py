@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from sess_lightning.reporting.dashboard import CONTROLS, rivals
 from sess_lightning.reporting.report.charts import Chart, Line, Point, line_chart
 from sess_lightning.reporting.report.records import RunRecord
 from sess_lightning.scores import (
@@ -13,6 +14,7 @@ from sess_lightning.scores import (
     CURVES_N,
     DRIFT_INITIAL,
     DRIFT_PREVIOUS,
+    FLAT,
     OVERALL,
     POINTING_GAME,
     REGION_SHARE,
@@ -21,10 +23,10 @@ from sess_lightning.scores import (
     Key,
     Score,
     build,
+    column_label,
     split,
 )
 
-CONTROLS = ("random", "centre")
 STYLES = {"base": "base", "random": "random", "centre": "centre"}
 FURTHER = 5
 """Number of styles for methods with other names."""
@@ -104,15 +106,14 @@ class Content:
 
     def tiles(self) -> Iterator[Tile]:
         """Yield the model's accuracy and the main scores, after the last run."""
-        for name in sorted(self.last.metrics, key=_rank):
-            if "acc" in name.lower():
-                first = self.records[0].metrics.get(name)
-                change = "" if first is None or len(self.records) < 2 else f"from {first:.3f}"
-                yield Tile(name, f"{self.last.metrics[name]:.3f}", change)
-                break
+        if (name := _accuracy(self.last)) in self.last.metrics:
+            first = self.records[0].metrics.get(name)
+            change = "" if first is None or len(self.records) < 2 else f"from {first:.3f}"
+            yield Tile(f"Accuracy: {name}", f"{self.last.metrics[name]:.3f}", change)
         for score in (SCORES[key] for key in TILES):
             if score.key in self.last.scalars:
                 yield self._tile(score)
+        yield from self._flat_maps()
 
     def _tile(self, score: Score) -> Tile:
         last, note = self.last, f"{_better(score)}; {self.last.method} less the others:"
@@ -121,8 +122,25 @@ class Content:
             for method in self.methods
             if (key := build(score.key, method)) in last.scalars
         ]
+        if score.key == RELEVANCE_MASS and REGION_SHARE in last.scalars:
+            rows.insert(0, (SCORES[REGION_SHARE].label, f"{last.scalars[REGION_SHARE]:.3f}", ""))
         name = f"{score.label} = {score.note}" if score.key == OVERALL else score.label
         return Tile(name, f"{last.scalars[score.key]:.3f}", _interval(last, score.key), note, rows)
+
+    def _flat_maps(self) -> Iterator[Tile]:
+        """Yield how many maps show nothing, if there are any; controls are no maps of the model."""
+        last = self.last
+        methods = [method for method in ("", *self.methods) if method not in CONTROLS]
+        counts = {
+            method: f"{last.scalars[key]:.0f} of {last.scalars.get('n', 0):.0f}"
+            for method in methods
+            if (key := build(FLAT, method)) in last.scalars
+        }
+        if any(last.scalars[build(FLAT, method)] for method in counts):
+            rows = [(self._label(method), text, "") for method, text in counts.items() if method]
+            yield Tile(
+                "Flat maps", counts.get("", "–"), note="They show nothing; the same images:", rows=rows
+            )
 
     def charts(self) -> Iterator[Chart]:
         """Yield a chart of each score, one of its differences to other methods, and of each user's metric."""
@@ -144,7 +162,11 @@ class Content:
         for key in (key for key, known in self.keys.items() if known is None):
             yield Sketch(key, self._line("", key, "own"))
         metrics = dict.fromkeys(key for record in self.records for key in record.metrics)
-        shown = sorted((key for key in metrics if not key.endswith("_step")), key=_rank)
+        accuracy = _accuracy(self.last)
+        shown = sorted(
+            (key for key in metrics if not key.endswith("_step")),
+            key=lambda key: (key != accuracy, "acc" not in key.lower(), key),
+        )
         for key in shown[:OWN_METRICS]:
             yield Sketch(key, self._line("", key, "metric", "metrics"), note="logged by the model")
 
@@ -163,12 +185,12 @@ class Content:
 
     def _differences(self, score: Score) -> Sketch:
         """Return the paired differences to compared methods; those to controls are on another scale."""
-        rivals = [method for method in self.methods if method not in CONTROLS] or self.methods
-        single, lines = len(rivals) == 1, []
-        for method in rivals:
+        others = rivals(self.methods)
+        single, lines = len(others) == 1, []
+        for method in others:
             key, name, style = build(score.key, method, minus=True), self._label(method), self.styles[method]
             lines += self._line("" if single else name, key, "own" if single else style)
-        less = self._label(rivals[0]) if single else "the others"
+        less = self._label(others[0]) if single else "the others"
         title = f"{score.label}: {self.last.method} − {less}"
         return Sketch(title, lines, _at_least(lines, SMALL), "same images, above 0 is better")
 
@@ -264,8 +286,12 @@ def _places(records: Sequence[RunRecord]) -> tuple[str, list[float]]:
     return x_name, [(x - at[0]) / span if span else 0.5 for x in at]
 
 
-def _rank(name: str) -> tuple[bool, str]:
-    return "acc" not in name.lower(), name
+def _accuracy(record: RunRecord) -> str:
+    """Return the key of the accuracy; older records do not name it."""
+    if record.accuracy is not None:
+        return record.accuracy
+    spoken = (key for key in sorted(record.metrics) if "acc" in key.lower() and "train" not in key.lower())
+    return next(spoken, "")
 
 
 def _better(score: Score) -> str:
@@ -322,7 +348,7 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return {
         "caption": name.replace("_", " ").capitalize(),
-        "columns": [column.replace("_", " ") for column in columns],
+        "columns": [*map(column_label, columns)],
         "rows": [[_word(row.get(column)) for column in columns] for row in rows],
     }
 

@@ -67,6 +67,7 @@ class RunRecord:
         alerts: What the user was warned of.
         method: Display name of the explained method.
         names: Key of a compared method -> display name.
+        accuracy: Key of the accuracy among ``metrics``, empty if there is none; None in older records.
     """
 
     run: str
@@ -81,6 +82,7 @@ class RunRecord:
     alerts: Sequence[str] = field(default_factory=list)
     method: str = "method"
     names: Mapping[str, str] = field(default_factory=dict)
+    accuracy: str | None = None
 
 
 def record_of(folder: str | Path, report: RunReport) -> RunRecord:
@@ -90,6 +92,7 @@ def record_of(folder: str | Path, report: RunReport) -> RunRecord:
         curves={method: curves.tolist() for method, curves in report.curves.items()},
         panel=[keep_sample(folder, panel) for panel in report.panels], tables=plain_tables(report),
         settings=report.settings, alerts=list(report.alerts), method=report.method, names=report.names,
+        accuracy=report.accuracy,
     )  # fmt: skip
 
 
@@ -250,5 +253,6 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "panel": lambda samples: [_sample(sample) for sample in samples],
     "tables": lambda tables: {name: [dict(row) for row in rows] for name, rows in tables.items()},
     "settings": dict, "alerts": lambda texts: [str(text) for text in texts], "method": str, "names": _texts,
+    "accuracy": lambda key: None if key is None else str(key),
 }  # fmt: skip
 """Field of a run -> how it is read from an untrusted line."""
