@@ -9,7 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import shapes
 from formula import build, picture
+
+shapes.check_package()
 
 
 def pytest_configure(config):
