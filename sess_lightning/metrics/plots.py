@@ -61,9 +61,12 @@ def plot_curves(curves: Mapping[str, Float[Tensor, " T"]], ax: Any, name: str) -
     for key, curve in curves.items():
         share = torch.linspace(0, 1, len(curve))
         made, ax = plot_curve(
-            (share, curve, share), score=curve_auc(curve), ax=ax, legend_name=SCORES[key].label,
+            (share, curve, share), score=curve_auc(curve), ax=ax,
             label_names=("share of pixels changed, most salient first", "probability"), name=name,
         )  # fmt: skip
         figure = figure or made
+        # torchmetrics names a curve only where there are several classes.
+        ax.lines[-1].set_label(f"{SCORES[key].label}, area {curve_auc(curve):.3f}")
+    ax.legend()
     ax.set_ylim(-0.05, 1.05)
     return figure, ax

@@ -69,6 +69,8 @@ def test_both_curves_at_once_are_those_of_either_metric(tiny, images, targets, m
     assert [line.get_ydata()[-1] for line in axes.lines[:2]] == pytest.approx(
         [insertion.curves.mean(0)[-1].item(), deletion.curves.mean(0)[-1].item()], abs=1e-6
     )
+    areas = {name: f"{values[name]:.3f}" for name in ("insertion", "deletion")}
+    assert labels(axes) == [f"Insertion, area {areas['insertion']}", f"Deletion, area {areas['deletion']}"]
 
 
 def test_the_pointing_game_of_each_class_has_the_classes_names():
