@@ -7,6 +7,7 @@ from abc import abstractmethod
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sess_lightning.batching import batch_limit, in_batches, stacked
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs
 from sess_lightning.ops import size_of, upsample
@@ -32,8 +33,20 @@ class ExtractingMethod(SaliencyMethod):
         """
         check_inputs(type(self).__name__, images, targets)
         with explaining(model):
-            maps, logs, _ = self.extract(model, borrowed(images), borrowed(targets))
+            maps, logs, _ = self._extracted(model, images, borrowed(targets))
         return Explanation(self.draw(maps, size_of(images)), logs.exp())
+
+    def _extracted(self, model: nn.Module, images: Tensor, targets: Tensor) -> Extraction:
+        limit = batch_limit(None, images)
+        if len(images) <= limit:
+            return self.extract(model, borrowed(images), targets)
+        # On a CPU, parts with their channels last take less time and memory than a large batch as it lies.
+        parts = in_batches(
+            lambda rows, which: self.extract_part(model, stacked(rows), targets[which]),
+            images.detach(),
+            limit,
+        )
+        return self.join_parts([*parts], targets, size_of(images))
 
     @abstractmethod
     def extract(

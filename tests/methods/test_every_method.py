@@ -11,7 +11,10 @@ from torch import nn
 from formula import Tiny, fill, picture
 from precision import precision_flags
 from sess_lightning import methods
+from sess_lightning.batching import ON_CPU
+from sess_lightning.cost.measuring import forwards_of
 from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.methods.templates import ExtractingMethod
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.types import SaliencyMethod
 
@@ -274,3 +277,16 @@ def test_the_device_needs_no_float64(name, images, targets, model, without_float
     method(model, images, targets)  # What follows from the size alone is computed on the host.
     with without_float64:
         method(model, images, targets)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in methods.__all__ if issubclass(getattr(methods, name), ExtractingMethod)]
+)
+def test_a_large_batch_passes_in_parts_and_gives_the_same_maps(name, model, images):
+    method, many = made(name), images.repeat(10, 1, 1, 1)[:19]
+    targets = torch.arange(len(many)) % 3
+    maps = []
+    seen = forwards_of(model, lambda: maps.append(method(model, many, targets)))
+    assert max(len(batch) for batch in seen.batches) <= (32 if name == "IntegratedGradients" else ON_CPU)
+    alone = torch.cat([method(model, many[[i]], targets[[i]]) for i in (0, 9, 18)])
+    torch.testing.assert_close(maps[0][[0, 9, 18]], alone, atol=1e-4, rtol=0)
