@@ -84,8 +84,8 @@ def in_batches(
             if not warned:
                 warned = True
                 warnings.warn(
-                    f"Out of memory with {len(part)} images at once ({reason}); going on with {size}. Name a "
-                    "smaller batch_size to be spared the attempt.",
+                    f"Out of memory with {len(part)} images at once ({reason}); continuing with {size}. Set "
+                    "a smaller batch_size to avoid the failed attempt.",
                     SESSWarning,
                     stacklevel=2,
                 )

@@ -143,8 +143,8 @@ def check_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int], re
     if filled and max(map(max, filled)) <= 1:
         x0, y0, x1, y1 = filled[0]
         raise ValueError(
-            f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) and all others lie within one pixel, as shares of the "
-            f"{height}x{width} image's sides would; {remedy}"
+            f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) and all others lie within one pixel, like fractions of "
+            f"the {height}x{width} image's sides; {remedy}"
         )
 
 

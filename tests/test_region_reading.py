@@ -68,7 +68,9 @@ def test_boxes_are_read_whatever_holds_them():
 def test_boxes_that_look_like_shares_of_the_sides_are_refused(share):
     padded = torch.tensor([share, [0.0] * 4, [-1.0] * 4])
     in_pixels = torch.cat([padded[:1] * torch.tensor([10.0, 8, 10, 8]), padded[1:]])
-    with pytest.raises(ValueError, match="all others lie within one pixel, as shares of the 8x10 image's"):
+    with pytest.raises(
+        ValueError, match="all others lie within one pixel, like fractions of the 8x10 image's"
+    ):
         check_boxes([padded, torch.zeros(0, 4)], (8, 10))
     check_boxes([in_pixels], (8, 10))
 

@@ -1,4 +1,4 @@
-"""SESSCallback: explanation quality, logged beside the loss of every validation run."""
+"""SESSCallback: logs, next to the loss, where the model looks and how faithful the maps are."""
 
 from __future__ import annotations
 
@@ -34,55 +34,56 @@ from sess_lightning.types import Batch, SaliencyMethod
 
 
 class SESSCallback(Remembering, RunHooks):
-    """Runs SESS on a few validation samples of every run, and logs maps and their scores.
+    """Explains a few samples with SESS in every validation run, and logs the maps and their scores.
 
-    ``Trainer(callbacks=[SESSCallback()])`` is all; the module's ``forward`` must return logits. Samples are
-    taken from the validation (or test) batches as they pass, spread over the data set, and stay the same in
-    all epochs. Where the loader does not shuffle, they do not depend on the batch size and the number of
-    processes; else each process takes a share of its own.
+    ``Trainer(callbacks=[SESSCallback()])`` is all you need; the module's ``forward`` must return logits.
+    Samples are taken from the validation (or test) batches, spread over the data set, and stay the same in
+    all epochs. If the loader does not shuffle, they do not depend on the batch size or the number of
+    processes; otherwise each process picks its own share.
 
-    Logged are ``sess/insertion``, ``sess/deletion``, ``sess/overall``, where boxes or masks are in the batch
+    It logs ``sess/insertion``, ``sess/deletion``, ``sess/overall`` and, if the batch has boxes or masks,
     ``sess/pointing_game``, the same for the base method alone (``sess/base/...``) and for controls
     (``sess/random/...``, ``sess/centre/...``), their counts and 95 % intervals, the panel ``sess/panel`` and
     the mean curves ``sess/curves``. The scalars work as ``monitor=``: until one is measured, a value worse
-    than any stands in for it, and EarlyStopping's patience counts runs only.
+    than any other stands in for it, and EarlyStopping's patience only counts runs.
 
-    ``ModelCheckpoint(monitor="sess/selection", mode="max")`` keeps, of the epochs whose validation accuracy
-    (``accuracy``) is within one standard error of the best, the best explained one (``select``): by relevance
-    mass where there are boxes or masks, else by overall. It is not sent to loggers.
+    ``ModelCheckpoint(monitor="sess/selection", mode="max")`` keeps the best explained of the epochs whose
+    validation accuracy (``accuracy``) is within one standard error of the best (``select``): by relevance
+    mass if there are boxes or masks, otherwise by overall. It is not sent to loggers.
 
-    The training is exactly the same as without the callback; an error costs a warning.
+    The training is exactly the same as without the callback. If the callback fails you get a warning, and
+    training continues.
 
     Args:
-        method: What explains; None is ``SESS(GradCAM())``, or ``SESS(Gradient())`` for a network that has no
-            spatial layer.
+        method: The saliency method; None is ``SESS(GradCAM())``, or ``SESS(Gradient())`` for a network
+            without any spatial layer.
         num_samples: Samples that are explained and scored per run, over all ranks; fewer if ``max_forwards``
-            does not pay for them.
+            does not cover them.
         num_images: Samples in the panel.
         every_n_epochs: Run in every n-th epoch of ``fit``, or in the first one after it that is validated;
             ``validate`` and ``test`` always run.
-        prefix: First part of all keys; give two callbacks different ones.
-        target: Explain the ``"label"``, or what the model ``"predicted"``.
+        prefix: First part of all keys; two callbacks need different ones.
+        target: Explain the ``"label"``, or the class that the model ``"predicted"``.
         batch_adapter: Turns a batch into ``(images, labels)``, or anything else ``read_batch`` understands.
         forward: How images become logits, ``forward(module, images)``; None watches what the first validation
             step calls, and makes the same call.
-        on_error: ``"warn"`` and go on, or ``"raise"``.
-        max_forwards: Upper bound on forward passes of single images per run, including curves and controls;
+        on_error: ``"warn"`` and continue, or ``"raise"``.
+        max_forwards: Upper bound on forward passes per run, counted per image, including curves and controls;
             each rank beyond the first adds three, to find layers.
         tolerance: Tolerance of the Pointing Game, px of the boxes' or masks' own resolution; None is the
             literature's 15 px where that is the original one (``Batch.size``, or masks of another size than
             the images), else 15 px at 224 px in proportion to the images' shorter side.
-        compare: Methods to score beside it, by name; None is the base method, a random map and a centre
+        compare: Methods to compare it with, by name; None is the base method, a random map and a centre
             Gaussian.
         class_names: Names for the captions; None searches data module, data set, model and what they hold.
-        normalisation: (mean, std) to undo for display; None searches there, too.
+        normalisation: (mean, std) to undo for display; None searches the same places.
         display_channels: The images' channels to show as red, green and blue, or a single one as grey; None
-            searches for ``rgb_bands`` there, else takes the first three.
+            searches for ``rgb_bands`` there, otherwise takes the first three.
         dataloader_idx: Which validation loader to watch.
-        report: Whether to keep a page, ``report.html`` beside the logger's files, that replays the training
+        report: Whether to write a page, ``report.html`` next to the logger's files, that replays the training
             offline.
         alarm: Whether to warn, once, when validation accuracy rises while the maps leave the object
-            (``findings`` says what is tested). A text is taken for ``accuracy``.
+            (``findings`` says what is tested). A string is taken as ``accuracy``.
         accuracy: Key under which the validation accuracy is logged, for the alarm and ``sess/selection``;
             None finds it among the logged keys.
         num_rows: Rows in the table of the worst explained samples, and as many of the most drifted; 0 sends
@@ -146,7 +147,7 @@ class SESSCallback(Remembering, RunHooks):
         return f"{type(self).__qualname__}[prefix={self.settings.prefix!r}]"
 
     def methods(self, model: nn.Module) -> tuple[SaliencyMethod, dict[str, SaliencyMethod]]:
-        """Return the method that a run scores on this model, and by name those it scores beside it."""
+        """Return the method that a run scores on this model, and by name those it is compared with."""
         return self.settings.methods(model)
 
     def budget(

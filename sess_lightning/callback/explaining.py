@@ -142,8 +142,8 @@ class Examiner:
         elif activation == "sigmoid" != known:
             self.plan, self._metric, self._activation = None, None, activation
             raise ValueError(
-                "labels turn out to be multi-hot, so that scores are sigmoids: from the next run on. "
-                'SESSCallback(SESS(GradCAM(activation="sigmoid"))) says so from the start.'
+                "labels turn out to be multi-hot, so probabilities are sigmoids from the next run on. To get "
+                'them from the start, use SESSCallback(SESS(GradCAM(activation="sigmoid"))).'
             )
         return fit_logits(self.watcher.fed(samples), self.watcher.classes)
 
@@ -207,8 +207,7 @@ class Examiner:
         summary = self.metric(model).summary()
         if not summary.values:
             raise RuntimeError(
-                f"no sample came by in loader {self._settings.dataloader_idx}, or none with a known class "
-                "and finite pixels."
+                f"loader {self._settings.dataloader_idx} gave no sample with a known class and finite pixels."
             )
         return summary
 

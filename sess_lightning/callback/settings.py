@@ -173,13 +173,14 @@ def _plain(value: Any) -> Any:
 
 def _check_prefix(prefix: object) -> None:
     if not isinstance(prefix, str):
-        raise TypeError(f"SESSCallback: prefix must be a text, got {prefix!r}.")
+        raise TypeError(f"SESSCallback: prefix must be a string, got {prefix!r}.")
     parts = prefix.split("/")
     if not prefix.strip() or not parts[0] or ".." in parts or not prefix.isprintable():
         raise ValueError(
-            f'SESSCallback: prefix begins keys and folders: no "..", no leading "/", got {prefix!r}.'
+            'SESSCallback: prefix starts keys and folder names, so it cannot hold ".." or start with "/", '
+            f"got {prefix!r}."
         )
     if any(part.startswith("dataloader_idx_") for part in parts):
         raise ValueError(
-            f'SESSCallback: Lightning keeps "dataloader_idx_" in keys for itself, got prefix {prefix!r}.'
+            f'SESSCallback: Lightning reserves "dataloader_idx_" in keys, got prefix {prefix!r}.'
         )

@@ -88,6 +88,6 @@ class Remembering(Callback):
             odd |= {str(name) for name in state_dict.keys() - FIELDS}
         if odd:
             self.guard.warn(
-                f"the checkpoint is of another version ({', '.join(sorted(odd))}); earlier runs or samples "
-                "may be missing."
+                f"the checkpoint comes from another version ({', '.join(sorted(odd))}); earlier runs or "
+                "samples may be missing."
             )

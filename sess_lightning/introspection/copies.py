@@ -174,8 +174,8 @@ def watch(model: nn.Module, parameters: list[Tensor]) -> Callable[[], None]:
         _WRITTEN[model] = (len(parameters), written | changed | late)
         if late:
             warnings.warn(
-                f"SESS: the forward of {type(model).__name__} wrote to {len(late)} parameters in an "
-                "explanation, as it had not done in its first one; that stays, and is undone from now on.",
+                f"SESS: the forward of {type(model).__name__} wrote to {len(late)} parameters during an "
+                "explanation, which it had not done before. This change stays; later ones will be undone.",
                 SESSWarning,
                 stacklevel=2,
             )

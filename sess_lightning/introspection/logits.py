@@ -111,7 +111,7 @@ def check_targets(logits: Float[Tensor, "B N"], targets: Int[Tensor, " K"]) -> N
     if wrong:
         raise UnknownClassError(
             f"targets must be class indices in 0..{classes - 1}, as the model has, got {sorted(wrong)}; "
-            "leave out samples without a class, and check that labels and model count classes alike. "
+            "leave out samples without a class, and check that labels and model number the classes alike. "
             + ORDINAL,
             classes,
         )

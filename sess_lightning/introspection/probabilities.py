@@ -124,8 +124,8 @@ def warn_of_probabilities(speaker: str, outputs: Float[Tensor, "B N"], is_first:
     """
     if is_first and outputs.device.type == "cpu" and ending_of(outputs) is not None:
         warnings.warn(
-            f"{speaker}: the model returns probabilities, in 0..1 and 1 together for each image, and "
-            "they are read as logits. Let it return what its softmax is given, or their logarithm; "
+            f"{speaker}: the model returns probabilities (in 0..1, summing to 1 for each image), which are "
+            "read as logits here. Return the softmax's input instead, or the logarithm of the probabilities; "
             "SESSCallback does that by itself.",
             SESSWarning,
             stacklevel=3,

@@ -108,8 +108,8 @@ class SESS(WrappingMethod):
             raise ValueError(f"SESS: fusion must be one of {fusions}, got {self.fusion!r}.")
         if not self.weight_power > 0:
             raise ValueError(
-                f"SESS: weight_power must be positive, got {self.weight_power}; channel_weights=False weighs "
-                "all windows alike."
+                f"SESS: weight_power must be positive, got {self.weight_power}; channel_weights=False gives "
+                "all windows the same weight."
             )
         self._check_strength()
         if not 0 <= self.theta < 1:
@@ -123,7 +123,7 @@ class SESS(WrappingMethod):
                     f"{self.coarse_to_fine}."
                 )
             if self.scales is not None and list(self.scales) != sorted(self.scales):
-                raise ValueError(f"SESS: coarse_to_fine needs scales that rise, got {self.scales}.")
+                raise ValueError(f"SESS: coarse_to_fine needs scales in ascending order, got {self.scales}.")
         if isinstance(self.window, (list, tuple)):
             object.__setattr__(self, "window", tuple(self.window))
             if len(self.window) != 2 or min(self.window) < 1:

@@ -56,7 +56,7 @@ class SESSMetric(PerSample):
 
     Args:
         method: The method to score.
-        compare: Methods to score beside it, by name; None is ``{"base": method.base}`` where there is one.
+        compare: Methods to compare it with, by name; None is ``{"base": method.base}`` where there is one.
         limits: By name, for how many samples a compared method's curves are measured, since controls need
             fewer: those whose number is below the limit. Maps and the Pointing Game cover all samples.
         steps: Number of steps of a curve.

@@ -342,8 +342,8 @@ FAULTS = {
     "maps are of another size": Fault(
         "Training goes on; this run's explanations are left out", LOST, {"method": Wrong(kind="small")}
     ),
-    "no class is known": Fault("RuntimeError: no sample came by", LOST, read=unknown),
-    "no pixel is a number": Fault("RuntimeError: no sample came by", LOST, read=unreal),
+    "no class is known": Fault("RuntimeError: loader 0 gave no sample", LOST, read=unknown),
+    "no pixel is a number": Fault("RuntimeError: loader 0 gave no sample", LOST, read=unreal),
     "the adapter ends on one process": Fault("StopIteration", LOST, {"batch_adapter": impatient}),
     "the adapter returns nothing": Fault("TypeError", LOST, {"batch_adapter": lambda batch: None}),
     "what is explained fails on one process": Fault(

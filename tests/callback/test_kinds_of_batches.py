@@ -33,7 +33,7 @@ from sess_lightning.types import Batch, SESSWarning
             lambda i, image, label, boxes: boxed(i, image, label, boxes + 20.0),
             "does not lie in the 32x32 image",
         ),
-        (lambda i, image, label, boxes: (image * torch.nan, label), "or none with a known class and finite"),
+        (lambda i, image, label, boxes: (image * torch.nan, label), "no sample with a known class"),
         (
             lambda i, image, label, boxes: (image[:1], label),
             "images have 1 channels, which the model does not take",

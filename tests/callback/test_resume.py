@@ -173,14 +173,16 @@ def test_a_checkpoint_of_another_version_is_resumed_with_one_line(tmp_path, recw
     callback.load_state_dict(state)
     its = fit(tmp_path, callback, val=squares(shuffle=True))
     (told,) = [str(each.message) for each in recwarn if issubclass(each.category, SESSWarning)]
-    assert f"the checkpoint is of another version ({named}); earlier runs or samples may be missing" in told
+    assert (
+        f"the checkpoint comes from another version ({named}); earlier runs or samples may be missing" in told
+    )
     assert its.logger.of("sess/n") == [4]
     assert its.logger.of("sess/failed") == [0]
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_state_that_is_none_at_all_is_resumed_with_one_line():
-    with pytest.warns(SESSWarning, match=r"of another version \(no mapping\)") as caught:
+    with pytest.warns(SESSWarning, match=r"from another version \(no mapping\)") as caught:
         quick().load_state_dict([1, 2])
     assert len(caught) == 1
 

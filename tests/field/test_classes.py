@@ -217,7 +217,7 @@ def test_rows_without_a_positive_class_are_left_out_and_counted(tmp_path, multi_
 
 
 def test_a_data_set_without_any_label_says_so(tmp_path):
-    with pytest.raises(RuntimeError, match=r"no sample came by .* or none with a known class"):
+    with pytest.raises(RuntimeError, match=r"loader 0 gave no sample with a known class"):
         run(tmp_path, labelled([-1] * 6))
 
 

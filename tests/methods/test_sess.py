@@ -440,7 +440,11 @@ def test_methods_print_compare_hash_and_pickle():
         ({"batch_size": 0}, ValueError, "SESS: batch_size must be at least 1, got 0"),
         ({"coarse_to_fine": 0.0}, ValueError, r"coarse_to_fine must be in \(0, 1\], .* got 0.0"),
         ({"coarse_to_fine": 1.5}, ValueError, r"coarse_to_fine must be in \(0, 1\], .* got 1.5"),
-        ({"coarse_to_fine": 0.5, "scales": (300, 224)}, ValueError, "coarse_to_fine needs scales that rise"),
+        (
+            {"coarse_to_fine": 0.5, "scales": (300, 224)},
+            ValueError,
+            "coarse_to_fine needs scales in ascending order",
+        ),
         ({"stride": 0}, ValueError, "SESS: stride must be at least 1, got 0"),
         ({"window": 0}, ValueError, "SESS: window must be at least 1, got 0"),
         ({"window": (0, 9)}, ValueError, r"window must be a side or \(height, width\) .*, got \(0, 9\)"),
