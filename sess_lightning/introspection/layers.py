@@ -156,6 +156,8 @@ def _named(model: nn.Module, target_layer: TargetLayer) -> tuple[str | None, Gri
         return _named(model, target_layer.layer)[0], target_layer.grid
     if target_layer is None:
         return None, None
+    if isinstance(target_layer, str) and target_layer and _has_module(model, target_layer):
+        return target_layer, None
     modules = dict(model.named_modules(remove_duplicate=False))
     if isinstance(target_layer, nn.Module):
         for name, module in modules.items():
@@ -180,7 +182,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 def _has_module(model: nn.Module, name: str) -> bool:
     try:
         return isinstance(_module(model, name), nn.Module)
-    except KeyError:
+    except (KeyError, AttributeError):  # Not there, or inside of a module that is None.
         return False
 
 
