@@ -109,17 +109,16 @@ class State(Ledger):
             self._swapped.add(id(attributes.get("_parameters")))
         for name, value in self.keep(attributes).items():
             kind = type(value)
-            if kind in ATOMIC:
+            if kind in ATOMIC or id(value) in self._swapped:
                 continue
-            if name not in _MODULES_OWN:
+            if kind in DICTS and not value:
+                self._empty.append(value)
+            elif name not in _MODULES_OWN:
                 lent = self.lent(value)
                 if lent is not value:
                     attributes[name] = lent
-            elif name in _STORES and isinstance(value, dict) and id(value) not in self._swapped:
-                if value:
-                    self.keep(value)
-                elif kind in DICTS:
-                    self._empty.append(value)
+            elif isinstance(value, dict):
+                self.keep(value)
         # Scripted and traced modules hold none of them.
         if buffers := attributes.get("_buffers"):
             self._note_tensors(buffers, self._tensors)
@@ -142,7 +141,6 @@ class State(Ledger):
 
 
 _MODULES_OWN = frozenset(vars(nn.Module()))
-_STORES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)}
 
 
 @cache
