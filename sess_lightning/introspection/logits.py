@@ -107,10 +107,10 @@ def check_targets(logits: Float[Tensor, "B N"], targets: Int[Tensor, " K"]) -> N
         UnknownClassError: If there is one.
     """
     classes = max(2, logits.shape[1])
-    wrong = {t for t in targets.tolist() if not 0 <= t < classes} if targets.is_cpu else set()
-    if wrong:
+    given = dict.fromkeys(targets.tolist()) if targets.is_cpu else {}
+    if not all(0 <= target < classes for target in given):
         raise UnknownClassError(
-            f"targets must be class indices in 0..{classes - 1}, as the model has, got {sorted(wrong)}; "
+            f"targets must be class indices in 0..{classes - 1}, as the model has, got {[*given]}; "
             "leave out samples without a class, and check that labels and model number the classes alike. "
             + ORDINAL,
             classes,
