@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import islice
 from typing import TypeVar
 
@@ -22,6 +24,18 @@ ON_CPU = 8
 MOST = 128
 BYTES_PER_BYTE = 64
 """Peak memory of a forward pass without gradients, as a multiple of its images: VGG-16 45, ResNet-50 25."""
+
+_WATCHER: ContextVar[Callable[[int], None] | None] = ContextVar("_WATCHER", default=None)
+
+
+@contextmanager
+def watched(tick: Callable[[int], None]) -> Iterator[None]:
+    """Call ``tick`` with the number of items after each batch that has passed in this context."""
+    token = _WATCHER.set(tick)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
 
 
 def batch_limit(given: int | None, images: Float[Tensor, "B C H W"]) -> int:
@@ -78,6 +92,8 @@ def in_batches(
                     raise
                 size, reason = len(part) // 2, str(error).partition("\n")[0]
             else:
+                if (tick := _WATCHER.get()) is not None:
+                    tick(len(part))
                 yield result
                 held, place = held[len(part) :], place + len(part)
                 continue

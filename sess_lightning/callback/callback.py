@@ -20,6 +20,7 @@ from sess_lightning.callback.history import RunHistory
 from sess_lightning.callback.hooks import RunHooks
 from sess_lightning.callback.keeping import SampleKeeper
 from sess_lightning.callback.monitors import advice, spare_patience, stand_in, unmeasured
+from sess_lightning.callback.progress import Progress
 from sess_lightning.callback.runs import Outcome, moment, record
 from sess_lightning.callback.settings import Settings
 from sess_lightning.callback.training import Remembering
@@ -73,23 +74,20 @@ class SESSCallback(Remembering, RunHooks):
         tolerance: Tolerance of the Pointing Game, px of the boxes' or masks' own resolution; None is the
             literature's 15 px where that is the original one (``Batch.size``, or masks of another size than
             the images), else 15 px at 224 px in proportion to the images' shorter side.
-        compare: Methods to compare it with, by name; None is the base method, a random map and a centre
-            Gaussian.
+        compare: Methods to compare it with, by name; None is the base, a random map and a centre Gaussian.
         class_names: Names for the captions; None searches data module, data set, model and what they hold.
         normalisation: (mean, std) to undo for display; None searches the same places.
         display_channels: The images' channels to show as red, green and blue, or a single one as grey; None
             searches for ``rgb_bands`` there, otherwise takes the first three.
         dataloader_idx: Which validation loader to watch.
-        report: Whether to write a page, ``report.html`` next to the logger's files, that replays the training
-            offline.
+        report: Whether to write a page next to the logger's files, ``report.html``, that replays it all.
         alarm: Whether to warn, once, when validation accuracy rises while the maps leave the object
             (``findings`` says what is tested). A string is taken as ``accuracy``.
         accuracy: Key under which the validation accuracy is logged, for the alarm and ``sess/selection``;
             None finds it among the logged keys.
         num_rows: Rows in the table of the worst explained samples, and as many of the most drifted; 0 sends
-            no table of samples. The table has images unless ``num_images`` is 0: then no image is sent at
-            all.
-        show_names: Whether to show class names and the samples' ids; False shows numbers only.
+            no table of samples. The table has images unless ``num_images`` is 0: then no image is sent.
+        show_names: Whether to show class names and the samples' ids, or numbers only.
 
     Raises:
         ValueError: If an argument makes no sense.
@@ -140,6 +138,7 @@ class SESSCallback(Remembering, RunHooks):
         self.gallery = Gallery(num_images, num_rows, self.settings.legend({}))
         self.history = RunHistory(prefix, self.settings.accuracy_key, bool(alarm), dataloader_idx)
         self.publisher = Publisher(self.guard.protect, self.guard.warn)
+        self.progress = Progress(self.settings, self.clock, self.guard)
 
     @property
     def state_key(self) -> str:
@@ -162,6 +161,7 @@ class SESSCallback(Remembering, RunHooks):
         self.examiner.is_sharded = refuse_shards(trainer.strategy)
         log_dir = trainer.log_dir or trainer.default_root_dir  # A broadcast: on every rank, or all hang.
         self.guard.start(trainer)
+        self.progress.start()
         self.examiner.forget()
         with self.guard.protect():
             self._start(trainer, pl_module, stage)
@@ -194,8 +194,8 @@ class SESSCallback(Remembering, RunHooks):
         due = epoch is None or self.history.is_due(epoch, self.settings.every_n_epochs)
         due = due and not self.guard.is_off
         self.guard.start_run(trainer)
-        self.keeper.start_run()
-        self.gallery.start_run()
+        for part in (self.keeper, self.gallery, self.progress):
+            part.start_run()
         self.history.start_run(epoch if due else None)
         with self.guard.protect():
             stand_in(trainer, self.settings.prefix, self.history.known)
@@ -246,12 +246,12 @@ class SESSCallback(Remembering, RunHooks):
         self.gallery.legend = plan.legend
         self.guard.warn(text)
         if before is None or before.line != plan.line:
-            pictures = ", ".join(self.publisher.names) or "none"
-            rank_zero_info(f"SESSCallback: {plan.line}; {self.examiner.text}; pictures: {pictures}.")
+            rank_zero_info(f"SESSCallback: {plan.line}; {self.examiner.text}; {self.publisher.text}.")
 
     def _explain(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for kept in self.keeper.waiting():
-            metric, kept = self.examiner.explain(trainer, pl_module, kept)
+            with self.progress.watch(trainer, pl_module.device, self.examiner.plan):
+                metric, kept = self.examiner.explain(trainer, pl_module, kept)
             self.guard.warn(self.examiner.watcher.doubt(metric, kept.validated))
             if trainer.is_global_zero:
                 self.gallery.add(metric, kept.samples, kept.numbers, self.keeper.total)
@@ -279,6 +279,7 @@ class SESSCallback(Remembering, RunHooks):
             if self.publisher.names and outcome.values:
                 with self.guard.protect("report is missing"):
                     self._show(trainer, outcome)
+            self.progress.end_run(trainer)
         self.guard.end_run(outcome is not None)
         with self.guard.protect("count of failed runs is missing"):
             log(pl_module, f"{prefix}/failed", float(self.guard.failed))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import signal
-import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from sess_lightning.callback import pace
 from sess_lightning.callback.versions import Reader
 from sess_lightning.introspection.lending import keep_rng
 from sess_lightning.ops import is_out_of_memory
@@ -82,7 +82,7 @@ class RunGuard:
         Args:
             costs: What an error costs, such as ``"panel is missing"``; empty if it costs the whole run.
         """
-        started = time.perf_counter()
+        started = pace.now()
         try:
             with keep_rng():  # Some loggers draw from the global generators, too.
                 yield
@@ -95,7 +95,7 @@ class RunGuard:
             self._is_unsafe = self._is_unsafe or isinstance(error, UnsafeError)
             self.warn(_told(error, costs))  # Only the text: an exception would keep tensors alive.
         finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds += pace.now() - started
 
     def agree(self, trainer: Trainer) -> bool:
         """Return whether the run is sound on all ranks; each of them must call this."""

@@ -7,16 +7,22 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from sess_lightning.callback.pace import TrainingClock
+
 
 class RunHooks(Callback):
     """Sees a run begin, pass batch by batch, finish and close, whether it is a validation or a test.
 
     Lightning calls these hooks in the sanity check, too.
+
+    Attributes:
+        clock: Measures the training between runs.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._due = False
+        self.clock = TrainingClock()
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Begin a validation, and return whether it has a run."""
@@ -42,8 +48,19 @@ class RunHooks(Callback):
         """End the run: everything that the module logs is known by now."""
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to measure the training."""
+        self.clock.start()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on measuring it."""
+        self.clock.start_epoch()
+
+    @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a run."""
+        self.clock.pause()
         self._due = self._begin(trainer, pl_module)
 
     @override
@@ -119,6 +136,8 @@ class RunHooks(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the run."""
         self._close(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.clock.resume()
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

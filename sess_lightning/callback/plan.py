@@ -33,6 +33,7 @@ class RunPlan:
         count: Number of samples of the whole data set, on which accuracy is measured; infinite if unknown.
         legend: How samples and methods are named and displayed.
         details: How the scores are measured, in words and numbers.
+        cut: Why there are fewer samples than asked for; empty if there are as many.
     """
 
     size: tuple[int, int]
@@ -43,6 +44,12 @@ class RunPlan:
     count: float
     legend: Legend
     details: Mapping[str, Any]
+    cut: str = ""
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of this rank in a run, at most."""
+        return self.budget.forwards * self.part.count // max(1, int(self.details["samples"]))
 
     @property
     def line(self) -> str:
@@ -52,7 +59,7 @@ class RunPlan:
             f"each run explains {details['samples']} samples of {self.size[0]}x{self.size[1]} px with "
             f"{details['method']}, {details['forwards per map']} forwards a map, beside "
             f"{details['beside (samples)']}; {details['objects']}; "
-            f"at most {details['forwards per run, at most']:,} forwards a run"
+            f"at most {details['forwards per run, at most']:,} forwards a run{self.cut and '; '}{self.cut}"
         )
 
 
@@ -94,8 +101,17 @@ def plan_run(
     known = {"classes": logits and max(2, logits), "channels": batch.images.shape[1]}
     legend = settings.legend({OWN: method, **compare}, *owners, **known)
     details = _details(settings, trainer, model, batch, legend, budget, shares)
-    part = order.choose(budget.samples)
-    return RunPlan(size, source, part, budget, limits, available * shares, legend, details)
+    part, cut = order.choose(budget.samples), _cut(settings, budget, available, shares)
+    return RunPlan(size, source, part, budget, limits, available * shares, legend, details, cut)
+
+
+def _cut(settings: Settings, budget: Budget, available: float, shares: int) -> str:
+    """Say why there are fewer samples than asked for."""
+    samples, is_all = budget.samples * shares, budget.samples >= available
+    if samples >= settings.num_samples:
+        return ""
+    reason = "no more pass by" if is_all else f"max_forwards={settings.max_forwards} pays for no more"
+    return f"{samples} of the {settings.num_samples} samples asked for, as {reason}"
 
 
 def _details(

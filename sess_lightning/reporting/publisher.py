@@ -47,6 +47,7 @@ class Publisher:
     ) -> None:
         self._protect, self._warn = protect, warn
         self._sinks: list[Sink] = []
+        self._page: Sink | None = None
         self._failures: Counter[tuple[Sink, str]] = Counter()
         self._training: dict[str, str] = {}
         self._report: RunReport | None = None
@@ -56,6 +57,13 @@ class Publisher:
     def names(self) -> list[str]:
         """Names of the sinks; empty if nothing is shown."""
         return [sink.name for sink in self._sinks]
+
+    @property
+    def text(self) -> str:
+        """Where a run goes, in words."""
+        others = [sink.name for sink in self._sinks if sink is not self._page]
+        page = self._page.name if self._page is not None else "none"
+        return f"pictures: {', '.join(others) or 'none'}; report: {page}"
 
     def connect(
         self,
@@ -89,11 +97,12 @@ class Publisher:
         if report:
             with self._protect("report is missing"):
                 name = safe_name(prefix if stage == "fit" else f"{prefix}/{stage}")
-                self._sinks.append(page_in(f"{report_folder(loggers, log_dir)}/{name}", self._training))
+                self._page = page_in(f"{report_folder(loggers, log_dir)}/{name}", self._training)
+                self._sinks.append(self._page)
 
     def disconnect(self) -> None:
         """Drop all sinks: from now on nothing is published."""
-        self._sinks, self._report, self._alerts = [], None, []
+        self._sinks, self._page, self._report, self._alerts = [], None, None, []
         self._failures.clear()
 
     def publish(self, report: RunReport) -> None:

@@ -18,3 +18,9 @@ def shelf(monkeypatch):
 def wandb_logger(monkeypatch, tmp_path):
     for _ in offline(monkeypatch, tmp_path):
         yield WandbLogger(offline=True, save_dir=tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _no_time_passes(monkeypatch):
+    """However slow this machine is: nothing takes long unless a test says so."""
+    monkeypatch.setattr("sess_lightning.callback.pace.now", lambda: 0.0)
