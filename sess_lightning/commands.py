@@ -1,15 +1,18 @@
-"""The commands that need the extra ``cli``, each as parser and action; ``cli`` dispatches."""
+"""The commands that need the extra ``cli``; ``cli`` dispatches, ``arguments`` parses."""
 
 from __future__ import annotations
 
+import logging
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
+from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -17,22 +20,61 @@ from PIL import Image
 from torch import nn
 from typing_extensions import override
 
+from sess_lightning.arguments import (
+    MODE,
+    Described,
+    cost_parser,
+    evaluate_parser,
+    explain_parser,
+    given_keys,
+    spelled_out,
+)
 from sess_lightning.callback.callback import SESSCallback
+from sess_lightning.callback.names import find_class_names, find_normalisation
 from sess_lightning.cost.measure import Costs, measure_cost
-from sess_lightning.evaluation.datasets import Benchmark, BrokenSampleError
+from sess_lightning.evaluation.datasets import Benchmark, PictureFolder, read_pixels
+from sess_lightning.evaluation.datasets.pictures import find_pictures
 from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.explanation import explain_image
 from sess_lightning.evaluation.results import Results
 from sess_lightning.evaluation.runner import evaluate, evaluate_with
-from sess_lightning.evaluation.weights import Network, load_network
+from sess_lightning.evaluation.sources import first_on_this_machine, own_module
+from sess_lightning.evaluation.weights import IMAGENET, Network, load_network
 from sess_lightning.introspection.folding import folded
-from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.introspection.lending import explaining
+from sess_lightning.introspection.logits import classify
+from sess_lightning.introspection.sizes import input_window
 from sess_lightning.reporting.panels import sheet
-from sess_lightning.types import SaliencyMethod
+
+SIDE = 224
+"""Side of the images where the model states none, px."""
+LIGHTNING = """{verb} a module of yours with Lightning, and log how good its explanations are (--sess.*).
+
+examples:
+  sess-lightning {command} --config configs/fit.yaml --model my_module.Net --data my_module.Data
+  sess-lightning {command} --model my_module.Net --data my_module.Data{more} \\
+      --sess.batch_adapter my_module.adapt
+
+Modules in the current folder are found."""
+VERBS = {"fit": "Train", "validate": "Validate", "test": "Test", "predict": "Predict with"}
 
 
 class ExplainedCLI(LightningCLI):
     """Lightning's commands for any module and data module, with a ``SESSCallback`` set by ``--sess.*``."""
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        options = {"parser_mode": MODE, "exit_on_error": False, "formatter_class": Described}
+        return super().init_parser(**options | kwargs)
+
+    @override
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        more = "" if subcommand == "fit" else " --ckpt_path last.ckpt"
+        kwargs["usage"] = f"sess-lightning {subcommand} [options]"
+        kwargs["description"] = LIGHTNING.format(verb=VERBS[subcommand], command=subcommand, more=more)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -44,45 +86,34 @@ class ExplainedCLI(LightningCLI):
         pass
 
 
-def evaluate_parser() -> ArgumentParser:
-    """Return the parser of ``evaluate``."""
-    parser = ArgumentParser(prog="sess-lightning evaluate", description=evaluate.__doc__)
-    parser.add_argument(
-        "--config", action="config", help="YAML with any of these; the paper's: configs/paper"
-    )
-    parser.add_argument("--data", type=Path, help="the data set's folder, where the config says none")
-    parser.add_function_arguments(load_network, "model")
-    parser.add_subclass_arguments(Benchmark, "benchmark", required=True)
-    parser.add_class_arguments(Experiment, "experiment", skip={"mean", "std"})
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="records and results")
-    parser.add_argument(
-        "--paper", type=dict[str, float], default={}, help="figures to put beside, percent; s"
-    )
-    parser.add_argument("--parquet", type=bool | None, default=None, help="also Parquet; null: with pyarrow")
-    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ...")
-    parser.add_argument("--devices", type=int, default=1, help="processes that share the pictures")
-    parser.add_argument("--skip_broken", type=bool, default=True, help="leave out unreadable samples")
-    parser.add_argument("--fold", type=bool, default=False, help="fold batch norms away; equal to rounding")
-    parser.link_arguments("data", "benchmark.init_args.root")
-    return parser
-
-
 def run_evaluate(arguments: Sequence[str]) -> Results:
     """Evaluate, write the results and print their table."""
-    parser = evaluate_parser()
+    arguments = spelled_out(arguments)
+    given = given_keys(arguments)
+    parser = evaluate_parser(with_root={"data", "benchmark"} <= given)
     config = parser.parse_args(arguments)
     made = parser.instantiate(config)
+    if made.benchmark is None:
+        if config.data is None:
+            raise ArgumentError(None, "give a folder of images, or a --config that names a benchmark.")
+        find_pictures(config.data)  # Before a model is loaded: errors come at once.
     network = _network(config)
+    experiment = _fitted(made.experiment, network, given)
+    benchmark = made.benchmark or _folder(config, network, experiment)
+    if not benchmark.is_labelled:
+        experiment = replace(experiment, target="predicted")
     model = folded(network.model) if config.fold else network.model
     model.to(memory_format=torch.channels_last)
-    experiment = replace(made.experiment, mean=network.mean, std=network.std)
     trainer = _trainer(config.accelerator, config.devices)
-    given = (model, made.benchmark, experiment, config.out)
     if config.devices > 1:
-        results = evaluate_with(trainer, *given, skip_broken=config.skip_broken)
+        results = evaluate_with(
+            trainer, model, benchmark, experiment, config.out, skip_broken=config.skip_broken
+        )
     else:
         model.to(trainer.strategy.root_device)
-        results = evaluate(*given, skip_broken=config.skip_broken, progress=True)
+        results = evaluate(
+            model, benchmark, experiment, config.out, skip_broken=config.skip_broken, progress=True
+        )
     if trainer.is_global_zero:
         written = results.write(config.out, config.paper, config.parquet)
         sys.stdout.write(results.table(config.paper) + "\n")
@@ -90,37 +121,80 @@ def run_evaluate(arguments: Sequence[str]) -> Results:
     return results
 
 
+def _fitted(experiment: Experiment, network: Network, given: set[str]) -> Experiment:
+    """Return an experiment whose images are as the model takes them, where no option says otherwise."""
+    if "experiment.size" not in given:
+        experiment = replace(experiment, size=network.size or input_window(network.model) or SIDE)
+    if "experiment.framing" not in given:
+        experiment = experiment.framed_for(network.model)
+    return replace(experiment, mean=network.mean, std=network.std)
+
+
+def _folder(config: Namespace, network: Network, experiment: Experiment) -> Benchmark:
+    """Return the images of a folder; folders in it are named as the model's classes."""
+    with explaining(network.model), torch.no_grad():
+        zeros = torch.zeros(1, len(network.mean), experiment.size, experiment.size)
+        count = max(2, classify(network.model, zeros).shape[1])
+    known = len(network.class_names) == count
+    names = network.class_names if known else [f"class {index}" for index in range(count)]
+    return PictureFolder(config.data, classes=names)
+
+
 def _trainer(accelerator: str, devices: int) -> Trainer:
     # Shares end at different times: the last one is waited for.
     strategy: Strategy | str = DDPStrategy(timeout=timedelta(days=30)) if devices > 1 else "auto"
-    return Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        strategy=strategy,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # It tells of devices, and advertises.
+    try:
+        return Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    finally:
+        logger.setLevel(level)
 
 
 def _network(config: Namespace) -> Network:
-    return load_network(**config.model.as_dict())
+    """Return the model that the options name; its weights are drawn by ``--seed`` where they are random."""
+    seed_everything(config.seed, verbose=False)
+    options = config.model.as_dict()
+    if config.module is not None:
+        return _own(own_module(_plain(config.module), config.checkpoint), options)
+    if config.checkpoint is not None:
+        if options["name"] is None:
+            raise ArgumentError(
+                None, "--checkpoint: give its class, --module my_module.Net, or --model.name."
+            )
+        options["weights"] = config.checkpoint
+    if options["name"] is None:
+        options["name"] = first_on_this_machine()
+        _note(f"{options['name']}, whose ImageNet weights are on this machine; another by --model.name.")
+    return load_network(**options)
 
 
-def explain_parser() -> ArgumentParser:
-    """Return the parser of ``explain``."""
-    parser = ArgumentParser(prog="sess-lightning explain", description="Explain one image.")
-    parser.add_argument("image", type=Path, help="a file")
-    parser.add_argument("--config", action="config", help="YAML with any of these")
-    parser.add_function_arguments(load_network, "model")
-    parser.add_argument("--method", type=SaliencyMethod, default=SESS(GradCAM()), help="what explains")
-    parser.add_argument("--target", type=int | str | None, default=None, help="class; None is the prediction")
-    parser.add_argument("--size", type=int, default=224, help="shorter side the model sees, px")
-    parser.add_argument("--out", type=Path, default=Path("explanation.png"), help="the image to write")
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, ...")
-    return parser
+def _plain(given: Any) -> Any:
+    return given.as_dict() if isinstance(given, Namespace) else given
+
+
+def _own(module: nn.Module, options: dict[str, Any]) -> Network:
+    found = find_normalisation(module)
+    if found is None and options["mean"] is None:
+        _note("images are normalised as ImageNet's; if yours are not, give --model.mean and --model.std.")
+    mean, std = found or IMAGENET
+    names = tuple(find_class_names(module) or ())
+    size = input_window(module)
+    return Network(module, tuple(options["mean"] or mean), tuple(options["std"] or std), names, size)
+
+
+def _note(text: str) -> None:
+    sys.stderr.write(f"sess-lightning: {text}\n")
 
 
 def run_explain(arguments: Sequence[str]) -> None:
@@ -128,45 +202,22 @@ def run_explain(arguments: Sequence[str]) -> None:
     parser = explain_parser()
     config = parser.parse_args(arguments)
     method = parser.instantiate(config).method
-    try:
-        explained = explain_image(
-            config.image, _network(config), method, config.target, size=config.size, device=config.device
-        )
-    except (BrokenSampleError, FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+    read_pixels(config.image)  # Before a model is loaded: errors come at once.
+    network = _network(config)
+    size = config.size or network.size or SIDE
+    explained = explain_image(config.image, network, method, config.target, size=size, device=config.device)
     panel = explained.panel
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet([panel], side=panel.image.shape[0])).save(config.out)
-    sys.stdout.write(f"{panel.caption}\n{config.out}\n")
-
-
-def cost_parser() -> ArgumentParser:
-    """Return the parser of ``cost``."""
-    parser = ArgumentParser(
-        prog="sess-lightning cost",
-        description="Measure what explaining costs on a model, against its bare forward.",
+    Image.fromarray(sheet([panel], side=max(SIDE, panel.image.shape[0]))).save(config.out)
+    name = (
+        panel.label
+        if panel.label == f"class {explained.target}"
+        else f"{panel.label} (class {explained.target})"
     )
-    parser.add_argument("--config", action="config", help="YAML with any of these")
-    parser.add_function_arguments(load_network, "model")
-    parser.set_defaults({"model.name": "resnet50", "model.weights": None})
-    parser.add_argument(
-        "--module", type=nn.Module | None, default=None, help="your own class, instead of --model.*"
+    sys.stdout.write(
+        f"{config.image}: {name}, probability {explained.probability:.3f}\n"
+        f"{' beside '.join(map(str, panel.overlays))}: {config.out}\n"
     )
-    parser.add_argument(
-        "--method", type=SaliencyMethod | None, default=None, help="what explains; null is SESS(GradCAM())"
-    )
-    parser.add_argument(
-        "--size", type=int, nargs="+", default=[224], help="side of the images, or height and width, px"
-    )
-    parser.add_argument("--channels", type=int, default=3, help="of the images")
-    parser.add_argument("--batch", type=int, default=1, help="images explained at once")
-    parser.add_argument("--num_samples", type=int, default=32, help="of the callback")
-    parser.add_argument("--max_forwards", type=int, default=5000, help="of the callback")
-    parser.add_argument("--fold", type=bool, default=False, help="fold batch norms away, for both sides")
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is run")
-    parser.add_argument("--out", type=Path | None, default=None, help="a CSV to write")
-    return parser
 
 
 def run_cost(arguments: Sequence[str]) -> Costs:
@@ -174,17 +225,19 @@ def run_cost(arguments: Sequence[str]) -> Costs:
     parser = cost_parser()
     config = parser.parse_args(arguments)
     if len(config.size) > 2:
-        parser.error(f"--size: one side, or height and width, got {config.size}.")
-    made = parser.instantiate(config)
-    model = made.module if made.module is not None else _network(config).model
-    model = folded(model) if config.fold else model
+        raise ArgumentError(None, f"--size: one side, or height and width, got {config.size}.")
+    method = parser.instantiate(config).method
+    network = _network(config)
+    model = folded(network.model) if config.fold else network.model
     model = model.to(config.device).to(memory_format=torch.channels_last)
-    size = (config.size[0], config.size[-1])
-    noise = torch.rand(config.batch, config.channels, *size, generator=torch.Generator().manual_seed(0))
+    sides = config.size or [network.size or SIDE]
+    noise = torch.rand(
+        config.batch, config.channels, sides[0], sides[-1], generator=torch.Generator().manual_seed(0)
+    )
     costs = measure_cost(
         model,
         noise.to(config.device),
-        made.method,
+        method,
         num_samples=config.num_samples,
         max_forwards=config.max_forwards,
         rounds=config.rounds,
@@ -193,4 +246,5 @@ def run_cost(arguments: Sequence[str]) -> Costs:
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         costs.to_csv(config.out)
+        sys.stdout.write(f"{config.out}\n")
     return costs

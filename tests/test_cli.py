@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,7 +123,8 @@ def test_evaluate_writes_and_prints_the_figures(tmp_path, capsys, tiny_network):
     printed = capsys.readouterr().out
     assert "SESS(GradCAM()" in printed
     notes = set(printed.replace("\n", ", ").split(", "))
-    assert {"3 explained", "3 images", "0 broken files", "0 missing"} <= notes
+    assert {"3 explained", "3 images"} <= notes
+    assert not [note for note in notes if "broken" in note or "missing" in note]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "records-0-of-1.jsonl", "results.csv", "results.txt", "classes.csv", "samples.csv", "curves.png",
     }  # fmt: skip
@@ -138,8 +140,8 @@ def test_two_processes_evaluate_to_the_figures_of_one(tmp_path, capsys):
     command = [sys.executable, "-m", "sess_lightning", *given, "--out", str(tmp_path / "two")]
     done = subprocess.run([*command, "--devices", "2"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    notes = [line.split(", ") for line in done.stdout.splitlines() if "0 broken files" in line]
-    assert [{"3 explained", "3 images", "0 missing"} <= {*line} for line in notes] == [True]
+    notes = [line.split(", ") for line in done.stdout.splitlines() if "3 explained" in line]
+    assert ["3 images" in line and "missing" not in str(line) for line in notes] == [True]
     shares = sorted((tmp_path / "two").glob("records-*-of-2.jsonl"))
     assert [path.read_text().count("\n") for path in shares] == [3, 2]  # A line of settings each.
 
@@ -180,16 +182,26 @@ def test_explain_writes_a_picture_of_image_base_and_sess(tmp_path, capsys, tiny_
     given = ["explain", str(tmp_path / "cat.png"), "--model.name", "resnet18", "--model.weights", "null"]
     out = tmp_path / "out" / "cat.png"
     cli.main([*given, "--size", "64", "--target", "b", "--out", str(out)])
-    printed = capsys.readouterr().out
-    assert "target: b" in printed
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r".*cat\.png: b \(class 1\), probability 0\.\d{3}", first)
+    assert second == f"GradCAM beside SESS: {out}"
     with Image.open(out) as drawn:
         assert drawn.width > 3 * 64
+
+
+def assert_one_line(capsys, command, *messages):
+    told = capsys.readouterr()
+    (line,) = [line for line in told.err.splitlines() if line.startswith(f"sess-lightning {command}: ")]
+    assert all(message in line for message in messages), line
+    assert "Traceback" not in told.err
+    assert "usage:" not in told.err
 
 
 @pytest.mark.parametrize(
     ("file", "target", "message"),
     [
         ("cat.png", "unicorn", "'unicorn' is none of the 5 class names; give an index"),
+        ("cat.png", "aa", "'aa' is none of the 5 class names (similar: a); give an index"),
         ("cat.png", "5", "the model has the classes 0 to 4, got 5"),
         ("dog.png", "0", "dog.png: cannot be read as a picture"),
     ],
@@ -198,7 +210,7 @@ def test_explain_says_in_a_line_what_is_wrong(tmp_path, capsys, tiny_network, fi
     photograph("chelsea").save(tmp_path / "cat.png")
     with pytest.raises(SystemExit, match="2"):
         cli.main(["explain", str(tmp_path / file), "--model.name", "resnet18", "--target", target])
-    assert message in capsys.readouterr().err
+    assert_one_line(capsys, "explain", message)
 
 
 def test_help_and_mistakes_show_the_commands(capsys):
@@ -209,7 +221,8 @@ def test_help_and_mistakes_show_the_commands(capsys):
     assert capsys.readouterr().err == cli.USAGE
     with pytest.raises(SystemExit, match="2"):
         cli.main(["evalaute"])
-    assert capsys.readouterr().err == "sess-lightning: there is no command 'evalaute'.\n" + cli.USAGE
+    said = "sess-lightning: there is no command 'evalaute'. Did you mean evaluate?\n"
+    assert capsys.readouterr().err == said + cli.USAGE
 
 
 @pytest.fixture
@@ -296,7 +309,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
         load_network("resnet18", tmp_path / "a.pth")
     with pytest.raises(FileNotFoundError, match=r"none\.pth is no file"):
         load_network("resnet18", tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="torchvision knows no 'resnet19'"):
+    with pytest.raises(ValueError, match=r"torchvision knows no 'resnet19' \(did you mean resnet18 or"):
         load_network("resnet19")
 
 
@@ -388,3 +401,230 @@ def test_print_config_is_readable(capsys):
     told = capsys.readouterr().out
     assert "\nsess:\n  method:\n    class_path: sess_lightning.methods.SESS\n" in told
     assert "  num_samples: 32\n" in told
+
+
+@pytest.fixture
+def cat(tmp_path):
+    photograph("chelsea").save(tmp_path / "cat.png")
+    return str(tmp_path / "cat.png")
+
+
+def fails(*arguments):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (["--method", "GradCam"], ["--method: there is no method 'GradCam' (did you mean GradCAM"]),
+        (["--method", "Nonsense"], ["there is no method 'Nonsense'; there are CAM, RISE, SESS, "]),
+        (["--method", "SESS(GradCAM(), num_scale=2)"],
+         ["SESS: 'num_scale' is no argument (did you mean num_scales"]),
+        (["--method", "SESS(GradCAM(), num_scales='x')"], ["num_scales: expected int, got x."]),
+        (["--method", "SESS(GradCAM(), num_scales=0)"], ["num_scales must be at least 1, got 0."]),
+        (["--method", "SESS(GradCAM("], ["is not a call such as SESS(GradCAM(), num_scales=2)."]),
+        (["--size", "big"], ["--size: expected int"]),
+        (["--metod", "CAM"], ["there is no option --metod (did you mean --method", "explain --help."]),
+        (["--config", "none.yaml"], ["--config: File does not exist"]),
+        (["--model.name", "resnet8"], ["torchvision knows no 'resnet8' (did you mean resnet18", "hf/NAME"]),
+        (["--model.weights", "none.pth"], ["none.pth is no file"]),
+        (["--checkpoint", "none.ckpt"], ["--checkpoint: give its class, --module my_module.Net"]),
+        (["--module", "lightning_models.Clasifier"],
+         ["lightning_models has no 'Clasifier' (did you mean Classifier?)."]),
+        (["--module", "no_such_module.Net"], ["there is no module 'no_such_module', neither in the current"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_one_line_with_a_remedy(cat, capsys, options, messages):
+    fails("explain", cat, *options)
+    assert_one_line(capsys, "explain", *messages)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["evaluate"], ["give a folder of images, or a --config that names a benchmark."]),
+        (["evaluate", "no_folder"], ["no_folder is no folder of pictures."]),
+        (["evaluate", "x", "--benchmark", "VOC7"], ["--benchmark: there is no VOC7."]),
+        (["cost", "--method", "GradCm"], ["--method: there is no method 'GradCm' (did you mean GradCAM"]),
+        (["cost", "--size", "1", "2", "3"], ["--size: one side, or height and width, got [1, 2, 3]."]),
+        (["fit", "--sess.method", "GradCm"], ["--sess.method: there is no method 'GradCm' (did you mean"]),
+        (["fit", "--model", "lightning_models.Nett"],
+         ["--model: module 'lightning_models' has no attribute 'Nett'. See sess-lightning fit --help."]),
+        (["compare", "no_folder"], ["no_folder: no results.csv"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)  # fmt: skip
+def test_every_command_says_in_one_line_what_is_wrong(capsys, arguments, messages):
+    fails(*arguments)
+    assert_one_line(capsys, arguments[0], *messages)
+
+
+def broken(config):
+    raise KeyError("somewhere inside")
+
+
+def test_an_error_that_nobody_foresaw_is_a_line_and_a_traceback_where_it_is_asked_for(
+    cat, capsys, monkeypatch
+):
+    monkeypatch.setattr(commands, "_network", broken)
+    fails("explain", cat)
+    assert_one_line(capsys, "explain", "KeyError: 'somewhere inside'. --traceback shows where.")
+    with pytest.raises(KeyError):
+        cli.main(["explain", cat, "--traceback"])
+    monkeypatch.setenv("SESS_LIGHTNING_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        cli.main(["explain", cat])
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        ("explain", "sess-lightning explain cat.jpg"),
+        ("evaluate", "sess-lightning evaluate photos/"),
+        ("cost", "sess-lightning cost --model.name resnet50"),
+        ("compare", "sess-lightning compare runs/"),
+        ("fit", "sess-lightning fit --config configs/fit.yaml"),
+        ("validate", "--ckpt_path last.ckpt"),
+    ],
+)
+def test_help_is_for_users_and_has_an_example(capsys, command, example):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: sess-lightning {command} ")
+    assert example in told
+    if command in ("explain", "evaluate", "cost"):
+        assert not re.findall(r"``|<class|known subclasses|class_path|Args:|type:|null\)|%%", told)
+        assert {"--method METHOD", "--module MODULE", "--checkpoint CHECKPOINT", "--model.name NAME"} <= {
+            line.strip().split("  ")[0] for line in told.splitlines()
+        }
+        assert told.count("\n") < 95
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["SESS(GradCAM(), num_scales=2)", "SESS(GuidedBackprop(), num_scales=3, prefilter_ratio=0.5)", "GradCAM"],
+)
+def test_a_method_is_given_as_it_prints_itself(tmp_path, text):
+    def method(parser, *arguments):
+        return parser.instantiate(parser.parse_args([*arguments]))
+
+    plain = text if "(" in text else f"{text}()"
+    assert str(method(commands.explain_parser(), "a.png", "--method", text).method) == plain
+    assert str(method(commands.cost_parser(), "--method", text).method) == plain
+    given = commands.spelled_out(["photos", "--method", text, "--size", "64"])
+    made = method(commands.evaluate_parser(with_root=False), *given).experiment
+    assert (str(made.method), made.size) == (plain, 64)
+    (tmp_path / "a.yaml").write_text(f"sess:\n  method: {text}\n")
+    fitted = commands.ExplainedCLI(args=["--config", str(tmp_path / "a.yaml"), *ANY], run=False)
+    (callback,) = [each for each in fitted.trainer.callbacks if isinstance(each, commands.SESSCallback)]
+    assert str(callback.settings.method) == plain
+
+
+def test_an_option_changes_a_method_that_is_given_as_text():
+    parser = commands.explain_parser()
+    config = parser.parse_args(["a", "--method", "SESS(GradCAM(), num_scales=2)", "--method.num_scales", "5"])
+    assert str(parser.instantiate(config).method) == "SESS(GradCAM(), num_scales=5)"
+
+
+def test_a_config_may_name_its_own_root_and_the_command_line_another(tmp_path, parser):
+    root = write_own(tmp_path / "own")
+    (tmp_path / "a.yaml").write_text(
+        "model: {name: resnet18, weights: null}\nbenchmark:\n"
+        "  class_path: sess_lightning.evaluation.datasets.PictureFolder\n"
+        f"  init_args: {{root: {root}}}\n"
+    )
+    arguments = ["--config", str(tmp_path / "a.yaml")]
+    for more, with_root in (([], False), (["--data", str(root)], True)):
+        given = commands.given_keys([*arguments, *more])
+        assert ({"data", "benchmark"} <= given) is with_root
+        parser = commands.evaluate_parser(with_root=with_root)
+        assert len(parser.instantiate(parser.parse_args([*arguments, *more])).benchmark) == 3
+    with (tmp_path / "a.yaml").open("a") as file:
+        file.write(f"data: {root}\n")
+    assert {"data", "benchmark"} <= commands.given_keys(arguments)
+
+
+SMALL = ["--size", "64", "--steps", "2", "--method", "SESS(GradCAM(), num_scales=1)", "--accelerator", "cpu"]
+
+
+def test_a_folder_of_images_needs_no_config(tmp_path, capsys, tiny_network):
+    for name in ("b", "c"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        photograph("chelsea").save(tmp_path / "photos" / name / "a.png")
+    cli.main(["evaluate", str(tmp_path / "photos"), *SMALL, "--out", str(tmp_path / "out")])
+    assert "2 explained" in capsys.readouterr().out
+    samples = (tmp_path / "out" / "samples.csv").read_text()
+    assert {row.split(",")[2] for row in samples.splitlines()[1:]} == {"1", "2"}  # As the model counts.
+    (tmp_path / "flat").mkdir()
+    photograph("chelsea").save(tmp_path / "flat" / "a.png")
+    cli.main(["evaluate", str(tmp_path / "flat"), *SMALL, "--out", str(tmp_path / "out2")])
+    assert "1 explained" in capsys.readouterr().out
+
+
+def test_explain_evaluate_and_cost_take_a_module_and_its_checkpoint(cat, tmp_path, capsys, monkeypatch):
+    torch.manual_seed(3)
+    module = ByHand(classes=4)
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": {"classes": 4, "unknown": 1}}
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    given = ["--module", f"{__name__}.ByHand", "--checkpoint", str(tmp_path / "a.ckpt")]
+    seen = []
+
+    def network(config, make=commands._network):
+        seen.append(make(config).model)
+        return make(config)
+
+    monkeypatch.setattr(commands, "_network", network)
+    cli.main(
+        ["explain", cat, *given, "--size", "64", "--method", "GradCAM", "--out", str(tmp_path / "a.png")]
+    )
+    told = capsys.readouterr()
+    assert "class " in told.out
+    assert "normalised as ImageNet's; if yours are not, give --model.mean" in told.err
+    (tmp_path / "flat").mkdir()
+    photograph("chelsea").save(tmp_path / "flat" / "a.png")
+    cli.main(["evaluate", str(tmp_path / "flat"), *given, *SMALL, "--out", str(tmp_path / "out")])
+    cli.main(["cost", *given, "--size", "32", "--rounds", "1", "--method", "GradCAM"])
+    assert "model: ByHand" in capsys.readouterr().out
+    assert len(seen) == 3
+    for model in seen:
+        assert all(map(torch.equal, model.parameters(), module.parameters()))
+
+
+class ByHand(nn.Module):
+    def __init__(self, classes: int, width: int = 4):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, width, 3, stride=4), nn.Linear(width, classes)
+
+    def forward(self, images):
+        return self.head(self.conv(images).relu().mean((2, 3)))
+
+
+def test_the_seed_draws_random_weights():
+    def weights_of(seed):
+        parser = commands.explain_parser()
+        options = ["--model.name", "squeezenet1_1", "--model.weights", "null"]
+        config = parser.parse_args(["a.png", *options, "--seed", seed])
+        return next(commands._network(config).model.parameters())
+
+    assert torch.equal(weights_of("1"), weights_of("1"))
+    assert not torch.equal(weights_of("1"), weights_of("2"))
+
+
+def test_a_module_in_the_current_folder_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "only_here.py").write_text(
+        "from lightning_models import Classifier, SquaresData\n"
+        "class Net(Classifier): pass\n"
+        "def adapt(batch): return batch\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["fit", "--model", "only_here.Net", "--data", "only_here.SquaresData",
+                  "--sess.batch_adapter", "only_here.adapt", "--print_config"])  # fmt: skip
+    told = capsys.readouterr().out
+    assert "only_here.Net" in told
+    assert "batch_adapter: only_here.adapt" in told
+    del sys.modules["only_here"]

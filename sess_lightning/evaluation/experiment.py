@@ -8,14 +8,16 @@ exactly the figures of one.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Real
-from torch import Tensor
+from torch import Tensor, nn
 
 from sess_lightning.engine.windows import scaled_size
+from sess_lightning.introspection.sizes import input_size
+from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.methods.controls import controls
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.ops import resize, size_of, wait_for
@@ -52,7 +54,7 @@ class Experiment:
         seed: Seed of the draw.
     """
 
-    method: SaliencyMethod
+    method: SaliencyMethod = SESS(GradCAM())  # noqa: RUF009 (Methods are frozen records.)
     compare: dict[str, SaliencyMethod] | None = None
     target: Literal["label", "predicted"] = "label"
     size: int = 224
@@ -109,6 +111,12 @@ class Experiment:
             size = self.size, self.size
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return resize(((picture / 255 - mean) / std)[None], size, self.antialias)
+
+    def framed_for(self, model: nn.Module) -> Experiment:
+        """Return the experiment with squares of the model's size, if the model takes nothing else."""
+        size = (self.size, self.size + 32)
+        taken = input_size(model, size)
+        return self if taken == size else replace(self, framing="square", size=min(taken))
 
     def chosen(self, count: int) -> list[int]:
         """Return the indices of the images to take out of ``count``, in rising order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,8 @@ def explain_image(
         network: The model, the normalisation it expects and its class names.
         method: What explains; None is ``SESS(GradCAM())``.
         target: Index or name of the class; None is the predicted one.
-        size: Shorter side of the image as the model sees it, px.
+        size: Shorter side of the image as the model sees it, px; a model that takes squares of one size only
+            gets these.
         device: Where to compute; the model is moved there.
 
     Raises:
@@ -64,7 +66,7 @@ def explain_image(
     path, model = Path(path), network.model.to(device)
     method = SESS(GradCAM()) if method is None else method
     framing = Experiment(method, size=size, antialias=True, mean=network.mean, std=network.std)
-    images = framing.images(read_pixels(path)).to(device)
+    images = framing.framed_for(model).images(read_pixels(path)).to(device)
     with explaining(model), torch.no_grad():
         logits = classify(model, images.clone())
     chosen = _class_index(target, network.class_names, logits)
@@ -93,11 +95,15 @@ def _for_display(method: SaliencyMethod, maps: Float[Tensor, "1 h w"]) -> Float[
 def _class_index(target: int | str | None, names: tuple[str, ...], logits: Float[Tensor, "1 N"]) -> int:
     if target is None:
         return int(predict(logits))
-    if target in names:
-        return names.index(str(target))
+    folded = [name.casefold() for name in names]
+    if (asked := str(target).casefold()) in folded:
+        return folded.index(asked)
     count = max(logits.shape[1], 2)  # A single logit tells two classes apart.
     if not str(target).isdecimal():
-        raise ValueError(f"target: {target!r} is none of the {len(names)} class names; give an index.")
+        near = [name for name, plain in zip(names, folded, strict=True) if asked in plain]
+        near = near[:5] or get_close_matches(str(target), names, 3)
+        hint = f" (similar: {', '.join(near)})" if near else ""
+        raise ValueError(f"target: {target!r} is none of the {len(names)} class names{hint}; give an index.")
     if int(target) >= count:
         raise ValueError(f"target: the model has the classes 0 to {count - 1}, got {target}.")
     return int(target)

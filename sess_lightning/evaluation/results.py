@@ -115,8 +115,8 @@ class Results:
     def _notes(self) -> Iterator[str]:
         """Yield the lines below the table."""
         for key, score in SCORES.items():
-            if key in self.figures and (score.is_count or score.is_shared):
-                value = self.figures[key]
+            value = self.figures.get(key, 0.0)
+            if value and (score.is_count or score.is_shared):
                 yield f"{value:.0f} {score.label}" if score.is_count else f"{score.label} {100 * value:.2f} %"
 
     def write(

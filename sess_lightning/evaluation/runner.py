@@ -8,7 +8,7 @@ exactly the figures of one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,17 @@ from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import classify, predict
 from sess_lightning.jsonl import plain
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.metrics.summary import mean_curves, scores
+from sess_lightning.metrics.summary import Rows, mean_curves, scores
 
 
 def describe(model: nn.Module, benchmark: Benchmark, experiment: Experiment) -> dict[str, str]:
-    """Return what the figures depend on, as text: settings, the model's weights, the images' names."""
+    """Return what the figures depend on, as text: settings, the model's weights, the images' names.
+
+    Raises:
+        ValueError: If labels are to be explained and there are none.
+    """
+    if not benchmark.is_labelled and experiment.target == "label":
+        raise ValueError('evaluate: the images have no labels; explain predictions, target="predicted".')
     settings = {field.name: repr(getattr(experiment, field.name)) for field in fields(experiment)}
     if experiment.limits is None:
         del settings["limits"]  # Records from before there were limits are still read.
@@ -75,28 +81,23 @@ def evaluate(
         benchmark: The images.
         experiment: What is measured.
         folder: Folder of the records; each process writes its own file.
-        rank: This process's number: it takes every ``world``-th of the chosen images.
+        rank: This process's number, of ``world``: it takes every ``world``-th of the chosen images.
         world: Number of processes.
-        skip_broken: Leave out and count samples whose files are missing or damaged; they are tried again when
-            the run is continued.
+        skip_broken: Leave out and count missing or damaged files; a continued run tries them again.
         progress: Show a progress bar.
 
     Raises:
-        BrokenSampleError: If a file is missing or damaged and not skipped, or if all of them are.
-        ValueError: If the folder holds records made with other settings, or if labels are asked for and there
-            are none.
+        BrokenSampleError: If a file cannot be read and is not skipped, or if none can.
+        ValueError: If the folder's records have other settings, or labels are asked for and there are none.
     """
-    if not benchmark.is_labelled and experiment.target == "label":
-        raise ValueError('evaluate: the images have no labels; explain predictions, target="predicted".')
     folder, settings = Path(folder), describe(model, benchmark, experiment)
     done = read_journals(folder, settings)
     mine = experiment.chosen(len(benchmark))[rank::world]
-    left = [number for number in mine if number not in done or "broken" in done[number]]
+    left = [number for number in mine if "broken" in done.get(number, "broken")]
     metric = experiment.metric().to(_device(model))
-    bar = tqdm(total=len(mine), initial=len(mine) - len(left), unit="image", disable=not progress)
     journal = Journal(folder / f"records-{rank}-of-{world}.jsonl", settings)
     without = experiment.without_curves(len(benchmark))
-    with bar:
+    with tqdm(mine, initial=len(mine) - len(left), unit="image", disable=not progress) as bar:
         for number in left:
             metric.limits = without[number]
             journal.append(number, _entry(model, benchmark, number, experiment, metric, skip_broken))
@@ -247,17 +248,7 @@ def summarise(
         metric.load_rows(entry["rows"])
     rows, others = metric.gather(), tuple(experiment.methods())
     names = [*metric.methods]
-    figures = scores(rows, names)
-    if scored:
-        figures |= over_images(rows, names)
-    if experiment.target == "predicted":
-        figures["misclassified"] = _total(entries, "misclassified")
-    if not benchmark.is_labelled:  # What was predicted is what was explained.
-        figures.pop("misclassified", None)
-    figures["images"] = float(len(entries))
-    figures["broken"] = float(len(broken))
-    figures["missing"] = float(len(set(chosen) - set(entries)))
-    figures["all_difficult"] = _total(entries, "all_difficult")
+    figures = _figures(rows, names, entries, benchmark, experiment)
     classes = benchmark.class_names
     return Results(
         method=str(experiment.method),
@@ -269,6 +260,26 @@ def summarise(
         seconds=_mean_seconds(scored.values()),
         settings=dict(settings),
     )
+
+
+def _figures(
+    rows: Rows,
+    names: Sequence[str],
+    entries: Mapping[int, Mapping[str, Any]],
+    benchmark: Benchmark,
+    experiment: Experiment,
+) -> dict[str, float]:
+    """Return all scores and counts."""
+    figures = scores(rows, names) | over_images(rows, names)
+    if experiment.target == "predicted":
+        figures["misclassified"] = _total(entries, "misclassified")
+    if not benchmark.is_labelled:  # What was predicted is what was explained.
+        figures.pop("misclassified", None)
+    figures["images"] = float(len(entries))
+    figures["broken"] = float(sum("broken" in entry for entry in entries.values()))
+    figures["missing"] = float(len(set(experiment.chosen(len(benchmark))) - set(entries)))
+    figures["all_difficult"] = _total(entries, "all_difficult")
+    return figures
 
 
 def _total(entries: Mapping[int, Mapping[str, Any]], count: str) -> float:

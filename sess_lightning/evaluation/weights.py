@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pickle
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+
+from sess_lightning.evaluation.torchray import torchray
 
 Layout: TypeAlias = Literal["plain", "torchray"]
 
@@ -26,28 +26,33 @@ class Network(NamedTuple):
         mean: Per channel, of pixels in [0, 1].
         std: Per channel.
         class_names: Names of the head's outputs, where known.
+        size: Shorter side of the images it was built for, px, where known.
     """
 
     model: nn.Module
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...] = ()
+    size: int | None = None
 
 
 def load_network(
-    name: str,
+    name: str | None = None,
     weights: str | Path | None = "DEFAULT",
     layout: Layout = "plain",
     num_classes: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Network:
-    """Build a torchvision classifier and load its weights.
+    """Build a classifier by name and load its weights.
 
     Args:
-        name: Torchvision's name, such as ``"resnet50"``.
-        weights: A file (``.ckpt`` of Lightning, ``.pth`` or ``.pt`` state dict, ``.safetensors``), a name of
-            torchvision's weights such as ``"IMAGENET1K_V1"``, or None for random weights.
+        name: Torchvision's name such as ``"resnet50"``, ``"timm/NAME"``, or ``"hf/NAME"`` for an image
+            classifier of Hugging Face: a local folder or a name on its hub. None is the first of torchvision
+            whose ImageNet weights are on this machine.
+        weights: A file (``.ckpt`` of Lightning, ``.pth`` or ``.pt`` state dict, ``.safetensors``),
+            ``"local"`` for pretrained weights that are on this machine, a name of the library's weights such
+            as ``"DEFAULT"`` or ``"IMAGENET1K_V1"``, which are downloaded if need be, or None for random ones.
         layout: ``"torchray"`` for the VGG-16 and ResNet-50 of the Pointing Game's literature: converted from
             Caffe, with their own head, padding and mean.
         num_classes: Outputs of the head; None reads the number from a file, else it is the architecture's
@@ -57,53 +62,75 @@ def load_network(
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If the architecture is unknown, or the weights do not fit.
+        ImportError: If the library is not installed.
+        ValueError: If the architecture is unknown, the weights do not fit, or they are not on this machine.
     """
-    from torchvision.models import get_model, get_model_weights, list_models
-
-    if name not in list_models():
-        raise ValueError(f"model: torchvision knows no {name!r}; see torchvision.models.list_models().")
-    if weights is not None and _is_file(weights):
-        network = _from_file(name, weights, layout, num_classes)
-    else:
-        chosen = get_model_weights(name)[str(weights)] if weights is not None else None
-        options = {"num_classes": num_classes} if num_classes is not None else {}
-        model = get_model(name, weights=chosen, **options).eval()
-        names = tuple(chosen.meta["categories"]) if chosen is not None else ()
-        network = Network(model, *_normalisation(chosen), names)
+    network = _named(name, weights, layout, num_classes)
     return network._replace(mean=mean or network.mean, std=std or network.std)
 
 
-def _from_file(name: str, path: str | Path, layout: Layout, num_classes: int | None) -> Network:
-    from torchvision.models import get_model
+def _named(name: str | None, weights: str | Path | None, layout: Layout, num_classes: int | None) -> Network:
+    from sess_lightning.evaluation import sources
 
-    state = read_state(path)
+    name = sources.first_on_this_machine() if name is None else name
+    library, _, rest = name.partition("/")
     if layout == "torchray":
-        return Network(_torchray(name, state).eval(), *CAFFE)
-    wanted = get_model(name, weights=None)
-    state = fit_names(state, set(wanted.state_dict()), str(path))
-    classes = num_classes or len(state[f"{last_linear(wanted)}.weight"])
-    model = get_model(name, weights=None, num_classes=classes)
+        if weights is None or not is_file(weights):
+            raise ValueError(f'model: layout="torchray" needs the weights\' file, got {weights!r}.')
+        return Network(torchray(name, read_state(weights)).eval(), *CAFFE)
+    if library == "timm":
+        return sources.of_timm(rest, weights, num_classes)
+    if library == "hf":
+        return sources.of_hugging_face(rest, weights, num_classes)
+    return sources.of_torchvision(name, weights, num_classes)
+
+
+def from_file(
+    name: str, build: Callable[[int | None], nn.Module], path: str | Path, num_classes: int | None
+) -> nn.Module:
+    """Build a model with the head that the weights in a file have, and load them.
+
+    Args:
+        name: The model's, for messages.
+        build: Makes the model with a number of classes; None is the architecture's own.
+        path: The file.
+        num_classes: As for ``load_network``.
+
+    Raises:
+        ValueError: If the weights do not fit.
+    """
+    wanted = build(num_classes)
+    state = fit_names(read_state(path), set(wanted.state_dict()), str(path))
+    if num_classes is None:
+        wanted = build(len(state[f"{last_linear(wanted)}.weight"]))
+    return loaded(wanted, state, name, path)
+
+
+def loaded(model: nn.Module, state: Mapping[str, Tensor], name: str, path: str | Path) -> nn.Module:
+    """Load the state that a file holds into a model, and return the model.
+
+    Raises:
+        ValueError: If it does not fit; the message names both.
+    """
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(fit_names(state, set(model.state_dict()), str(path)))
     except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit {name}: {error}") from error
-    return Network(model.eval(), *IMAGENET)
+        reason = str(error).partition("\n\t")[2].partition("\n")[0]
+        raise ValueError(f"{path}: the weights do not fit {name}: {reason}") from error
+    return model
 
 
-def _is_file(weights: str | Path) -> bool:
+def is_file(weights: str | Path) -> bool:
+    """Return whether weights are a file, not a name.
+
+    Raises:
+        FileNotFoundError: If they look like a file and there is none.
+    """
     if Path(weights).is_file():
         return True
-    if Path(weights).suffix:
+    if Path(weights).suffix or len(Path(weights).parts) > 1:
         raise FileNotFoundError(f"weights: {weights} is no file.")
     return False
-
-
-def _normalisation(weights: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if weights is None:
-        return IMAGENET
-    preset = weights.transforms()
-    return tuple(preset.mean), tuple(preset.std)
 
 
 def last_linear(model: nn.Module) -> str:
@@ -180,92 +207,3 @@ def fit_names(state: Mapping[str, Tensor], wanted: set[str], source: str) -> dic
             return {name: state[prefix + name] for name in wanted}
     missing = sorted(wanted - set(state))[:5]
     raise ValueError(f"{source}: the weights do not fit the model; not there: {missing}.")
-
-
-class SpatialMean(nn.Module):
-    """Mean over places of a fully convolutional head's output: (B, N, h, w) to (B, N)."""
-
-    def forward(self, scores: Float[Tensor, "B N h w"]) -> Float[Tensor, "B N"]:
-        """Return the mean."""
-        return scores.mean((2, 3))
-
-
-def _torchray(name: str, state: Mapping[str, Tensor]) -> nn.Module:
-    if name not in _TORCHRAY:
-        raise ValueError(f'model: layout="torchray" knows {" and ".join(_TORCHRAY)}, not {name!r}.')
-    build, rename, head = _TORCHRAY[name]
-    renamed = rename(state)
-    with torch.device("meta"):  # No random initialisation: all weights come from the file.
-        model = build(len(renamed.get(f"{head}.weight", ())))
-    for module in model.modules():
-        if isinstance(module, nn.MaxPool2d):
-            module.ceil_mode = True  # As Caffe pools.
-    try:
-        model.load_state_dict(renamed, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"The weights are not of TorchRay's {name}: {error}") from error
-    return model
-
-
-class _ConvolutionalVGG(nn.Module):
-    """VGG-16 with convolutions for linear layers, so that images need not be square."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        from torchvision.models import vgg16
-
-        self.features = vgg16(weights=None).features
-        self.classifier = nn.Sequential(
-            nn.Conv2d(512, 4096, 7), nn.ReLU(True), nn.Dropout(),
-            nn.Conv2d(4096, 4096, 1), nn.ReLU(True), nn.Dropout(),
-            nn.Conv2d(4096, num_classes, 1), SpatialMean(),
-        )  # fmt: skip
-
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N"]:
-        logits: Tensor = self.classifier(self.features(images))
-        return logits
-
-
-def _vgg16_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renamed = dict(state)
-    if "classifier.2.weight" in state:  # Numbered without the dropout layers.
-        places = {"2": "3", "4": "6"}
-        renamed = {
-            re.sub(r"^classifier\.([24])\.", lambda found: f"classifier.{places[found[1]]}.", key): value
-            for key, value in state.items()
-        }
-    for key, side in {"classifier.0.weight": 7, "classifier.3.weight": 1, "classifier.6.weight": 1}.items():
-        if key in renamed:
-            renamed[key] = renamed[key].reshape(len(renamed[key]), -1, side, side)
-    return _red_first(renamed, "features.0.weight")
-
-
-def _caffe_resnet50(num_classes: int) -> nn.Module:
-    from torchvision.models import resnet50
-
-    model: Any = resnet50(weights=None, num_classes=num_classes)
-    model.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=True)
-    model.maxpool = nn.MaxPool2d(3, 2, 0, ceil_mode=True)
-    for first in (model.layer2[0], model.layer3[0], model.layer4[0]):
-        first.conv1.stride, first.conv2.stride = (2, 2), (1, 1)
-    caffe: nn.Module = model
-    return caffe
-
-
-def _resnet50_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Batch norms were saved as pairs of normalising and scaling.
-    renamed = {re.sub(r"(bn\d|downsample\.\d)\.[01]\.", r"\1.", key): value for key, value in state.items()}
-    if "fc.weight" in renamed:
-        renamed["fc.weight"] = renamed["fc.weight"].flatten(1)
-    return _red_first(renamed, "conv1.weight")
-
-
-def _red_first(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
-    """Reverse the channels of the first convolution: Caffe's images are BGR."""
-    return {**state, key: state[key].flip(1)} if key in state else state
-
-
-_TORCHRAY = {
-    "vgg16": (_ConvolutionalVGG, _vgg16_names, "classifier.6"),
-    "resnet50": (_caffe_resnet50, _resnet50_names, "fc"),
-}

@@ -1,0 +1,56 @@
+"""Errors of the command line, each as one line for users."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentError
+
+from sess_lightning.evaluation.calls import method_spec
+from sess_lightning.evaluation.datasets import BrokenSampleError
+
+LONGEST = 600
+"""Characters of a line."""
+EXPECTED = (ArgumentError, BrokenSampleError, ImportError, OSError, ValueError)
+"""Errors whose text says what to do."""
+
+
+def one_line(command: str, error: Exception) -> str:
+    """Return what is wrong, and what helps, as a line for users.
+
+    Args:
+        command: Name of the command that raised the error.
+        error: The error.
+    """
+    text = _of_option(" ".join(str(error).split()))
+    if not isinstance(error, EXPECTED):
+        text = f"{type(error).__name__}: {text}"
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    text += "" if text.endswith((".", "?", "!")) else "."
+    if isinstance(error, ArgumentError):
+        text += f" See sess-lightning {command} --help."
+    elif not isinstance(error, EXPECTED):
+        text += " --traceback shows where."
+    return f"sess-lightning {command}: {text}\n"
+
+
+def _of_option(text: str) -> str:
+    """Return jsonargparse's texts in fewer words, with the option first."""
+    found = re.search(r'^Parser key "([^"]+)": ', text)
+    option = f"--{found[1].removeprefix('experiment.')}: " if found else ""
+    given = re.search(r"(?:dot import path string|import path format): (.+?)(?: - | Given value|$)", text)
+    if given and re.search("method|compare", option):
+        try:
+            method_spec(given[1])
+        except ValueError as reason:
+            return f"{option}{reason}"
+    if found:
+        text = text[found.end() :]
+    if "any of the Union subtypes" in text:
+        reasons = re.findall(r"- (.+?)(?= - | Given value|$)", text.partition("Errors: ")[2])
+        text = next((reason for reason in reasons if "NoneType" not in reason), text)
+        value = re.search(r"Given value: (\S+)$", text)
+        text += f", got {value[1]}" if value else ""
+    text = re.sub(r"Problem with given class_path \S+: ", "", text)
+    text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text).replace(". Got value: ", ", got ")
+    text = re.sub(r"^[Ee]xpected a dot import path string: (\S+)$", r"there is no \1", text)
+    return option + re.sub(r"<class '([\w.]+)'>", r"\1", text).replace("Expected a ", "expected ")
