@@ -82,7 +82,7 @@ def _run(command: str, given: Sequence[str], is_own: bool) -> None:
 
 
 def run_compare(arguments: Sequence[str]) -> None:
-    """Draw evaluations side by side and print the paths of what was written."""
+    """Print evaluations side by side, draw them, and name what was written."""
     parser = argparse.ArgumentParser(
         "sess-lightning compare",
         usage="sess-lightning compare RUN [RUN ...] [options]",
@@ -101,6 +101,7 @@ def run_compare(arguments: Sequence[str]) -> None:
     )
     config = parser.parse_args(arguments)
     written = compare(config.runs, config.out, config.x)
+    sys.stdout.write(written[0].read_text(encoding="utf-8"))
     sys.stdout.write("".join(f"{path}\n" for path in written))
 
 

@@ -246,7 +246,7 @@ def test_help_and_compare_need_no_extra(capsys, without_jsonargparse, tmp_path):
     cli.main(["--help"])
     with pytest.raises(SystemExit, match="0"):
         cli.main(["compare", "--help"])
-    assert "folders of results" in capsys.readouterr().out
+    assert "folder of an evaluation, or its config" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compare", str(tmp_path)])
     assert "no results.csv; let sess-lightning evaluate finish there first" in capsys.readouterr().err

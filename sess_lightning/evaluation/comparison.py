@@ -6,16 +6,30 @@ import ast
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import yaml
 from PIL import Image
 
+from sess_lightning import methods
 from sess_lightning.evaluation.journal import read_settings
-from sess_lightning.evaluation.results import SECONDS, SHOWN, write_table
+from sess_lightning.evaluation.results import SECONDS, SHOWN, heads, percent, write_table
 from sess_lightning.reporting.panels import Picture
+from sess_lightning.reporting.text import text_table
 from sess_lightning.scores import SCORES
+
+COLOURED = (
+    "SESS", "GradCAM", "GuidedBackprop", "GroupCAM", "RISE", "ScoreCAM", "Blurred", "RandomMap",
+    "CentreGaussian", "ContrastiveSESS",
+)  # fmt: skip
+"""The methods that have the ten colours which are easiest to tell apart."""
+
+
+LONGEST = 40
+"""Characters of what differs between runs; if there are more, runs are called by their folders."""
 
 
 class Run(NamedTuple):
@@ -26,12 +40,14 @@ class Run(NamedTuple):
         options: The method's hyper-parameters and the other settings.
         others: Names of the methods scored beside it.
         rows: The rows of ``results.csv``.
+        kinds: The classes of these methods, by their names.
     """
 
     folder: Path
     options: Mapping[str, Any]
     others: Sequence[str]
     rows: Sequence[Mapping[str, str]]
+    kinds: Mapping[str, str] = MappingProxyType({})
 
 
 class Point(NamedTuple):
@@ -40,6 +56,7 @@ class Point(NamedTuple):
     Attributes:
         x: Its place on the horizontal axis: a number, or a name.
         series: The line it belongs to.
+        kind: The class of the method, which has one colour in all pictures.
         is_explained: Whether it is the explained method's, not a compared one's.
         figure: Its name.
         value: Its value; ``low`` and ``high`` end its 95 % interval, ``paper`` is the paper's.
@@ -47,6 +64,7 @@ class Point(NamedTuple):
 
     x: Any
     series: str
+    kind: str
     is_explained: bool
     figure: str
     value: float
@@ -73,8 +91,9 @@ def read_run(path: str | Path) -> Run:
         rows = list(csv.DictReader(file))
     settings = read_settings(folder)
     compare = ast.parse(settings.pop("compare"), mode="eval").body
-    others = [ast.literal_eval(key) for key in compare.keys if key] if isinstance(compare, ast.Dict) else []
-    return Run(folder, settings | _hyper_parameters(settings.pop("method")), others, rows)
+    pairs = zip(compare.keys, compare.values, strict=True) if isinstance(compare, ast.Dict) else ()
+    kinds = {ast.literal_eval(key): ast.unparse(value).partition("(")[0] for key, value in pairs if key}
+    return Run(folder, settings | _hyper_parameters(settings.pop("method")), [*kinds], rows, kinds)
 
 
 def _hyper_parameters(method: str) -> dict[str, Any]:
@@ -106,7 +125,8 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
 
     Args:
         runs: A single one is drawn over its methods.
-        x: The option to draw over; None is the number that differs most, else all that differs.
+        x: The option to draw over; None is the number that differs most, else what differs, or the folders
+            where that is much.
 
     Raises:
         ValueError: If ``x`` is no option of the runs.
@@ -119,7 +139,9 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
     if axis not in numbers:  # Names: everything that differs is written below the axis.
         differing, axis = ({axis: 0} | differing) if axis else differing, None
     rest = [name for name in differing if name != axis]
-    labels = zip(*(_short([run.options.get(name) for run in runs]) for name in rest), strict=True)
+    labels = [*zip(*(_short([run.options.get(name) for run in runs]) for name in rest), strict=True)]
+    if axis is None and (len(rest) > 1 or max(map(len, map(", ".join, labels)), default=0) > LONGEST):
+        rest, labels = ["run"], [(name,) for name in _folder_names(runs)]
     figures = []
     for run, label in zip(runs, labels if rest else [()] * len(runs), strict=True):
         title = ", ".join(label)
@@ -138,7 +160,8 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
             else:
                 place, series = run.options[axis], f"{name} ({title})" if title else name
             ends = (float(row[end]) if row[end] else None for end in ("value", "ci_low", "ci_high", "paper"))
-            figures.append(Point(place, series, is_explained, row["figure"], *ends))  # type: ignore[arg-type]
+            kind = name if is_explained else run.kinds.get(name, name)
+            figures.append(Point(place, series, kind, is_explained, row["figure"], *ends))  # type: ignore[arg-type]
     return (axis or ("method" if len(runs) == 1 else ", ".join(rest))), figures
 
 
@@ -149,12 +172,17 @@ def _short(values: Sequence[Any]) -> list[str]:
     return names if len(set(names)) == len(set(whole)) else whole
 
 
+def _folder_names(runs: Sequence[Run]) -> list[str]:
+    names = [run.folder.name for run in runs]
+    return names if len(set(names)) == len(runs) else [str(run.folder) for run in runs]
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def compare(paths: Sequence[str | Path], out: str | Path, x: str | None = None) -> list[Path]:
-    """Write ``compare.csv`` (every figure of every run) and ``compare.png``; return what was written.
+    """Write ``compare.txt``, ``compare.csv`` (every figure) and ``compare.png``; return what was written.
 
     Args:
         paths: Folders of finished evaluations, or their configs.
@@ -176,9 +204,28 @@ def compare(paths: Sequence[str | Path], out: str | Path, x: str | None = None) 
         for row in run.rows
     ]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
+    (out / "compare.txt").write_text(table(label, figures) + "\n", encoding="utf-8")
     written = write_table(out / "compare.csv", columns, parquet=False)
     Image.fromarray(draw(label, figures)).save(out / "compare.png")
-    return [*written, out / "compare.png"]
+    return [out / "compare.txt", *written, out / "compare.png"]
+
+
+def table(label: str, figures: Sequence[Point]) -> str:
+    """Return figures in percent as text: a line per method and place, 95 % intervals in brackets."""
+    shown = [name for name in (*SHOWN, SECONDS) if any(point.figure == name for point in figures)]
+    names = [label, "method"] if any(point.series for point in figures) else [label]
+    lines = [[*first, *line] for first, line in zip((names, [""] * len(names)), heads(shown), strict=True)]
+    for place, series in dict.fromkeys((point.x, point.series) for point in figures):
+        of_line = {p.figure: p for p in figures if (p.x, p.series) == (place, series)}
+        cells = (_cell(of_line[name]) if name in of_line else "-" for name in shown)
+        lines.append([*[str(place), series][: len(names)], *cells])
+    return "\n".join(["Percent, in brackets the 95 % interval.", "", *text_table(lines)])
+
+
+def _cell(point: Point) -> str:
+    if point.figure == SECONDS:
+        return f"{point.value:.3g}"
+    return percent(point.value, (point.low, point.high))
 
 
 def draw(label: str, figures: Sequence[Point]) -> Picture:
@@ -194,17 +241,18 @@ def draw(label: str, figures: Sequence[Point]) -> Picture:
     fields = figure.subplots(lines, columns, squeeze=False).flat
     places = list(dict.fromkeys(point.x for point in figures))
     numeric = all(_is_number(place) for place in places)
-    series = list(dict.fromkeys(point.series for point in figures))
+    series = list(dict.fromkeys((point.series, point.kind) for point in figures))
+    styles = _styles([kind for _, kind in series])
     for field, name in zip(fields, shown, strict=False):
         for number, line in enumerate(series):
             of_line = sorted(
-                (p for p in figures if (p.figure, p.series) == (name, line)),
+                (p for p in figures if (p.figure, p.series, p.kind) == (name, *line)),
                 key=lambda p: p.x if numeric else places.index(p.x),
             )
             # Side by side: intervals at the same place would hide one another.
-            shift = 0.0 if numeric else 0.12 * (number - (len(series) - 1) / 2)
+            shift = 0.0 if numeric or not line[0] else 0.12 * (number - (len(series) - 1) / 2)
             where = [float(p.x) if numeric else places.index(p.x) + shift for p in of_line]
-            _draw_series(field, of_line, where, f"C{number}")
+            _draw_series(field, of_line, where, *styles[number])
         field.set(title=SCORES[name].label, xlabel=label)
         if not numeric:
             field.set_xlim(-0.5, len(places) - 0.5)
@@ -220,14 +268,46 @@ def draw(label: str, figures: Sequence[Point]) -> Picture:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _draw_series(field: Any, line: Sequence[Point], where: Sequence[float], colour: str) -> None:
+def colour_of(kind: str) -> tuple[float, float, float]:
+    """Return a method's colour, which is the same in every picture."""
+    from matplotlib import colormaps
+
+    pale = (2 * index + 1 for index in range(10))
+    palette = [colormaps["tab10"](index) for index in range(10)] + [
+        colormaps["tab20"](index) for index in pale
+    ]
+    palette += [colormaps["Dark2"](index) for index in range(8)]
+    known = [*COLOURED, *(name for name in methods.__all__ if name not in COLOURED)]
+    place = known.index(kind) if kind in known else crc32(kind.encode())
+    red, green, blue, _ = palette[place % len(palette)]
+    return red, green, blue
+
+
+def _styles(kinds: Sequence[str]) -> list[tuple[tuple[float, float, float], str, str]]:
+    """Return colour, marker and line of each series; those of one method share a colour."""
+    earlier = [kinds[:number].count(kind) for number, kind in enumerate(kinds)]
+    return [
+        (colour_of(kind), "os^vDP"[number % 6], ("-", "--", "-.", ":")[number % 4])
+        for kind, number in zip(kinds, earlier, strict=True)
+    ]
+
+
+def _draw_series(
+    field: Any,
+    line: Sequence[Point],
+    where: Sequence[float],
+    colour: tuple[float, float, float],
+    marker: str,
+    stroke: str,
+) -> None:
     if not line:
         return
     ends = [(p.value - (p.low if p.low is not None else p.value),
              (p.high if p.high is not None else p.value) - p.value) for p in line]  # fmt: skip
     field.errorbar(
         where, [p.value for p in line], yerr=np.array(ends).T, label=line[0].series or None, color=colour,
-        marker="o", ms=4, capsize=3, lw=2 if line[0].is_explained else 1, ls="-" if _joined(line) else "none",
+        marker=marker, ms=4, capsize=3, lw=2 if line[0].is_explained else 1,
+        ls=stroke if _joined(line) else "none",
     )  # fmt: skip
     printed = [(x, p.paper) for x, p in zip(where, line, strict=True) if p.paper is not None]
     if printed:

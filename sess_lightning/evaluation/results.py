@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,7 @@ class Results:
         """Return the figures in percent as text: a line per method, 95 % intervals in brackets."""
         paper, short = paper or {}, self.method.partition("(")[0]
         shown = [score for score in SHOWN if score in self.figures]
-        heads = [HEADS.get(s, (SCORES[s].label, f"{SCORES[s].better} is better")) for s in (*shown, SECONDS)]
-        lines = [["", *(head for head, _ in heads)], ["", *(note for _, note in heads)]]
+        lines = [["", *line] for line in heads([*shown, SECONDS])]
         for name in ("", *self.others):
             keys = [build(score, name) for score in shown]
             time = f"{self.seconds[name]:.3g}" if name in self.seconds else "-"
@@ -156,6 +155,12 @@ class Results:
             written.append(folder / "curves.png")
             Image.fromarray(curve_figure(drawn)).save(written[-1])
         return written
+
+
+def heads(scores: Sequence[str]) -> list[list[str]]:
+    """Return the two lines above a table's columns: labels, and what to know of them."""
+    pairs = [HEADS.get(key, (SCORES[key].label, f"{SCORES[key].better} is better")) for key in scores]
+    return [[pair[line] for pair in pairs] for line in (0, 1)]
 
 
 def _class_name(names: Sequence[str], target: int) -> str:
@@ -256,10 +261,14 @@ def _line(label: str, figure: str, value: float, printed: float | None) -> dict[
 def _cell(figures: Mapping[str, float], key: str, signed: bool = False) -> str:
     if key not in figures:
         return "-"
+    return percent(figures[key], [figures.get(f"{key}_{end}") for end in ENDS], signed)
+
+
+def percent(value: float, ends: Iterable[float | None] = (), signed: bool = False) -> str:
+    """Return a score in percent, with the ends of its interval in brackets where they are known."""
     form = "{:+.2f}" if signed else "{:.2f}"
-    ends = [f"{key}_{end}" for end in ENDS]
-    inside = ", ".join(form.format(100 * figures[end]) for end in ends if end in figures)
-    return form.format(100 * figures[key]) + (f" [{inside}]" if inside else "")
+    inside = ", ".join(form.format(100 * end) for end in ends if end is not None)
+    return form.format(100 * value) + (f" [{inside}]" if inside else "")
 
 
 def _beside(figures: Mapping[str, float], paper: Mapping[str, float], key: str) -> str:

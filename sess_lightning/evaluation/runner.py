@@ -93,7 +93,7 @@ def evaluate(
     folder, settings = Path(folder), describe(model, benchmark, experiment)
     done = read_journals(folder, settings)
     mine = experiment.chosen(len(benchmark))[rank::world]
-    left = [number for number in mine if "broken" in done.get(number, "broken")]
+    left = [number for number in mine if "broken" in done.get(number, {"broken": ""})]
     metric = experiment.metric().to(_device(model))
     journal = Journal(folder / f"records-{rank}-of-{world}.jsonl", settings)
     without = experiment.without_curves(len(benchmark))

@@ -1,11 +1,13 @@
 import csv
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from evaluated import experiment, run
 from layouts import write_voc
-from sess_lightning import cli
+from sess_lightning import cli, methods
+from sess_lightning.evaluation import comparison
 from sess_lightning.evaluation.comparison import compare, points, read_run, varied
 from sess_lightning.methods import SESS, GradCAM
 
@@ -63,11 +65,35 @@ def test_settings_without_number_stand_side_by_side(folders):
     assert {point.x for point in found} == {"a", "b"}
 
 
+def test_runs_that_differ_in_much_are_called_by_their_folders(folders):
+    runs = [read_run(folder) for folder in folders]
+    named = [run._replace(options={**run.options, "num_scales": text, "framing": text})
+             for run, text in zip(runs, "ab", strict=True)]  # fmt: skip
+    axis, found = points(named)
+    assert axis == "run"
+    assert {point.x for point in found} == {"n2", "n1"}
+    same = [run._replace(folder=Path(top, "n")) for run, top in zip(named, "ab", strict=True)]
+    assert {point.x for point in points(same)[1]} == {str(Path("a", "n")), str(Path("b", "n"))}
+
+
 def test_compare_writes_one_table_and_one_picture(folders, tmp_path, capsys):
     config = tmp_path / "n1.yaml"
     config.write_text(f"out: {folders[1]}\n")
     cli.main(["compare", str(folders[0]), str(config), "--out", str(tmp_path / "both")])
-    assert "compare.png" in capsys.readouterr().out
+    _, _, names, notes, *lines = capsys.readouterr().out.splitlines()
+    assert names.split()[:4] == ["num_scales", "method", "Insertion", "Deletion"]
+    assert "mean over classes" in notes
+    assert "mean over images" in notes
+    assert [line.split()[:2] for line in lines[:6]] == [
+        [scales, method] for scales in "21" for method in ("SESS", "base", "random")
+    ]
+    with (folders[0] / "results.csv").open() as file:
+        (overall,) = [
+            float(row["value"]) for row in csv.DictReader(file)
+            if row["figure"] == "overall" and row["method"].startswith("SESS") and " - " not in row["method"]
+        ]  # fmt: skip
+    assert f" {100 * overall:.2f} [" in lines[0]
+    assert [Path(line).name for line in lines[6:]] == ["compare.txt", "compare.csv", "compare.png"]
     with (tmp_path / "both" / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
     known = {(str(folders[0]), "2"), (str(folders[1]), "1")}
@@ -75,6 +101,33 @@ def test_compare_writes_one_table_and_one_picture(folders, tmp_path, capsys):
     assert {"value", "ci_low", "paper", "difference"} < set(rows[0])
     with Image.open(tmp_path / "both" / "compare.png") as picture:
         assert min(picture.size) > 300
+
+
+def colours(monkeypatch, runs):
+    """Each series' colour in a picture of these runs."""
+    drawn = {}
+
+    def note(field, line, where, colour, *style):
+        drawn[line[0].kind] = colour
+
+    monkeypatch.setattr(comparison, "_draw_series", note)
+    comparison.draw(*points(runs))
+    return drawn
+
+
+def test_a_method_keeps_its_colour_whatever_stands_beside_it(folders, monkeypatch):
+    runs = [read_run(folder) for folder in folders]
+    alone = [row for row in runs[1].rows if row["method"] == "base"]
+    named = {"method": "GradCAM"}  # An evaluation of what is the base elsewhere.
+    other = runs[1]._replace(options={**runs[1].options, **named}, others=[],
+                             rows=[{**row, **named} for row in alone])  # fmt: skip
+    pictures = [colours(monkeypatch, chosen) for chosen in (runs, runs[:1], [other], [other, runs[0]])]
+    found = {}
+    for kind, colour in (item for picture in pictures for item in picture.items()):
+        assert found.setdefault(kind, colour) == colour
+    assert set(found) == {"SESS", "GradCAM", "RandomMap"}
+    assert len(set(found.values())) == 3
+    assert len({comparison.colour_of(name) for name in methods.__all__}) == len(methods.__all__)
 
 
 def test_what_cannot_be_compared_is_named(folders, tmp_path):
