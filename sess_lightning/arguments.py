@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from sess_lightning.evaluation.weights import load_network
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.types import SaliencyMethod
 
+CALL = re.compile(r"\s*[A-Za-z_][\w.]*\(")
 MODE = "sess"
 """jsonargparse's mode for YAML in which a method may be written as it prints itself."""
 METHOD = (
@@ -82,12 +84,18 @@ examples:
 
 def load(text: str) -> Any:
     """Load YAML; a method written as a call becomes its class path and arguments."""
-    if re.match(r"\s*[A-Za-z_][\w.]*\(", text):
+    return _methods_read(text if CALL.match(text) else get_loader("yaml")(text))
+
+
+def _methods_read(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _methods_read(held) for name, held in value.items()}
+    if isinstance(value, str) and CALL.match(value):
         try:
-            return method_spec(text)
+            return method_spec(value)
         except ValueError:  # Something else, or wrong: then ``errors.one_line`` says what is.
             pass
-    return get_loader("yaml")(text)
+    return value
 
 
 set_loader(MODE, load, (yaml.YAMLError,))
@@ -119,6 +127,12 @@ class Parser(ArgumentParser):
         )
 
     @override
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *rest: Any, **options: Any
+    ) -> Any:
+        return super().parse_args(args if args is None else _with_arguments(args), *rest, **options)
+
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if found := re.search(r"nrecognized arguments: (-\S+)", message):
             options = [option for action in self._actions for option in action.option_strings]
@@ -138,6 +152,19 @@ class Parser(ArgumentParser):
                 group.title = title
 
 
+def _with_arguments(arguments: Sequence[str]) -> list[str]:
+    """Gather ``--module.NAME VALUE`` under one option, since the module's class is not known yet."""
+    rest, found, texts = [], {}, iter(arguments)
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name.startswith("--module."):
+            name = name.removeprefix("--module.").removeprefix("init_args.")
+            found[name] = load(value if equals else next(texts, ""))
+        else:
+            rest.append(text)
+    return [*rest, "--module_arguments", json.dumps(found)] if found else rest
+
+
 def _parser(command: str, usage: str, about: str) -> Parser:
     name = f"sess-lightning {command}"
     parser = Parser(prog=name, description=about, usage=f"{name} {usage}")
@@ -154,8 +181,10 @@ def _add_model(parser: Parser) -> None:
         "--module",
         type=str | dict | None,
         default=None,
-        help="class or function, found in the current folder, too: my_module.Net, or 'my_module.Net(5)'",
+        help="class or function, found in the current folder, too: my_module.Net, or 'my_module.Net(5)'; "
+        "its arguments also as --module.NAME VALUE",
     )
+    own.add_argument("--module_arguments", type=dict, default={}, help=SUPPRESS)
     own.add_argument(
         "--checkpoint",
         type=Path | None,

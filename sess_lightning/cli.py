@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from argparse import ArgumentError
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -13,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from sess_lightning.errors import one_line
+from sess_lightning.errors import is_misuse, one_line
 from sess_lightning.evaluation.comparison import compare
 
 USAGE = """usage: sess-lightning COMMAND ...
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(command, given, is_own=arguments is None)
     except Exception as error:
         # What a training raises is its author's to read.
-        if shows or (command in LIGHTNING and not isinstance(error, ArgumentError)):
+        if shows or (command in LIGHTNING and not is_misuse(error)):
             raise
         _stop(one_line(command, error))
 

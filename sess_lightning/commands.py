@@ -8,11 +8,11 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -83,7 +83,9 @@ class ExplainedCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # Lightning would take the checkpoint's hyper-parameters for arguments, which only works if the same
         # command had written it. Here a checkpoint brings weights; --model.* says how the model is made.
-        pass
+        path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        if path and Path(path).suffix and "://" not in str(path) and not Path(path).exists():
+            raise ArgumentError(None, f"--ckpt_path: {path} is no file.")
 
 
 def run_evaluate(arguments: Sequence[str]) -> Results:
@@ -163,10 +165,10 @@ def _trainer(accelerator: str, devices: int) -> Trainer:
 
 def _network(config: Namespace) -> Network:
     """Return the model that the options name; its weights are drawn by ``--seed`` where they are random."""
-    seed_everything(config.seed, verbose=False)
+    torch.manual_seed(config.seed)
     options = config.model.as_dict()
     if config.module is not None:
-        return _own(own_module(_plain(config.module), config.checkpoint), options)
+        return _own(own_module(_plain(config.module), config.checkpoint, config.module_arguments), options)
     if config.checkpoint is not None:
         if options["name"] is None:
             raise ArgumentError(

@@ -14,6 +14,12 @@ EXPECTED = (ArgumentError, BrokenSampleError, ImportError, OSError, ValueError)
 """Errors whose text says what to do."""
 
 
+def is_misuse(error: Exception) -> bool:
+    """Return whether an error of Lightning's commands is about how they were called, not of a training."""
+    is_lightnings = type(error).__name__ == "MisconfigurationException" or "SaveConfigCallback" in str(error)
+    return is_lightnings or isinstance(error, ArgumentError)
+
+
 def one_line(command: str, error: Exception) -> str:
     """Return what is wrong, and what helps, as a line for users.
 
@@ -22,13 +28,17 @@ def one_line(command: str, error: Exception) -> str:
         error: The error.
     """
     text = _of_option(" ".join(str(error).split()))
-    if not isinstance(error, EXPECTED):
+    if found := re.search(r"SaveConfigCallback expected (\S+) to NOT exist", text):
+        text = f"{found[1]} is an earlier run's; move it, or use another --trainer.default_root_dir."
+    is_expected = isinstance(error, EXPECTED) or is_misuse(error)
+    if not is_expected:
         text = f"{type(error).__name__}: {text}"
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    if len(text) > LONGEST:  # The remedy stands at the end.
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     text += "" if text.endswith((".", "?", "!")) else "."
     if isinstance(error, ArgumentError):
         text += f" See sess-lightning {command} --help."
-    elif not isinstance(error, EXPECTED):
+    elif not is_expected:
         text += " --traceback shows where."
     return f"sess-lightning {command}: {text}\n"
 
@@ -50,6 +60,7 @@ def _of_option(text: str) -> str:
         text = next((reason for reason in reasons if "NoneType" not in reason), text)
         value = re.search(r"Given value: (\S+)$", text)
         text += f", got {value[1]}" if value else ""
+    text = re.sub(r"(required: |, )(?:fit|validate|test|predict)\.(?=\w)", r"\1--", text)
     text = re.sub(r"Problem with given class_path \S+: ", "", text)
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text).replace(". Got value: ", ", got ")
     text = re.sub(r"^[Ee]xpected a dot import path string: (\S+)$", r"there is no \1", text)

@@ -452,13 +452,28 @@ def test_what_is_wrong_is_said_in_one_line_with_a_remedy(cat, capsys, options, m
         (["fit", "--sess.method", "GradCm"], ["--sess.method: there is no method 'GradCm' (did you mean"]),
         (["fit", "--model", "lightning_models.Nett"],
          ["--model: module 'lightning_models' has no attribute 'Nett'. See sess-lightning fit --help."]),
+        (["validate", "--ckpt_path", "none.ckpt"], ["arguments are required: --model."]),
+        (["test", "--ckpt_path", "none.ckpt", "--model", "lightning_models.Classifier"],
+         ["--ckpt_path: none.ckpt is no file."]),
+        (["validate", "--model", "lightning.pytorch.demos.boring_classes.BoringModel",
+          "--data", "lightning.pytorch.LightningDataModule", "--trainer.logger", "false",
+          "--seed_everything", "0"],
+         ["val_dataloader"]),
         (["compare", "no_folder"], ["no_folder: no results.csv"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )  # fmt: skip
-def test_every_command_says_in_one_line_what_is_wrong(capsys, arguments, messages):
+def test_every_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, messages):
+    monkeypatch.chdir(tmp_path)
     fails(*arguments)
     assert_one_line(capsys, arguments[0], *messages)
+
+
+def test_a_config_that_lightning_would_overwrite_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").touch()
+    fails("validate", *ANY, "--trainer.logger", "false", "--trainer.accelerator", "cpu")
+    assert_one_line(capsys, "validate", f"{tmp_path / 'config.yaml'} is an earlier run's; move it, or use")
 
 
 def broken(config):
@@ -521,6 +536,15 @@ def test_a_method_is_given_as_it_prints_itself(tmp_path, text):
     fitted = commands.ExplainedCLI(args=["--config", str(tmp_path / "a.yaml"), *ANY], run=False)
     (callback,) = [each for each in fitted.trainer.callbacks if isinstance(each, commands.SESSCallback)]
     assert str(callback.settings.method) == plain
+
+
+def test_methods_to_compare_are_given_as_they_print_themselves():
+    parser = commands.evaluate_parser(with_root=False)
+    given = ["photos", "--compare", "{a: 'SESS(RISE(), num_scales=2)', b: GradCAM, c: 'Blurred(GradCAM())'}"]
+    compare = parser.instantiate(parser.parse_args(commands.spelled_out(given))).experiment.compare
+    assert {name: str(method) for name, method in compare.items()} == {
+        "a": "SESS(RISE(), num_scales=2)", "b": "GradCAM()", "c": "Blurred(GradCAM())",
+    }  # fmt: skip
 
 
 def test_an_option_changes_a_method_that_is_given_as_text():

@@ -131,6 +131,31 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
     Raises:
         ValueError: If ``x`` is no option of the runs.
     """
+    axis, rest, labels = _axis(runs, x)
+    figures = []
+    for run, label in zip(runs, labels, strict=True):
+        title = ", ".join(label)
+        for row in run.rows:
+            is_explained = row["method"] not in run.others
+            if not _is_shown(row, run):
+                continue
+            kind = str(run.options["method"]) if is_explained else run.kinds.get(row["method"], row["method"])
+            name = kind if is_explained else row["method"]
+            if name == "base" and len({each.kinds.get(name) for each in runs if name in each.others}) > 1:
+                name = f"base, {kind}"
+            if len(runs) == 1:
+                place, series = name, ""
+            elif axis is None:
+                place, series = title or run.folder.name, name
+            else:
+                place, series = run.options[axis], f"{name} ({title})" if title else name
+            ends = (float(row[end]) if row[end] else None for end in ("value", "ci_low", "ci_high", "paper"))
+            figures.append(Point(place, series, kind, is_explained, row["figure"], *ends))  # type: ignore[arg-type]
+    return (axis or ("method" if len(runs) == 1 else ", ".join(rest))), figures
+
+
+def _axis(runs: Sequence[Run], x: str | None) -> tuple[str | None, list[str], list[tuple[str, ...]]]:
+    """Return the number to draw over, the names of what else differs, and each run's values of these."""
     differing = varied(runs)
     if x is not None and x not in runs[0].options:
         raise ValueError(f"compare: x must be one of {sorted(runs[0].options)}, got {x!r}.")
@@ -140,29 +165,17 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
         differing, axis = ({axis: 0} | differing) if axis else differing, None
     rest = [name for name in differing if name != axis]
     labels = [*zip(*(_short([run.options.get(name) for run in runs]) for name in rest), strict=True)]
-    if axis is None and (len(rest) > 1 or max(map(len, map(", ".join, labels)), default=0) > LONGEST):
+    longest = max(map(len, map(", ".join, labels)), default=0)
+    if axis is None and x is None and (len(rest) > 1 or longest > LONGEST):
         rest, labels = ["run"], [(name,) for name in _folder_names(runs)]
-    figures = []
-    for run, label in zip(runs, labels if rest else [()] * len(runs), strict=True):
-        title = ", ".join(label)
-        for row in run.rows:
-            is_explained = row["method"] not in run.others
-            differences = tuple(f" - {name}" for name in run.others)
-            if row["figure"] not in (*SHOWN, SECONDS) or (
-                is_explained and row["method"].endswith(differences)
-            ):
-                continue
-            name = str(run.options["method"]) if is_explained else row["method"]
-            if len(runs) == 1:
-                place, series = name, ""
-            elif axis is None:
-                place, series = title or run.folder.name, name
-            else:
-                place, series = run.options[axis], f"{name} ({title})" if title else name
-            ends = (float(row[end]) if row[end] else None for end in ("value", "ci_low", "ci_high", "paper"))
-            kind = name if is_explained else run.kinds.get(name, name)
-            figures.append(Point(place, series, kind, is_explained, row["figure"], *ends))  # type: ignore[arg-type]
-    return (axis or ("method" if len(runs) == 1 else ", ".join(rest))), figures
+    return axis, rest, labels if rest else [()] * len(runs)
+
+
+def _is_shown(row: Mapping[str, str], run: Run) -> bool:
+    is_difference = row["method"] not in run.others and row["method"].endswith(
+        tuple(f" - {name}" for name in run.others)
+    )
+    return row["figure"] in (*SHOWN, SECONDS) and not is_difference
 
 
 def _short(values: Sequence[Any]) -> list[str]:
@@ -273,9 +286,8 @@ def colour_of(kind: str) -> tuple[float, float, float]:
     from matplotlib import colormaps
 
     pale = (2 * index + 1 for index in range(10))
-    palette = [colormaps["tab10"](index) for index in range(10)] + [
-        colormaps["tab20"](index) for index in pale
-    ]
+    palette = [colormaps["tab10"](index) for index in range(10)]
+    palette += [colormaps["tab20"](index) for index in pale]
     palette += [colormaps["Dark2"](index) for index in range(8)]
     known = [*COLOURED, *(name for name in methods.__all__ if name not in COLOURED)]
     place = known.index(kind) if kind in known else crc32(kind.encode())

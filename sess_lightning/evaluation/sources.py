@@ -10,7 +10,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -234,7 +234,11 @@ def _side(config: Any) -> int | None:
     return min(size) if isinstance(size, (list, tuple)) else size
 
 
-def own_module(given: str | Mapping[str, Any], checkpoint: str | Path | None = None) -> nn.Module:
+def own_module(
+    given: str | Mapping[str, Any],
+    checkpoint: str | Path | None = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> nn.Module:
     """Build your own module, and load a checkpoint of Lightning or a state dict into it.
 
     Args:
@@ -242,6 +246,7 @@ def own_module(given: str | Mapping[str, Any], checkpoint: str | Path | None = N
             module, or a module; or a dict with ``class_path`` and ``init_args``.
         checkpoint: A file; the hyper-parameters in a checkpoint of Lightning are the module's arguments
             where none are given.
+        more: More arguments.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -254,7 +259,7 @@ def own_module(given: str | Mapping[str, Any], checkpoint: str | Path | None = N
     if checkpoint is not None and not is_file(checkpoint):
         raise FileNotFoundError(f"checkpoint: {checkpoint} is no file.")
     stored = _hyper_parameters(checkpoint, found) if checkpoint is not None else {}
-    module = found if isinstance(found, nn.Module) else _called(found, stored | arguments)
+    module = found if isinstance(found, nn.Module) else _called(found, stored | arguments | dict(more))
     if not isinstance(module, nn.Module):
         raise ValueError(f"module: {given} is a {type(module).__name__}, not a torch.nn.Module.")
     if checkpoint is not None:

@@ -157,8 +157,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
             return dict(load_file(path))
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise
+    except ImportError as error:
+        raise ImportError(f"{path}: safetensors is not installed; pip install safetensors.") from error
     except Exception as error:  # On damaged files, readers raise all kinds of errors.
         raise ValueError(f"{path}: {_complaint(Path(path), error)}") from error
     for key in ("state_dict", "model", "model_state_dict"):

@@ -76,6 +76,12 @@ def test_runs_that_differ_in_much_are_called_by_their_folders(folders):
     assert {point.x for point in points(same)[1]} == {str(Path("a", "n")), str(Path("b", "n"))}
 
 
+def test_bases_of_several_classes_are_called_by_them(folders):
+    runs = [read_run(folder) for folder in folders]
+    runs[1] = runs[1]._replace(kinds={**runs[1].kinds, "base": "RISE"})
+    assert {point.series for point in points(runs)[1]} == {"SESS", "base, GradCAM", "base, RISE", "random"}
+
+
 def test_compare_writes_one_table_and_one_picture(folders, tmp_path, capsys):
     config = tmp_path / "n1.yaml"
     config.write_text(f"out: {folders[1]}\n")
