@@ -109,3 +109,13 @@ def test_the_commands_of_the_readme_are_targets_of_the_makefile():
     for text in TEXTS:
         for target in re.findall(r"`make ([a-z-]+)", text.read_text("utf-8")):
             assert f"{target}:" in targets.stdout.splitlines(), (text.name, target)
+
+
+def test_each_of_the_ten_tasks_is_answered_in_the_readme_and_kept_true_by_tests():
+    text = (ROOT / "tests" / "README.md").read_text("utf-8").partition("## Ten tasks")[2]
+    rows = re.findall(r"^\| (\d+)\. .* \| (.*) \| (.*) \|$", text, re.M)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 11))
+    for _, where, tests in rows:
+        assert "../README.md" in where
+        for test in re.findall(r"`([\w/]+(?:\.py|/))`", tests):
+            assert (ROOT / "tests" / test).exists(), test
