@@ -18,9 +18,9 @@ from typing_extensions import override
 COLUMNS = {
     "val acc": "val/acc",
     "SESS overall": "sess/overall",
-    "base overall": "sess/base/overall",
+    "Grad-CAM overall": "sess/base/overall",
     "SESS pointing": "sess/pointing_game",
-    "base pointing": "sess/base/pointing_game",
+    "Grad-CAM pointing": "sess/base/pointing_game",
 }
 
 
@@ -176,7 +176,7 @@ def plot_progress(folder: Path) -> Path:
 
 def _sides(score: str) -> dict[str, str]:
     floors = {"random map": f"sess/random/{score}", "centre": f"sess/centre/{score}"}
-    return {"SESS": f"sess/{score}", "base": f"sess/base/{score}", **floors}
+    return {"SESS": f"sess/{score}", "Grad-CAM": f"sess/base/{score}", **floors}
 
 
 def _look(label: str) -> dict:

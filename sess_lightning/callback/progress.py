@@ -88,11 +88,13 @@ class Progress:
         if self._plan is None:  # Not rank 0, or nothing was explained.
             return
         with self._harmless():
-            self._runs, self._seconds = self._runs + 1, self._seconds + self._guard.seconds
+            self._runs += 1
             if not self._is_said:
                 self._is_said = True
                 rank_zero_info(f"SESSCallback: a run takes {in_words(self._guard.seconds)}.")
-            self._compare(trainer, self._plan, self._seconds / self._runs, self._runs)
+            if self._runs > 1:  # The first one imports, compiles and connects, too.
+                self._seconds += self._guard.seconds
+                self._compare(trainer, self._plan, self._seconds / (self._runs - 1), self._runs)
 
     def _tick(self, trainer: Trainer, plan: RunPlan, count: int) -> None:
         with self._harmless():

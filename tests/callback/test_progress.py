@@ -142,6 +142,16 @@ def test_runs_that_take_less_are_not(tmp_path, clock, recwarn, step, options):
     assert not [one for one in recwarn if "training between" in str(one.message)]
 
 
+@pytest.mark.parametrize(("seconds", "warned"), [([50, 0, 0], 0), ([50, 20, 0], 1), ([0, 5, 30], 1)])
+def test_what_only_the_first_run_takes_is_not_held_against_it(
+    tmp_path, clock, shelf, monkeypatch, recwarn, seconds, warned
+):
+    left = iter(seconds)
+    monkeypatch.setattr(shelf, "write", lambda report: setattr(clock, "seconds", clock.seconds + next(left)))
+    fit(tmp_path, quick(report=False), module=Timed, max_epochs=3)
+    assert len([one for one in recwarn if "the training between two runs" in str(one.message)]) == warned
+
+
 def test_a_rare_run_is_measured_against_all_epochs_it_stands_for():
     clock = TrainingClock()
     clock._seconds, clock._epochs = 10.0, 1
