@@ -251,6 +251,9 @@ def _add_run(parser: Parser) -> None:
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ... (default: auto)")
     parser.add_argument("--devices", type=int, default=1, help="processes that share the images (default: 1)")
     parser.add_argument(
+        "--num_nodes", type=int, default=1, help="machines that share the images, each with so many processes"
+    )
+    parser.add_argument(
         "--skip_broken", type=bool, default=True, help="leave out files that cannot be read (default: true)"
     )
     parser.add_argument(

@@ -106,8 +106,8 @@ def run_evaluate(arguments: Sequence[str]) -> Results:
         experiment = replace(experiment, target="predicted")
     model = folded(network.model) if config.fold else network.model
     model.to(memory_format=torch.channels_last)
-    trainer = _trainer(config.accelerator, config.devices)
-    if config.devices > 1:
+    trainer = _trainer(config.accelerator, config.devices, config.num_nodes)
+    if trainer.world_size > 1:
         results = evaluate_with(
             trainer, model, benchmark, experiment, config.out, skip_broken=config.skip_broken
         )
@@ -142,9 +142,9 @@ def _folder(config: Namespace, network: Network, experiment: Experiment) -> Benc
     return PictureFolder(config.data, classes=names)
 
 
-def _trainer(accelerator: str, devices: int) -> Trainer:
+def _trainer(accelerator: str, devices: int, nodes: int) -> Trainer:
     # Shares end at different times: the last one is waited for.
-    strategy: Strategy | str = DDPStrategy(timeout=timedelta(days=30)) if devices > 1 else "auto"
+    strategy: Strategy | str = DDPStrategy(timeout=timedelta(days=30)) if devices * nodes > 1 else "auto"
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)  # It tells of devices, and advertises.
@@ -152,6 +152,7 @@ def _trainer(accelerator: str, devices: int) -> Trainer:
         return Trainer(
             accelerator=accelerator,
             devices=devices,
+            num_nodes=nodes,
             strategy=strategy,
             use_distributed_sampler=False,
             logger=False,

@@ -1,4 +1,6 @@
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -130,26 +132,40 @@ def test_evaluate_writes_and_prints_the_figures(tmp_path, capsys, tiny_network):
     }  # fmt: skip
 
 
-def test_two_processes_evaluate_to_the_figures_of_one(tmp_path, capsys):
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_several_processes_evaluate_to_the_figures_of_one(nodes, tmp_path, capsys):
     network = torchvision.models.shufflenet_v2_x0_5(num_classes=5)
     torch.save(network.state_dict(), tmp_path / "shufflenet.pth")
     root, config = write_own(tmp_path / "own"), write_config(tmp_path / "tiny.yaml")
     given = ["evaluate", "--config", config, "--data", str(root), "--accelerator", "cpu"]
     given += ["--model.name", "shufflenet_v2_x0_5", "--model.weights", str(tmp_path / "shufflenet.pth")]
     cli.main([*given, "--out", str(tmp_path / "one")])
-    command = [sys.executable, "-m", "sess_lightning", *given, "--out", str(tmp_path / "two")]
-    done = subprocess.run([*command, "--devices", "2"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    notes = [line.split(", ") for line in done.stdout.splitlines() if "3 explained" in line]
+    command = [sys.executable, "-m", "sess_lightning", *given, "--out", str(tmp_path / "all")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = [
+        subprocess.Popen(
+            [*command, "--devices", "2", "--num_nodes", str(nodes)],
+            env=os.environ | {"NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for node in range(nodes)
+    ]  # fmt: skip
+    done = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0] * nodes, done[0][1][-2000:]
+    lines = "".join(out for out, _ in done).splitlines()
+    notes = [line.split(", ") for line in lines if "3 explained" in line]
     assert ["3 images" in line and "missing" not in str(line) for line in notes] == [True]
-    shares = sorted((tmp_path / "two").glob("records-*-of-2.jsonl"))
-    assert [path.read_text().count("\n") for path in shares] == [3, 2]  # A line of settings each.
+    shares = sorted((tmp_path / "all").glob(f"records-*-of-{2 * nodes}.jsonl"))
+    counts = [path.read_text().count("\n") for path in shares]
+    assert counts == ([3, 2] if nodes == 1 else [2, 2, 2, 1])  # A line of settings each.
 
     def figures(folder):
         rows = (folder / "results.csv").read_text().splitlines()
         return [row for row in rows if "seconds_per_image" not in row]
 
-    assert figures(tmp_path / "two") == figures(tmp_path / "one")
+    assert figures(tmp_path / "all") == figures(tmp_path / "one")
 
 
 def test_validate_explains_the_model_of_a_checkpoint(tmp_path, monkeypatch):
