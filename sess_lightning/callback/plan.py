@@ -57,9 +57,10 @@ class RunPlan:
         details = self.details
         return (
             f"each run explains {details['samples']} samples of {self.size[0]}x{self.size[1]} px with "
-            f"{details['method']}, {details['forwards per map']} forwards a map, beside "
+            f"{details['method']}, {details['forwards per map']} forward passes per map, compared with "
             f"{details['beside (samples)']}; {details['objects']}; "
-            f"at most {details['forwards per run, at most']:,} forwards a run{self.cut and '; '}{self.cut}"
+            f"at most {details['forwards per run, at most']:,} forward passes per run"
+            f"{self.cut and '; '}{self.cut}"
         )
 
 

@@ -20,8 +20,8 @@ def test_a_run_costs_the_forwards_that_are_announced_and_at_most_5000(
     callback = SESSCallback(on_error="raise", target=target)
     validate(tmp_path, callback, module=Apart, val=squares(40, batch_size=8, size=64, side=20))
     line, _ = told()
-    announced = int(re.search(r"at most ([\d,]+) forwards", line)[1].replace(",", ""))
-    assert f"explains {samples} samples of 64x64 px with SESS(GradCAM()), 31 forwards a map" in line
+    announced = int(re.search(r"at most ([\d,]+) forward passes", line)[1].replace(",", ""))
+    assert f"explains {samples} samples of 64x64 px with SESS(GradCAM()), 31 forward passes per map" in line
     assert 2500 <= announced <= 5000
     assert announced - 2 <= Apart.images <= announced
 
@@ -34,7 +34,10 @@ def test_a_small_budget_is_kept_and_floors_are_scored_on_at_least_four(tmp_path,
     # 115 an image: two ends, 5 windows, the first of them the base's, two maps' 54; 108 more for both floors.
     assert (values["sess/n"], values["sess/random/curves_n"], values["sess/centre/curves_n"]) == (4, 4, 4)
     assert Apart.images <= 895
-    assert "at most 895 forwards a run; 4 of the 32 samples asked for, as max_forwards=1000 pays" in told()[0]
+    assert (
+        "at most 895 forward passes per run; 4 of the 32 samples asked for, as max_forwards=1000 pays"
+        in told()[0]
+    )
 
 
 def test_a_budget_that_pays_for_nothing_is_an_error(tmp_path):
@@ -50,10 +53,11 @@ def test_what_will_be_done_is_said_once_in_one_line(tmp_path, told):
     assert cost == "SESSCallback: a run takes 0.0 s."
     assert "\n" not in line
     for part in (
-        "each run explains 4 samples of 32x32 px with SESS(GradCAM(), num_scales=2), 5 forwards a map",
-        "beside Grad-CAM (4), random (4), centre (4)",
+        "each run explains 4 samples of 32x32 px with SESS(GradCAM(), num_scales=2)",
+        "5 forward passes per map",
+        "compared with Grad-CAM (4), random (4), centre (4)",
         "Pointing Game within 2.14 px",
-        "at most 895 forwards a run",
+        "at most 895 forward passes per run",
         f"pictures: none; report: {tmp_path / 'sess' / 'report.html'}.",
     ):
         assert part in line
