@@ -16,7 +16,7 @@ from PIL import Image
 
 from sess_lightning import methods
 from sess_lightning.evaluation.journal import read_settings
-from sess_lightning.evaluation.results import SECONDS, SHOWN, heads, percent, write_table
+from sess_lightning.evaluation.results import SECONDS, SHOWN, heads, parts, percent, write_table
 from sess_lightning.reporting.panels import Picture
 from sess_lightning.reporting.text import text_table
 from sess_lightning.scores import SCORES
@@ -225,14 +225,19 @@ def compare(paths: Sequence[str | Path], out: str | Path, x: str | None = None) 
 
 def table(label: str, figures: Sequence[Point]) -> str:
     """Return figures in percent as text: a line per method and place, 95 % intervals in brackets."""
-    shown = [name for name in (*SHOWN, SECONDS) if any(point.figure == name for point in figures)]
+    shown = [name for name in SHOWN if any(point.figure == name for point in figures)]
+    tables = ("\n".join(text_table(_lines(label, figures, part))) for part in parts(shown))
+    return "\n\n".join(["Percent, in brackets the 95 % interval.", *tables])
+
+
+def _lines(label: str, figures: Sequence[Point], shown: Sequence[str]) -> list[list[str]]:
     names = [label, "method"] if any(point.series for point in figures) else [label]
     lines = [[*first, *line] for first, line in zip((names, [""] * len(names)), heads(shown), strict=True)]
     for place, series in dict.fromkeys((point.x, point.series) for point in figures):
         of_line = {p.figure: p for p in figures if (p.x, p.series) == (place, series)}
         cells = (_cell(of_line[name]) if name in of_line else "-" for name in shown)
         lines.append([*[str(place), series][: len(names)], *cells])
-    return "\n".join(["Percent, in brackets the 95 % interval.", "", *text_table(lines)])
+    return lines
 
 
 def _cell(point: Point) -> str:

@@ -21,6 +21,7 @@ from sess_lightning.reporting.text import text_table
 from sess_lightning.scores import (
     DIFFICULT,
     ENDS,
+    OF_REGIONS,
     POINTING_GAME,
     POINTING_GAME_IMAGES,
     SCORES,
@@ -36,7 +37,7 @@ SECONDS = SECONDS_PER_IMAGE
 HEADS = {
     POINTING_GAME: ("Pointing Game", "mean over classes"),
     POINTING_GAME_IMAGES: ("Pointing Game", "mean over images"),
-    DIFFICULT: ("Pointing Game, difficult", "mean over classes"),
+    DIFFICULT: ("difficult subset", "mean over classes"),
     SECONDS: ("Seconds", "per image"),
 }
 """Two lines above a column of the table; others have the score's label and which end is good."""
@@ -92,21 +93,30 @@ class Results:
 
     def table(self, paper: Mapping[str, float] | None = None) -> str:
         """Return the figures in percent as text: a line per method, 95 % intervals in brackets."""
-        paper, short = paper or {}, self.method.partition("(")[0]
         shown = [score for score in SHOWN if score in self.figures]
-        lines = [["", *line] for line in heads([*shown, SECONDS])]
-        for name in ("", *self.others):
-            keys = [build(score, name) for score in shown]
-            time = f"{self.seconds[name]:.3g}" if name in self.seconds else "-"
-            lines.append([name or short, *(_cell(self.figures, key) for key in keys), time])
-            if paper.keys() & {*keys, build(SECONDS, name)}:
-                beside = (_beside(self.figures, paper, key) for key in keys)
-                lines.append(["  in the paper", *beside, str(paper.get(build(SECONDS, name), "-"))])
-        for name in self.others:
-            paired = (_cell(self.figures, build(score, name, minus=True), signed=True) for score in shown)
-            lines.append([f"{short} - {name}", *paired, ""])
+        tables = ("\n".join(text_table(self._lines(part, paper or {}))) for part in parts(shown))
         title = f"{self.method}\nPercent, in brackets the 95 % interval."
-        return "\n".join([title, "", *text_table(lines), "", ", ".join(self._notes())])
+        return "\n\n".join([title, *tables, ", ".join(self._notes())])
+
+    def _lines(self, shown: Sequence[str], paper: Mapping[str, float]) -> list[list[str]]:
+        """Return the rows of a table with these scores, and with seconds if they are among them."""
+        short, scores = self.method.partition("(")[0], [score for score in shown if score != SECONDS]
+        lines = [["", *line] for line in heads(shown)]
+
+        def add(name: str, cells: Iterable[str], time: str) -> None:
+            lines.append([name, *cells, *([time] if SECONDS in shown else [])])
+
+        for name in ("", *self.others):
+            keys = [build(score, name) for score in scores]
+            time = f"{self.seconds[name]:.3g}" if name in self.seconds else "-"
+            add(name or short, (_cell(self.figures, key) for key in keys), time)
+            if paper.keys() & {*keys, *([build(SECONDS, name)] if SECONDS in shown else [])}:
+                beside = (_beside(self.figures, paper, key) for key in keys)
+                add("  in the paper", beside, str(paper.get(build(SECONDS, name), "-")))
+        for name in self.others:
+            keys = [build(score, name, minus=True) for score in scores]
+            add(f"{short} - {name}", (_cell(self.figures, key, signed=True) for key in keys), "")
+        return lines
 
     def __str__(self) -> str:
         return self.table()
@@ -155,6 +165,13 @@ class Results:
             written.append(folder / "curves.png")
             Image.fromarray(curve_figure(drawn)).save(written[-1])
         return written
+
+
+def parts(shown: Sequence[str]) -> list[list[str]]:
+    """Return scores as the columns of one or two tables, so that none is too wide for a terminal."""
+    regions = [key for key in shown if key in (*OF_REGIONS, POINTING_GAME_IMAGES)]
+    first, *others = (part for part in ([key for key in shown if key not in regions], regions) if part)
+    return [[*first, SECONDS], *others]
 
 
 def heads(scores: Sequence[str]) -> list[list[str]]:

@@ -86,11 +86,12 @@ def test_compare_writes_one_table_and_one_picture(folders, tmp_path, capsys):
     config = tmp_path / "n1.yaml"
     config.write_text(f"out: {folders[1]}\n")
     cli.main(["compare", str(folders[0]), str(config), "--out", str(tmp_path / "both")])
-    _, _, names, notes, *lines = capsys.readouterr().out.splitlines()
+    _, curves, regions = capsys.readouterr().out.split("\n\n")
+    names, _, *lines = curves.splitlines()
     assert names.split()[:4] == ["num_scales", "method", "Insertion", "Deletion"]
-    assert "mean over classes" in notes
-    assert "mean over images" in notes
-    assert [line.split()[:2] for line in lines[:6]] == [
+    notes = regions.splitlines()[1]
+    assert notes.index("mean over classes") < notes.index("mean over images")
+    assert [line.split()[:2] for line in lines] == [
         [scales, method] for scales in "21" for method in ("SESS", "base", "random")
     ]
     with (folders[0] / "results.csv").open() as file:
@@ -99,7 +100,11 @@ def test_compare_writes_one_table_and_one_picture(folders, tmp_path, capsys):
             if row["figure"] == "overall" and row["method"].startswith("SESS") and " - " not in row["method"]
         ]  # fmt: skip
     assert f" {100 * overall:.2f} [" in lines[0]
-    assert [Path(line).name for line in lines[6:]] == ["compare.txt", "compare.csv", "compare.png"]
+    assert [Path(line).name for line in regions.splitlines()[-3:]] == [
+        "compare.txt",
+        "compare.csv",
+        "compare.png",
+    ]
     with (tmp_path / "both" / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
     known = {(str(folders[0]), "2"), (str(folders[1]), "1")}

@@ -306,10 +306,14 @@ def test_seconds_are_told_but_are_no_figure(whole):
 def test_results_print_as_their_table_with_both_means_of_the_pointing_game(voc, whole):
     results = whole[0]
     assert str(results) == results.table()
-    method, percent, _, heads, notes, *rows = str(results).splitlines()
+    titles, curves, regions, _ = str(results).split("\n\n")
+    method, percent = titles.splitlines()
+    assert curves.splitlines()[0].split() == ["Insertion", "Deletion", "Overall", "Seconds"]
+    heads, notes, *rows = regions.splitlines()
     assert method == "SESS(GradCAM(), num_scales=2, window=64, antialias=False)"
     assert "95 % interval" in percent
-    assert heads.count("Pointing Game") == 3  # With the difficult subset.
+    assert (heads.count("Pointing Game"), heads.count("difficult subset")) == (2, 1)
+    assert max(map(len, f"{curves}\n{regions}".splitlines())) < 120
     assert (notes.count("mean over classes"), notes.count("mean over images")) == (2, 1)
     names = ["SESS", "base", "random", "SESS - base", "SESS - random"]
     assert [row.partition("  ")[0] for row in rows[:5]] == names
