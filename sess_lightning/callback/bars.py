@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import Trainer
-from tqdm import tqdm
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class Bar(ABC):
@@ -63,7 +63,7 @@ class TqdmBar(Bar):
         if self._bar is None:
             # In a fit, the lines above are those of the epoch and of its validation.
             above = 2 if self._theirs.trainer.state.fn == "fit" else 1
-            self._bar = tqdm(
+            self._bar = Tqdm(  # Lightning's, which also suits notebooks.
                 desc=self._name, total=total, position=2 * self._theirs.process_position + above, leave=False,
                 dynamic_ncols=True, file=sys.stdout, mininterval=0.5, unit=" forward passes", initial=done,
             )  # fmt: skip

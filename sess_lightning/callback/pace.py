@@ -28,9 +28,9 @@ class TrainingClock:
         self.resume()
 
     def resume(self) -> None:
-        """Go on with the training."""
+        """Go on with the training, if its epochs are known."""
         self.pause()
-        self._since = now()
+        self._since = now() if self._epochs else None
 
     def pause(self) -> None:
         """Make way for a validation."""

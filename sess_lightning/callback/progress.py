@@ -122,7 +122,7 @@ class Progress:
         if self._is_warned or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         training = self._clock.between(runs, self._settings.every_n_epochs)
-        if seconds < LONG or seconds <= training:
+        if training <= 0 or seconds < LONG or seconds <= training:  # 0: nobody has measured it.
             return
         self._is_warned = True
         self._guard.warn(

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 
 from callbacks import quick
 from lightning_models import Classifier, boxed, fit, squares, trainer, validate
-from sess_lightning import SESS
+from sess_lightning import SESS, SESSCallback
 from sess_lightning.callback import bars, pace
 from sess_lightning.callback.guard import SESSWarning
 from sess_lightning.callback.pace import Laps, TrainingClock
@@ -142,6 +142,19 @@ def test_runs_that_take_less_are_not(tmp_path, clock, recwarn, step, options):
     assert not [one for one in recwarn if "training between" in str(one.message)]
 
 
+class Deaf(SESSCallback):
+    """Somebody's own callback, whose hook forgets its parent's."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        pass
+
+
+def test_a_training_that_was_not_measured_is_compared_with_nothing(tmp_path, clock, recwarn):
+    clock.step = 2.0
+    fit(tmp_path, Deaf(**LONGER, compare={}, on_error="raise"), module=Timed, max_epochs=2)
+    assert not [one for one in recwarn if "training between" in str(one.message)]
+
+
 @pytest.mark.parametrize(("seconds", "warned"), [([50, 0, 0], 0), ([50, 20, 0], 1), ([0, 5, 30], 1)])
 def test_what_only_the_first_run_takes_is_not_held_against_it(
     tmp_path, clock, shelf, monkeypatch, recwarn, seconds, warned
@@ -174,7 +187,7 @@ def test_validation_is_no_training(tmp_path, clock):
 @pytest.mark.parametrize("prefix", ["sess", "other"])
 def test_tqdm_gets_a_line_below_its_own(tmp_path, clock, capsys, monkeypatch, prefix):
     clock.step = 0.5
-    monkeypatch.setattr(bars.tqdm, "monitor_interval", 0)
+    monkeypatch.setattr(bars.Tqdm, "monitor_interval", 0)
     fit(tmp_path, TQDMProgressBar(), quick(**LONGER, prefix=prefix), module=Timed, enable_progress_bar=True)
     out = capsys.readouterr().out
     assert ("SESS:" if prefix == "sess" else "SESS (other):") in out
