@@ -4,9 +4,9 @@
 
 Explains the same photographs by SESS over Grad-CAM, guided backprop and Group-CAM in several ways, each in a
 process of its own: other batch sizes, image by image, the other memory layout and more threads, the weakest
-CPU's instructions, folded batch norms, and a GPU in float32 where there is one. Printed is the largest
-difference of any pixel from the first way, and how many pixels differ by more than 1e-4. DIR is as for
-``sharper.py``. Group-CAM asks the model 34 times per window and is therefore pre-filtered.
+CPU's instructions, folded batch norms, and a GPU in float32 where there is one. It prints the
+largest difference of any pixel from the first way, and how many pixels differ by more than 1e-4. DIR is as
+for ``sharper.py``. Group-CAM asks the model 34 times per window and is therefore pre-filtered.
 """
 
 from __future__ import annotations

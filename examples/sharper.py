@@ -3,7 +3,7 @@
     python examples/sharper.py --data DIR [--network mobilenet_v2] [--images 120] [--device cuda] [--out DIR]
 
 DIR holds photographs of ImageNet classes and ``annotations.json`` in COCO's format; an image that carries
-``hard`` says whether it is difficult. Scored are Grad-CAM, its map blurred, SESS with 6 and with 10 scales
+``hard`` says whether it is difficult. It scores Grad-CAM, its map blurred, SESS with 6 and with 10 scales
 and ``ContrastiveSESS`` with 6: Pointing Game (15 px), insertion, deletion, overall, relevance mass, and
 paired differences to each with 95 % bootstrap intervals over images. The run appends to --out and continues
 where it stopped.
