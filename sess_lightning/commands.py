@@ -169,7 +169,8 @@ def _network(config: Namespace) -> Network:
     torch.manual_seed(config.seed)
     options = config.model.as_dict()
     if config.module is not None:
-        return _own(own_module(_plain(config.module), config.checkpoint, config.module_arguments), options)
+        module = own_module(_plain(config.module), config.checkpoint, config.module_arguments)
+        return _own(module, options, sees_images="channels" not in config)  # ``cost`` measures noise.
     if config.checkpoint is not None:
         if options["name"] is None:
             raise ArgumentError(
@@ -186,9 +187,9 @@ def _plain(given: Any) -> Any:
     return given.as_dict() if isinstance(given, Namespace) else given
 
 
-def _own(module: nn.Module, options: dict[str, Any]) -> Network:
+def _own(module: nn.Module, options: dict[str, Any], sees_images: bool) -> Network:
     found = find_normalisation(module)
-    if found is None and options["mean"] is None:
+    if found is None and options["mean"] is None and sees_images:
         _note("images are normalised as ImageNet's; if yours are not, give --model.mean and --model.std.")
     mean, std = found or IMAGENET
     names = tuple(find_class_names(module) or ())

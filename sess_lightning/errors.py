@@ -57,9 +57,13 @@ def _of_option(text: str) -> str:
         text = text[found.end() :]
     if "any of the Union subtypes" in text:
         reasons = re.findall(r"- (.+?)(?= - | Given value|$)", text.partition("Errors: ")[2])
-        text = next((reason for reason in reasons if "NoneType" not in reason), text)
+        kinds = [
+            found[1] for reason in reasons if (found := re.match(r"Expected an? (?:<class ')?(\w+)", reason))
+        ]
         value = re.search(r"Given value: (\S+)$", text)
-        text += f", got {value[1]}" if value else ""
+        told = [reason for reason in reasons if not re.match("Expected an? (?!dot|path)", reason)]
+        text = told[0] if told else "expected " + " or ".join(kind for kind in kinds if kind != "NoneType")
+        text += f", got {value[1]}" if value and not told else ""
     text = re.sub(r"(required: |, )(?:fit|validate|test|predict)\.(?=\w)", r"\1--", text)
     text = re.sub(r"Problem with given class_path \S+: ", "", text)
     text = re.sub(r'Parser key "([^"]+)": ', r"\1: ", text).replace(". Got value: ", ", got ")

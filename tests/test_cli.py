@@ -440,7 +440,8 @@ def fails(*arguments):
         (["--method", "SESS(GradCAM(), num_scales='x')"], ["num_scales: expected int, got x."]),
         (["--method", "SESS(GradCAM(), num_scales=0)"], ["num_scales must be at least 1, got 0."]),
         (["--method", "SESS(GradCAM("], ["is not a call such as SESS(GradCAM(), num_scales=2)."]),
-        (["--size", "big"], ["--size: expected int"]),
+        (["--size", "big"], ["--size: expected int, got big."]),
+        (["--module", "3"], ["'3' names no module; write MODULE.CLASS, such as my_module.Net."]),
         (["--metod", "CAM"], ["there is no option --metod (did you mean --method", "explain --help."]),
         (["--config", "none.yaml"], ["--config: File does not exist"]),
         (["--model.name", "resnet8"], ["torchvision knows no 'resnet8' (did you mean resnet18", "hf/NAME"]),
@@ -463,6 +464,7 @@ def test_what_is_wrong_is_said_in_one_line_with_a_remedy(cat, capsys, options, m
         (["evaluate"], ["give a folder of images, or a --config that names a benchmark."]),
         (["evaluate", "no_folder"], ["no_folder is no folder of pictures."]),
         (["evaluate", "x", "--benchmark", "VOC7"], ["--benchmark: there is no VOC7."]),
+        (["evaluate", "x", "--limits", "few"], ["--limits: expected int or dict, got few."]),
         (["cost", "--method", "GradCm"], ["--method: there is no method 'GradCm' (did you mean GradCAM"]),
         (["cost", "--size", "1", "2", "3"], ["--size: one side, or height and width, got [1, 2, 3]."]),
         (["fit", "--sess.method", "GradCm"], ["--sess.method: there is no method 'GradCm' (did you mean"]),
@@ -627,7 +629,9 @@ def test_explain_evaluate_and_cost_take_a_module_and_its_checkpoint(cat, tmp_pat
     photograph("chelsea").save(tmp_path / "flat" / "a.png")
     cli.main(["evaluate", str(tmp_path / "flat"), *given, *SMALL, "--out", str(tmp_path / "out")])
     cli.main(["cost", *given, "--size", "32", "--rounds", "1", "--method", "GradCAM"])
-    assert "model: ByHand" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "model: ByHand" in told.out
+    assert "normalised" not in told.err.splitlines()[-1:]
     assert len(seen) == 3
     for model in seen:
         assert all(map(torch.equal, model.parameters(), module.parameters()))
