@@ -60,6 +60,11 @@ EXPERIMENT = {
     "batch_size": "images that pass through the model at once (default: 32)",
     "samples": "take this many images, drawn at random (default: all)",
 }
+METAVARS = dict.fromkeys(("benchmark", "accelerator"), "NAME") | dict.fromkeys(
+    ("devices", "num_nodes", "batch_size", "num_samples", "max_forwards", "num_classes", "steps", "samples"),
+    "N",
+)
+"""Short words for what options take, where their own names would fill the line."""
 EVALUATE = """Score a saliency method on a folder of images, or on the data sets of the paper.
 
 examples:
@@ -103,7 +108,15 @@ set_dumper(MODE, lambda data: yaml.safe_dump(data, sort_keys=False, allow_unicod
 
 
 class Described(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Leaves the lines of a description as they are."""
+    """Leaves the lines of a description as they are, and shows the callback's options without types."""
+
+    @override
+    def _get_help_string(self, action: Action) -> str:
+        if not action.dest.startswith("sess."):
+            return super()._get_help_string(action)
+        text = (action.help or "").replace("``", "")
+        plain = isinstance(action.default, (bool, int, float, str)) and action.default != SUPPRESS
+        return f"{text} (default: {action.default})" if plain else text
 
 
 class Help(Described):
@@ -307,8 +320,7 @@ def cost_parser() -> Parser:
 def _tidied(parser: Parser) -> Parser:
     """Hide from the help what only writers of configs use; it works all the same."""
     for action in parser._actions:
-        if action.dest == "benchmark":
-            action.metavar = "NAME"
+        action.metavar = METAVARS.get(action.dest.rpartition(".")[2], action.metavar)
         if action.dest.endswith((".help", "print_config")) or action.dest in ("model", "experiment"):
             action.help = SUPPRESS
     return parser

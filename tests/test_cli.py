@@ -528,6 +528,8 @@ def test_help_is_for_users_and_has_an_example(capsys, command, example):
     told = capsys.readouterr().out
     assert told.startswith(f"usage: sess-lightning {command} ")
     assert example in told
+    of_callback = told.partition("--sess.method METHOD")[2].partition("\n\n")[0]
+    assert not re.findall(r"``|\(type|class_path", of_callback)
     if command in ("explain", "evaluate", "cost"):
         assert not re.findall(r"``|<class|known subclasses|class_path|Args:|type:|null\)|%%", told)
         assert {"--method METHOD", "--module MODULE", "--checkpoint CHECKPOINT", "--model.name NAME"} <= {
