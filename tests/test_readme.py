@@ -119,3 +119,18 @@ def test_each_of_the_ten_tasks_is_answered_in_the_readme_and_kept_true_by_tests(
         assert "../README.md" in where
         for test in re.findall(r"`([\w/]+(?:\.py|/))`", tests):
             assert (ROOT / "tests" / test).exists(), test
+
+
+def test_the_changelog_is_by_version_and_date_and_what_is_dated_fits_a_line():
+    text = (ROOT / ".github" / "CHANGELOG.md").read_text("utf-8")
+    sections = re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert sections[0][0] == "Unreleased"
+    dates = [re.search(r"\d{4}-\d{2}-\d{2}", title)[0] for title, _ in sections[1:]]
+    assert dates == sorted(dates, reverse=True)
+    assert any(title.startswith("0.1.0 ") for title, _ in sections)
+    for _, body in sections[1:]:
+        lines = [line for line in body.splitlines() if line]
+        assert {line for line in lines if line.startswith("###")} <= {
+            "### Added", "### Changed", "### Fixed", "### Removed",
+        }  # fmt: skip
+        assert all(line.startswith(("- ", "### ")) for line in lines)
