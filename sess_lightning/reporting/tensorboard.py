@@ -7,6 +7,7 @@ from typing import Any
 
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.sink import LoggerSink, cell, columns_of, logged_tables, pictures
+from sess_lightning.scores import column_label
 
 
 class TensorBoardSink(LoggerSink):
@@ -29,7 +30,8 @@ class TensorBoardSink(LoggerSink):
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as a Markdown table."""
+    """Return rows as a Markdown table, with labels for the names of columns."""
     columns = columns_of(rows)
     cells = [[cell(row.get(name)) for name in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [columns, ["---"] * len(columns), *cells])
+    head = [*map(column_label, columns)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(columns), *cells])

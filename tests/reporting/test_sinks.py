@@ -16,7 +16,7 @@ from sess_lightning.reporting.files import FileSink
 from sess_lightning.reporting.panels import sheet
 from sess_lightning.reporting.publisher import Publisher, sink_for
 from sess_lightning.reporting.run import RunReport
-from sess_lightning.reporting.tensorboard import TensorBoardSink
+from sess_lightning.reporting.tensorboard import TensorBoardSink, markdown
 from sess_lightning.reporting.wandb import WandbSink
 from wandb_reader import history, offline, records, run_folder
 
@@ -261,3 +261,10 @@ def test_loggers_are_known_by_name_so_that_subclasses_count_and_nothing_is_impor
 
     assert isinstance(sink_for(Mine(), tmp_path), TensorBoardSink)
     assert isinstance(sink_for(SimpleNamespace(), tmp_path), FileSink)
+
+
+def test_tensorboards_tables_have_labels_and_no_keys():
+    row = {"why": "most drifted", "drift_previous": 0.5, "relevance_mass": 0.25, "ci_low": 0.0}
+    head, _, cells = markdown([row]).splitlines()
+    assert head == "| why | Drift to the previous run | Relevance mass | 95 % from |"
+    assert cells == "| most drifted | 0.500 | 0.250 | 0.000 |"
