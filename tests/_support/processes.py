@@ -10,6 +10,7 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import ClassVar
@@ -26,10 +27,15 @@ from torchmetrics import MeanMetric
 from faults import FAULTS, STAGES, Red, failing, fussy, on_last
 from lightning_models import Classifier, Knowing, Squares, boxed, fit, validate
 from sess_lightning import SESS, SESSCallback
-from sess_lightning.introspection.lending import explaining
+from sess_lightning.callback import explaining
+from sess_lightning.introspection.lending import explaining as lent
 from sess_lightning.introspection.shards import groups_of
 from sess_lightning.methods import GradCAM
+from sess_lightning.metrics import SESSMetric
 from sess_lightning.types import Explanation, SaliencyMethod, SESSWarning
+
+STEPS = 3
+"""Of a curve: 28, as it comes, take most of the time."""
 
 SAMPLED = {
     "some": {"num_samples": 6},
@@ -229,7 +235,7 @@ class Halfway(SaliencyMethod):
     """Fails on the last process in the middle of a backward pass."""
 
     def explain(self, model, images, targets):
-        with explaining(model):
+        with lent(model):
             images = images.clone().requires_grad_()
             features = model.net[:3](images)
             if on_last():
@@ -375,6 +381,7 @@ def cases(folder, world):
 
 def process(rank, world, port, folder):
     warnings.simplefilter("ignore")
+    explaining.SESSMetric = partial(SESSMetric, steps=STEPS)
     if world > 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_RANK": rank}
         os.environ.update({name: str(value) for name, value in address.items()})

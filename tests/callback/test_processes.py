@@ -8,7 +8,7 @@ import pytest
 
 from callbacks import WORST
 from faults import FAULTS, STAGES
-from processes import COMMUNICATING, HARMS, SAMPLED, SHARDED, SHARES
+from processes import COMMUNICATING, HARMS, SAMPLED, SHARDED, SHARES, STEPS
 from sess_lightning.callback.sampling import spread
 
 
@@ -91,7 +91,7 @@ def test_uneven_streams_log_what_one_process_logs(processes):
         for each in (one, two)
     ]
     assert points[1] == pytest.approx(points[0], abs=1e-5)
-    assert len(points[0]) == 4 * 29 * 2
+    assert len(points[0]) == 4 * (STEPS + 1) * 2
 
 
 def test_a_process_without_batches_keeps_no_other_waiting(processes):
