@@ -9,8 +9,10 @@ LOWEST := .venv-lowest
 MIDDLE := .venv-middle
 TORCH       ?= 2.9.1
 TORCHVISION ?= 0.24.1
+# Tests of one file share their fixtures: trainings in several processes, what is built and installed.
+WORKERS := -n 2 --dist loadfile
 # Deprecations of versions other than today's are no failures.
-CORE   := -m pytest -n 2 -W default --ignore=tests/examples tests
+CORE   := -m pytest $(WORKERS) -W default --ignore=tests/examples tests
 
 .PHONY: demo test test-all test-gpu test-portable test-lowest test-middle coverage bench bench-gpu planted check clean
 .DEFAULT_GOAL := test
@@ -33,7 +35,7 @@ check: $(STAMP)  ## Lint, types, import contract
 	$(BIN)/lint-imports
 
 test: check  ## Checks and the test suite, in two processes of one thread each
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-all: check  ## The suite with the big models as well
 	$(BIN)/python -m pytest -m 'not gpu'

@@ -174,9 +174,11 @@ def _methods(kind: type) -> Iterator[FunctionType]:
     """Yield the methods of a class that are not a library's, without those that a subclass replaced."""
     replaced: set[str] = set()
     for base in kind.__mro__:
+        if _is_library(base.__module__):
+            continue
         for name, value in vars(base).items():
             function = inspect.unwrap(getattr(value, "__func__", value))
-            if not isinstance(function, FunctionType) or name in replaced or _is_library(base.__module__):
+            if not isinstance(function, FunctionType) or name in replaced:
                 continue
             yield function
             if "super" not in function.__code__.co_names:

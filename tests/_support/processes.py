@@ -303,6 +303,8 @@ def meshed():
     return {"devices": 2, "strategy": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
 
 
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+"""torch 2.6 has ``fully_shard``, but cannot gather what a CPU holds."""
 SHARES = {"uneven": (14, 5), "padded": (13, 16), "fewer than processes": (16, 1)}
 HARMS = {
     "nothing": {},
@@ -349,12 +351,12 @@ def cases(folder, world):
         yield "shuffled: 9 of 18", shuffled(f"{folder}/shuffled", 18, 9)
         yield "resumed", resumed(f"{folder}/resumed")
         yield "shuffled: 14 of 14", shuffled(f"{folder}/all shuffled", 14, 16)
-    if world < 3:
+    if world < 3 and SHARDS_ON_CPU:
         for name, (count, num_samples) in SHARES.items():
             options = meshed() if world == 2 else {}
             where = f"{folder}/shares {name}"
             yield f"shares: {name}", shares(where, count, num_samples, **options)
-    if world == 2:
+    if world == 2 and SHARDS_ON_CPU:
         yield "shares without", harmed(f"{folder}/shares")
         for name, options in HARMS.items():
             mine = (
@@ -363,6 +365,7 @@ def cases(folder, world):
                 else SESSCallback(num_samples=5, **options)
             )
             yield f"harms: {name}", harmed(f"{folder}/harms {name}", mine)
+    if world == 2:
         for name, (counts, options) in SHARDED.items():
             yield f"sharded: {name}", sharded(f"{folder}/{name}", *counts, **options)
     if world < 3:

@@ -8,7 +8,7 @@ import pytest
 
 from callbacks import WORST
 from faults import FAULTS, STAGES
-from processes import COMMUNICATING, HARMS, SAMPLED, SHARDED, SHARES, STEPS
+from processes import COMMUNICATING, HARMS, SAMPLED, SHARDED, SHARDS_ON_CPU, SHARES, STEPS
 from sess_lightning.callback.sampling import spread
 
 
@@ -166,6 +166,10 @@ def test_a_forward_pass_that_communicates_is_left_alone_with_a_word(processes, k
         assert "off until the next start: the model's forward pass communicates between processes" in told
 
 
+sharding = pytest.mark.skipif(not SHARDS_ON_CPU, reason="torch 2.6 cannot shard a model on CPUs")
+
+
+@sharding
 @pytest.mark.parametrize("case", SHARES)
 def test_a_sharded_model_has_the_figures_of_one_process(processes, case):
     (one,), several = ([each[f"shares: {case}"] for each in processes[world]] for world in (1, 2))
@@ -176,6 +180,7 @@ def test_a_sharded_model_has_the_figures_of_one_process(processes, case):
         assert {name: each[name] for name in ours} == pytest.approx(ours, abs=1e-5)
 
 
+@sharding
 @pytest.mark.parametrize("case", HARMS)
 def test_a_sharded_model_is_trained_as_without_the_callback_whatever_fails(processes, case):
     for found in processes[2]:
