@@ -161,7 +161,7 @@ def test_weights_are_a_power_of_the_scores(tiny, targets):
         ),
         ({"stretch": False}, r'needs fusion="coverage" or "average" and theta=0: .* fusion=\'mean\''),
         ({"stretch": False, "fusion": "coverage", "theta": 0.1}, "theta=0.1"),
-        ({"weight_power": 0.0}, "weight_power must be positive, got 0.0; channel_weights=False weighs all"),
+        ({"weight_power": 0.0}, "weight_power must be positive, got 0.0; channel_weights=False gives all"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
