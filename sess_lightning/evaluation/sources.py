@@ -135,13 +135,22 @@ def of_timm(name: str, weights: str | Path | None, num_classes: int | None) -> N
     elif is_file(weights):
         model = from_file(f"timm/{name}", build, weights, num_classes)
     else:
-        tag = "" if weights == "DEFAULT" else f".{weights}"
-        model = build(num_classes, name + tag, pretrained=True)
+        full = name if weights == "DEFAULT" else f"{name}.{weights}"
+        model = build(num_classes, _pretrained(timm, full), pretrained=True)
     data = timm.data.resolve_model_data_config(model)
     names: tuple[str, ...] = ()
     if weights is not None and (subset := timm.data.infer_imagenet_subset(model)):
         names = tuple(timm.data.ImageNetInfo(subset).label_descriptions())
     return Network(model.eval(), tuple(data["mean"]), tuple(data["std"]), names, min(data["input_size"][1:]))
+
+
+def _pretrained(timm: ModuleType, name: str) -> str:
+    """Return timm's name of a model with its tag, which is checked."""
+    architecture, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise ValueError(f"weights: timm's of {architecture} are {', '.join(tags) or 'none'}, not {tag!r}.")
+    return name
 
 
 def _build_timm(
@@ -154,7 +163,7 @@ def _build_timm(
 def _local_timm(timm: ModuleType, name: str, num_classes: int | None) -> nn.Module:
     if (packaged := _packaged(name)) is not None:
         return _loaded_by_position(timm.create_model(name), read_state(packaged))
-    config = timm.get_pretrained_cfg(name)
+    config = timm.get_pretrained_cfg(_pretrained(timm, name))
     paths = []
     if config and config.hf_hub_id:
         from huggingface_hub import try_to_load_from_cache

@@ -112,6 +112,9 @@ def test_timms_weights_are_taken_from_its_cache_or_not_at_all(cache, monkeypatch
     assert same(network.model, model)
     assert network.class_names[285].startswith("Egyptian cat")
     found.clear()
+    for name, weights in (("resnet10t.in99k", "local"), ("resnet10t", "in99k")):
+        with pytest.raises(ValueError, match="timm's of resnet10t are c3_in1k, not 'in99k'"):
+            of_timm(name, weights, None)
     with pytest.raises(ValueError, match="timm/mobilenetv3_small_050's weights are not on this machine"):
         load_network("timm/mobilenetv3_small_050", "local")
     with pytest.raises(
