@@ -76,7 +76,7 @@ DEFECTS = (
     ),
     Defect(
         "buffers keep what an explanation's forward wrote", "introspection/copies.py",
-        "                        words.copy_(copy)\n", "                        pass\n",
+        "                        held.copy_(copy)\n", "                        pass\n",
         "tests/callback/test_same_training.py::test_what_the_users_forward_logs_and_counts_is_not_disturbed",
     ),
     Defect(
