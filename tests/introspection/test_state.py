@@ -127,7 +127,7 @@ def test_parameters_are_copied_at_first_and_then_only_those_that_a_forward_write
     assert explained(lambda: model.still.data.add_(1)) == [0, 0]
     with torch.no_grad():
         first = model.head.weight.clone()
-    with pytest.warns(SESSWarning, match="wrote to 1 parameters in an explanation"):
+    with pytest.warns(SESSWarning, match="wrote to 1 parameters during an explanation"):
         explained(lambda: nn.init.ones_(model.head.weight))
     assert torch.equal(model.head.weight, torch.ones_like(first))
     assert explained(lambda: nn.init.zeros_(model.head.weight)) == [0, 0]
