@@ -123,5 +123,5 @@ def test_a_training_reports_and_a_picture_is_explained(installed, tmp_path):
     printed = run(
         *command, *network, *method, "--target", "3", "--out", "explained.png", cwd=tmp_path, **path
     )
-    assert "target: class 3" in printed
+    assert "class 3, probability" in printed
     assert (tmp_path / "explained.png").stat().st_size > 1000
