@@ -32,7 +32,7 @@ def prepared(module):
     """Return the names that the examples of a module's package begin with: its own docstring's."""
     package = importlib.import_module(module.rpartition(".")[0])
     (test, *_) = doctest.DocTestFinder(recurse=False).find(package)
-    doctest.DocTestRunner().run(test, out=str, clear_globs=False)
+    doctest.DocTestRunner(verbose=False).run(test, out=str, clear_globs=False)
     return test.globs
 
 
@@ -46,7 +46,7 @@ def examples(module):
 def test_the_examples_in_docstrings_give_what_they_say(module):
     said = []
     for example in examples(module):
-        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=said.append)
+        doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(example, out=said.append)
     assert "".join(said) == ""
 
 
@@ -58,5 +58,5 @@ def test_every_method_metric_and_function_shows_an_example(shown):
 def test_a_wrong_example_is_noticed():
     said = []
     test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
-    doctest.DocTestRunner().run(test, out=said.append)
+    doctest.DocTestRunner(verbose=False).run(test, out=said.append)
     assert "Expected:\n    3\nGot:\n    2" in "".join(said)
