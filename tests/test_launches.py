@@ -5,12 +5,15 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet50
 
 from sess_lightning import SESS, GradCAM, SESSMetric
 from sess_lightning.methods import CentreGaussian, RandomMap
 
+# The counts are those of torch 2.14; 2.6 splits some operations in two: 89 for 87, 178 for 162.
+OLDER = 1.0 if torch.__version__ >= TorchVersion("2.9") else 1.1
 NOT_LAUNCHED = {
     "alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided",
     "resize_", "set_", "_reshape_alias", "_unsafe_view",
@@ -76,7 +79,7 @@ def test_sess_launches_little_beside_the_model(model, count, scales, batches, mo
     method = SESS(GradCAM("layer4"), num_scales=scales, batch_size=128)
     launches = counted(model, lambda: method(model, images, targets))
     assert len(launches.batches) == batches
-    assert launches.own.total() <= most, launches.own.most_common()
+    assert launches.own.total() <= most * OLDER, launches.own.most_common()
 
 
 def test_scoring_launches_little_beside_the_model(model):
@@ -85,4 +88,4 @@ def test_scoring_launches_little_beside_the_model(model):
     metric = SESSMetric(SESS(GradCAM("layer4"), batch_size=128), compare=compare, batch_size=128)
     launches = counted(model, lambda: metric.update(model, images, targets, boxes))
     assert sum(launches.batches) == 248 + 8 * (2 + 4 * 54)
-    assert launches.own.total() <= 368, launches.own.most_common()
+    assert launches.own.total() <= 368 * OLDER, launches.own.most_common()
