@@ -20,6 +20,13 @@ def pytest_configure(config):
     torch.set_num_threads(int(os.environ.get("SESS_TEST_THREADS", "1")))
 
 
+@pytest.fixture(autouse=True)
+def _not_deterministic():
+    """A Trainer(deterministic=True) leaves torch so, and each empty tensor would be filled in later tests."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def tiny():
     """224 px -> 7 x 7 x 24 -> 5 classes; the test's own copy."""
