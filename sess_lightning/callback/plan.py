@@ -55,10 +55,11 @@ class RunPlan:
     def line(self) -> str:
         """The announcement."""
         details = self.details
+        beside = details["beside (samples)"]
         return (
             f"each run explains {details['samples']} samples of {self.size[0]}x{self.size[1]} px with "
-            f"{details['method']}, {details['forwards per map']} forward passes per map, compared with "
-            f"{details['beside (samples)']}; {details['objects']}; "
+            f"{details['method']}, {details['forwards per map']} forward passes per map"
+            f"{beside and ', compared with '}{beside}; {details['objects']}; "
             f"at most {details['forwards per run, at most']:,} forward passes per run"
             f"{self.cut and '; '}{self.cut}"
         )

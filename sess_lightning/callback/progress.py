@@ -22,8 +22,8 @@ from sess_lightning.methods import SESS, GradCAM
 
 LONG = 3.0
 """Seconds from which on a run counts as long: it shows a bar, and is compared with the training."""
-MEASURED = 1.0
-"""After so many seconds of batches, what the whole run takes is estimated."""
+MEASURED, MANY = 1.0, 64
+"""What a run takes is estimated after so many seconds of batches, and forward passes, or a quarter of all."""
 FEWEST = 4
 """Fewer samples than these are not advised: their scores would be chance."""
 
@@ -104,7 +104,8 @@ class Progress:
             done, total = self._passed + self._laps.done, max(1, plan.forwards)
             if self._before + pace.now() - self._began >= LONG:
                 self._show(trainer, min(done, total), total)
-            rate = None if self._is_said else self._laps.rate(MEASURED)
+            enough = not self._is_said and self._laps.done >= min(MANY, total / 4)
+            rate = self._laps.rate(MEASURED) if enough else None
             if rate is not None and rate * total >= LONG:
                 self._is_said = True
                 seconds, first = in_words(rate * total), f"its first {done:,} of {total:,} forward passes"

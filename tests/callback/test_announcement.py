@@ -64,6 +64,11 @@ def test_what_will_be_done_is_said_once_in_one_line(tmp_path, told):
     assert "asked for" not in line
 
 
+def test_a_run_that_compares_nothing_says_nothing_of_it(tmp_path, told):
+    validate(tmp_path, SESSCallback(QUICK, num_samples=4, compare={}), val=squares(8))
+    assert "5 forward passes per map; no boxes or masks" in told()[0]
+
+
 def test_a_small_data_set_is_announced_with_the_samples_it_has(tmp_path, told):
     its = validate(tmp_path, SESSCallback(QUICK), val=squares(8))
     assert "explains 8 samples" in told()[0]

@@ -1,6 +1,7 @@
 """What a run that takes long shows, on a clock of the tests' own: no test waits or looks at the time."""
 
 import io
+import re
 from collections import deque
 from types import SimpleNamespace
 from typing import ClassVar
@@ -111,7 +112,8 @@ def test_seconds_are_said_while_the_first_run_goes_on_and_once_only(tmp_path, cl
     said = [line for line in told() if "a run takes" in line and "training" not in line]
     (line,) = said
     assert line.startswith("SESSCallback: a run takes about ")
-    assert "judging by its first" in line
+    done, total = (int(text.replace(",", "")) for text in re.findall(r"first ([\d,]+) of ([\d,]+)", line)[0])
+    assert done >= min(64, total / 4)  # A few slow ones at the start say nothing.
 
 
 def test_a_short_run_is_said_when_it_is_over_with_what_it_took(tmp_path, clock, told):
