@@ -255,6 +255,7 @@ def test_perturbed_pixels_lie_between_the_two_nearest_levels(kind):
 @pytest.fixture
 def in_float64(monkeypatch):
     """What asks for float32 gets float64: rounding, which an ascent magnifies, is then no excuse."""
+    mobilenet(), cats(64)  # Kept for all tests, in float32.
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
