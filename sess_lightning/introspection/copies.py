@@ -76,8 +76,13 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _is_whole(tensor: Tensor, size: int) -> bool:
-    """Whether a tensor is all of its storage, in order, and of a type that flattens."""
-    return tensor.dtype in _BITS and tensor.nbytes == size and tensor.is_contiguous()
+    """Whether a tensor is plain, of a type that flattens, and all of its storage, in order."""
+    return (
+        type(tensor) in PLAIN_TENSORS
+        and tensor.dtype in _BITS
+        and tensor.nbytes == size
+        and tensor.is_contiguous()
+    )
 
 
 _BITS = {

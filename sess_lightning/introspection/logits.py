@@ -78,8 +78,7 @@ class TargetScores:
 
     def __init__(self, targets: Int[Tensor, " B"], activation: Activation = "softmax") -> None:
         self._targets, self._activation = targets, activation
-        self._index: Tensor | None = None
-        self._unknown = targets
+        self._known: tuple[Tensor, Tensor] | None = None
 
     def read(self, logits: Float[Tensor, "K N"], which: slice = _ALL) -> Float[Tensor, " K"]:
         """Return the log-scores, float32, of some targets by their batch's logits."""
@@ -90,14 +89,15 @@ class TargetScores:
 
     def logits(self, logits: Float[Tensor, "K N"], which: slice = _ALL) -> Float[Tensor, " K"]:
         """Return some targets' logits; arguments and errors as for ``target_logits``."""
-        if self._index is None:
+        if self._known is None:
             check_targets(logits, self._targets)
             # Clamped, because on a GPU an index out of range kills the whole process.
             known = self._targets.clamp(0, max(2, logits.shape[1]) - 1)
-            self._index, self._unknown = known[:, None].long(), known != self._targets
+            self._known = known[:, None].long(), known != self._targets
+        index, unknown = self._known
         if logits.shape[1] == 1:
             logits = torch.cat([-logits, logits], 1)
-        return logits.gather(1, self._index[which]).squeeze(1).masked_fill(self._unknown[which], torch.nan)
+        return logits.gather(1, index[which]).squeeze(1).masked_fill(unknown[which], torch.nan)
 
 
 def check_targets(logits: Float[Tensor, "B N"], targets: Int[Tensor, " K"]) -> None:

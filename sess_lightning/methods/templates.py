@@ -7,7 +7,7 @@ from abc import abstractmethod
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.batching import batch_limit, in_batches, stacked
+from sess_lightning.batching import ON_CPU, in_batches, stacked
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs
 from sess_lightning.ops import size_of, upsample
@@ -37,14 +37,13 @@ class ExtractingMethod(SaliencyMethod):
         return Explanation(self.draw(maps, size_of(images)), logs.exp())
 
     def _extracted(self, model: nn.Module, images: Tensor, targets: Tensor) -> Extraction:
-        limit = batch_limit(None, images)
-        if len(images) <= limit:
+        if len(images) <= ON_CPU or not images.is_cpu:
             return self.extract(model, borrowed(images), targets)
         # On a CPU, parts with their channels last take less time and memory than a large batch as it lies.
         parts = in_batches(
             lambda rows, which: self.extract_part(model, stacked(rows), targets[which]),
             images.detach(),
-            limit,
+            ON_CPU,
         )
         return self.join_parts([*parts], targets, size_of(images))
 

@@ -252,7 +252,7 @@ def _draw(
     count, which = len(scenes.targets), which or [range(len(scenes.targets))] * len(maps)
     for one in maps:
         _check_maps(one, count, size_of(scenes.pool[0]))
-    for start, _ in scenes.ways:
+    for start, _ in scenes.ways if count else ():
         check_inputs("Insertion and deletion", scenes.pool[start], scenes.targets)
     items, places = scenes.laid_out(which, steps)
     device = scenes.targets.device

@@ -200,3 +200,23 @@ def test_parameters_that_a_later_forward_pass_writes_to_are_put_back_where_all_a
     kept = [torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True)]
     assert all(kept[1:])
     assert kept[0] == copies_all
+
+
+class Guarded(torch.Tensor):
+    """Refuses to be laid flat with others, as a wrapper of a user's own may."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in ("flatten_dense_tensors", "is_contiguous"):
+            raise RuntimeError(f"refused: {func.__name__}")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_tensors_of_a_users_own_kind_are_copied_by_their_storage():
+    model = nn.Module()
+    for name in ("first", "second"):
+        model.register_buffer(name, torch.ones(3).as_subclass(Guarded))
+    with explaining(model), torch.no_grad():
+        model.first.add_(1)
+    assert torch.equal(model.first.as_subclass(torch.Tensor), torch.ones(3))
+    assert type(model.first) is Guarded

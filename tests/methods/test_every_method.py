@@ -288,5 +288,8 @@ def test_a_large_batch_passes_in_parts_and_gives_the_same_maps(name, model, imag
     maps = []
     seen = forwards_of(model, lambda: maps.append(method(model, many, targets)))
     assert max(len(batch) for batch in seen.batches) <= (32 if name == "IntegratedGradients" else ON_CPU)
-    alone = torch.cat([method(model, many[[i]], targets[[i]]) for i in (0, 9, 18)])
+    singles = (many[[i]].contiguous(memory_format=torch.channels_last) for i in (0, 9, 18))
+    alone = torch.cat(
+        [method(model, image, targets[[i]]) for i, image in zip((0, 9, 18), singles, strict=True)]
+    )
     torch.testing.assert_close(maps[0][[0, 9, 18]], alone, atol=1e-4, rtol=0)

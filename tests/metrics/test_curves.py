@@ -266,3 +266,9 @@ def test_an_accelerator_paints_the_images_that_a_cpu_paints(batch):
         painted = there.paint(which)
         assert torch.equal(here.paint(which), painted)
         assert painted.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("curve", [insertion_curve, deletion_curve])
+def test_no_images_have_no_curves(curve, four):
+    none = four[:0]
+    assert curve(Sum(), none, none[:, 0], ONE[:0], steps=3).shape == (0, 4)
