@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sess_lightning.reporting.run import RunReport
-from sess_lightning.reporting.sink import LoggerSink, columns_of, logged_tables, pictures
+from sess_lightning.reporting.sink import LoggerSink, columns_of, logged_tables
 
 
 class CometSink(LoggerSink):
@@ -18,8 +18,8 @@ class CometSink(LoggerSink):
             cells = [[row.get(column) for column in columns] for row in rows]
             path = f"{self.key(report, name)}/{report.stem}.csv"
             self.experiment.log_table(path, tabular_data=cells, headers=columns)
-        for name, picture in pictures(report):
-            self.experiment.log_image(picture, name=self.key(report, name), step=report.step)
+        for name, drawing in report.drawings.items():
+            self.experiment.log_image(drawing.picture, name=self.key(report, name), step=report.step)
 
     def close(self, report: RunReport) -> None:
         """Log the alert as text."""

@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from sess_lightning.reporting.paths import inside, write_whole
 from sess_lightning.reporting.run import RunReport
-from sess_lightning.reporting.sink import Sink, columns_of, pictures, plain_tables
+from sess_lightning.reporting.sink import Sink, columns_of, plain_tables
 from sess_lightning.scores import CURVES
 
 TAIL = 1 << 16
@@ -46,10 +44,8 @@ class FileSink(Sink):
             whole = [{"run": report.run, **report.when, **row} for row in rows]
             if whole:
                 append_rows(inside(self._folder, report.key(f"{name}.csv")), whole)
-        for name, picture in pictures(report):
-            file = io.BytesIO()
-            Image.fromarray(picture).save(file, "PNG", compress_level=1)
-            write_whole(inside(self._folder, report.key(f"{name}/{report.stem}.png")), [file.getvalue()])
+        for name, drawing in report.drawings.items():
+            write_whole(inside(self._folder, report.key(f"{name}/{report.stem}.png")), [drawing.png])
 
 
 def _points(report: RunReport) -> Iterator[dict[str, Any]]:

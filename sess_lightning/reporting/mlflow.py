@@ -5,7 +5,7 @@ from __future__ import annotations
 from sess_lightning.reporting.files import table
 from sess_lightning.reporting.paths import safe_name
 from sess_lightning.reporting.run import RunReport
-from sess_lightning.reporting.sink import LoggerSink, logged_tables, pictures
+from sess_lightning.reporting.sink import LoggerSink, logged_tables
 
 
 class MLflowSink(LoggerSink):
@@ -18,8 +18,8 @@ class MLflowSink(LoggerSink):
         run = self._logger.run_id
         for name, rows in logged_tables(report).items():
             self.experiment.log_text(run, table(rows), f"{self.key(report, name)}/{report.stem}.csv")
-        for name, picture in pictures(report):
-            self.experiment.log_image(run, picture, key=self.key(report, name), step=report.step)
+        for name, drawing in report.drawings.items():
+            self.experiment.log_image(run, drawing.picture, key=self.key(report, name), step=report.step)
 
     def close(self, report: RunReport) -> None:
         """Tag the run with the alert."""

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from sess_lightning.reporting.dashboard import Difference
-from sess_lightning.reporting.panels import Panel
+from sess_lightning.reporting.panels import Panel, Picture, curve_figure, sheet
+from sess_lightning.reporting.png import png
 from sess_lightning.scores import CURVES_N, build
+
+
+class Drawing:
+    """An image that is drawn when the first sink asks for it, and encoded once for all of them.
+
+    Args:
+        draw: Draws it.
+    """
+
+    def __init__(self, draw: Callable[[], Picture]) -> None:
+        self._draw = draw
+
+    @cached_property
+    def picture(self) -> Picture:
+        """The image itself."""
+        return self._draw()
+
+    @cached_property
+    def png(self) -> bytes:
+        """The image as a file."""
+        return png(self.picture)
 
 
 @dataclass(frozen=True)
@@ -71,6 +94,16 @@ class RunReport:
     def title(self) -> str:
         """Title of the figure of the mean curves."""
         return f"Mean curves after epoch {self.epoch}, step {self.step}"
+
+    @cached_property
+    def drawings(self) -> dict[str, Drawing]:
+        """The sheet of the samples and the figure of the mean curves, if there are any."""
+        drawings = {}
+        if self.panels:
+            drawings["panel"] = Drawing(partial(sheet, self.panels))
+        if self.curves:
+            drawings["curves"] = Drawing(partial(curve_figure, self.labelled_curves(), self.title))
+        return drawings
 
     def key(self, name: str) -> str:
         """Return the name under which a logger shows something."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sess_lightning.reporting.panels import Picture, curve_figure, sheet
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.scores import ENDS, Key, split
 
@@ -60,14 +59,6 @@ class LoggerSink(Sink):
         """Return a key with the logger's own prefix: ``WandbLogger(prefix="a")`` puts ``"a-"`` before."""
         prefix = getattr(self._logger, "_prefix", None)
         return f"{prefix}-{report.key(name)}" if isinstance(prefix, str) and prefix else report.key(name)
-
-
-def pictures(report: RunReport) -> Iterator[tuple[str, Picture]]:
-    """Yield the sheet of the samples and the figure of the mean curves, if there are any."""
-    if report.panels:
-        yield "panel", sheet(report.panels)
-    if report.curves:
-        yield "curves", curve_figure(report.labelled_curves(), report.title)
 
 
 def plain_tables(report: RunReport) -> dict[str, list[dict[str, Any]]]:

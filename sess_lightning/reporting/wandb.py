@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sess_lightning.reporting.dashboard import difference, main_scores, thinned
-from sess_lightning.reporting.panels import Panel, curve_figure
+from sess_lightning.reporting.panels import Panel
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.sink import LoggerSink, cell, plain_row, score_rows
 from sess_lightning.scores import CURVES, FAILED, OVERALL, SCORES, SELECTION, column_label, split
@@ -110,7 +110,7 @@ def _parts(report: RunReport) -> list[dict[str, Any]]:
         parts.append({"panel": [_strip(panel) for panel in report.panels]})
     if report.curves:
         # The chart shows the newest run; the image's step slider goes back to any run.
-        picture = wandb.Image(curve_figure(report.labelled_curves(), report.title), file_type="jpg")
+        picture = wandb.Image(report.drawings["curves"].picture, file_type="jpg")
         parts.append({"curves": _curves(report), "curves_by_epoch": [picture]})
     if report.differences and difference(report.values, report.epoch, report.step) is not None:
         parts.append({"difference": _differences(report)})

@@ -17,7 +17,7 @@ from PIL import Image
 from lightning_models import Classifier, boxed, pair, squares
 from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.reporting import sink
+from sess_lightning.reporting import run
 from sess_lightning.types import Explanation, SaliencyMethod
 
 
@@ -85,9 +85,9 @@ class WandbLogger(CSVLogger):
 
     @property
     def experiment(self):
-        run = mock.Mock()
-        run.log.side_effect = RuntimeError("Run (abc) is finished. The call to `log` will be ignored.")
-        return run
+        client = mock.Mock()
+        client.log.side_effect = RuntimeError("Run (abc) is finished. The call to `log` will be ignored.")
+        return client
 
 
 class TensorBoardLogger(CSVLogger):
@@ -334,7 +334,7 @@ FAULTS = {
     "the logger takes no pictures": Fault(None, FINE, logger=CSVLogger),
     "curves cannot be drawn": Fault(
         "RuntimeError: no font", UNSEEN, logger=False,
-        around=lambda folder: mock.patch.object(sink, "curve_figure", side_effect=RuntimeError("no font")),
+        around=lambda folder: mock.patch.object(run, "curve_figure", side_effect=RuntimeError("no font")),
     ),
     "an error that cannot be told": Fault("WordlessError", LOST, {"method": Red(WordlessError)}),
     "the time is over": Fault("TimeoutError: out of luck", LOST, {"method": Red(TimeoutError)}),

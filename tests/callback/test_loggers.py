@@ -44,7 +44,7 @@ def test_one_logger_that_fails_does_not_keep_the_others_from_their_pictures(tmp_
         raise OSError("disk full")
 
     failing = TensorBoardLogger(tmp_path, name="tb")
-    monkeypatch.setattr(failing.experiment, "add_image", fail)
+    monkeypatch.setattr(failing.experiment, "add_text", fail)
     with pytest.warns(SESSWarning, match="OSError: disk full"):
         its = fit(tmp_path, quick(on_error="warn"), logger=[failing, CSVLogger(tmp_path)])
     assert len(list((tmp_path / "lightning_logs" / "version_0" / "sess" / "panel").iterdir())) == 1

@@ -192,7 +192,7 @@ def check_curves(folder, logged, figures):
 def blank_figures(monkeypatch):
     """Curves that are not drawn, for tests of what is sent beside them: drawing takes a third of the time."""
     blank = np.zeros((4, 4, 3), np.uint8)
-    monkeypatch.setattr("sess_lightning.reporting.wandb.curve_figure", lambda *_: blank)
+    monkeypatch.setattr("sess_lightning.reporting.run.curve_figure", lambda *_: blank)
 
 
 class Diarist(Classifier):

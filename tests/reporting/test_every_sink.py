@@ -5,7 +5,8 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reports import CometLogger, MLFlowLogger, Notes, report
+from reports import CURVES, CometLogger, MLFlowLogger, Notes, report
+from sess_lightning.reporting import run
 from sess_lightning.reporting.publisher import Publisher, sink_for
 from sess_lightning.reporting.report.sink import ReportSink
 from sess_lightning.reporting.sink import SCORE_COLUMNS, score_rows
@@ -76,3 +77,20 @@ def test_two_loggers_of_one_run_get_one_sink(tmp_path, loggers, count):
     publisher = Publisher(lambda _: nullcontext(), pytest.fail)
     publisher.connect(loggers(tmp_path), tmp_path, prefix="sess", report=False)
     assert len(publisher.names) == count
+
+
+def test_every_image_is_drawn_once_and_encoded_once_for_all_sinks(
+    wandb_logger, tmp_path, panels, monkeypatch
+):
+    made = []
+
+    def noting(name, make):
+        return lambda *args: made.append(name) or make(*args)
+
+    for name in ("sheet", "curve_figure", "png"):
+        monkeypatch.setattr(run, name, noting(name, getattr(run, name)))
+    sinks = [sink_for(logger, tmp_path) for logger in (TensorBoardLogger(tmp_path), None, wandb_logger)]
+    its = report(panels=panels, curves=CURVES)
+    for sink in sinks:
+        sink.write(its)
+    assert sorted(made) == ["curve_figure", "png", "png", "sheet"]

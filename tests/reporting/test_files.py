@@ -154,7 +154,7 @@ def test_no_name_leads_out_of_the_folder(tmp_path, name):
 
 
 def test_numbers_do_not_wait_for_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr("sess_lightning.reporting.sink.curve_figure", lambda *_: np.zeros(3, np.uint8)[:, 5])
+    monkeypatch.setattr("sess_lightning.reporting.run.curve_figure", lambda *_: np.zeros(3, np.uint8)[:, 5])
     with pytest.raises(IndexError):
         FileSink(tmp_path).write(RunReport("sess", 0, 3, "SESS", {"n": 1.0}, curves=CURVES))
     assert rows(tmp_path / "sess" / "scalars.csv") == [
