@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import get_ident
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -187,29 +189,68 @@ def _no_cycles_left() -> Iterator[None]:
             gc.enable()
 
 
-@_no_cycles_left()
+class _Frame:
+    """The axes of the curves, which are drawn once; what a run adds is drawn over them.
+
+    Args:
+        names: Names of the methods.
+    """
+
+    @_no_cycles_left()
+    def __init__(self, names: Sequence[str]) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        # Margins by hand: a layout that measures all texts takes half of the time, and training waits.
+        figure = Figure(figsize=(9, 3.6), dpi=110)
+        figure.subplots_adjust(left=0.07, right=0.985, bottom=0.14, top=0.82, wspace=0.06)
+        self._canvas = FigureCanvasAgg(figure)
+        self._axes = figure.subplots(1, 2, sharey=True)
+        for axis, kind in zip(
+            self._axes, ("Insertion (higher is better)", "Deletion (lower is better)"), strict=True
+        ):
+            for i in range(len(names)):
+                axis.plot([], [], label=str(i), lw=1.2 if i else 2.4)
+            axis.set(title=kind, xlabel="pixels changed, most salient first (%)", ylim=(0, 1), xlim=(0, 100))
+            axis.grid(alpha=0.3)
+        self._axes[0].set_ylabel("probability of the target")
+        # Labels that begin with "_" would be left out of the legend.
+        self._legend = self._axes[0].legend(fontsize=8)
+        for text, name in zip(self._legend.get_texts(), names, strict=True):
+            text.set(text=name, parse_math=False)
+        self._title = figure.suptitle("", fontsize=10)
+        for artist in (self._title, *(artist for axis in self._axes for artist in self._over(axis))):
+            artist.set_animated(True)
+        self._canvas.draw()
+        self._empty = [self._canvas.copy_from_bbox(part.bbox) for part in (figure, *self._axes)]
+
+    def _over(self, axis: Any) -> list[Any]:
+        """Return what is drawn over the empty axes, in order."""
+        return [*axis.lines, *axis.spines.values(), *([self._legend] if axis is self._axes[0] else [])]
+
+    def draw(self, curves: Sequence[Float[Tensor, "2 T"]], title: str) -> Picture:
+        """Draw curves into the axes."""
+        figure, *insides = self._empty
+        self._canvas.restore_region(figure)
+        for row, (axis, inside) in enumerate(zip(self._axes, insides, strict=True)):
+            for line, curve in zip(axis.lines, curves, strict=True):
+                line.set_data(np.linspace(0, 100, curve.shape[1]), curve[row].numpy())
+            self._canvas.restore_region(inside)  # A wide legend ends where the next axes begin.
+            for artist in self._over(axis):
+                axis.draw_artist(artist)
+        self._title.set_text(title)
+        self._canvas.figure.draw_artist(self._title)
+        return np.asarray(self._canvas.buffer_rgba())[..., :3].copy()
+
+
+@lru_cache(maxsize=4)
+def _frame(names: tuple[str, ...], style: str, thread: int) -> _Frame:  # noqa: ARG001
+    """Return a frame that is kept, for one style of matplotlib's and one thread."""
+    return _Frame(names)
+
+
 def curve_figure(curves: Mapping[str, Float[Tensor, "2 T"]], title: str = "") -> Picture:
     """Draw mean insertion and deletion curves, a line per method, the first one thicker."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib import rcParams
 
-    # Margins by hand: a layout that measures all texts takes half of the time, and training waits.
-    figure = Figure(figsize=(9, 3.6), dpi=110)
-    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.14, top=0.82, wspace=0.06)
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, kind, row in zip(
-        axes, ("Insertion (higher is better)", "Deletion (lower is better)"), (0, 1), strict=True
-    ):
-        for i, curve in enumerate(curves.values()):
-            share = np.linspace(0, 100, curve.shape[1])
-            axis.plot(share, curve[row].numpy(), label=str(i), lw=1.2 if i else 2.4)
-        axis.set(title=kind, xlabel="pixels changed, most salient first (%)", ylim=(0, 1), xlim=(0, 100))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("probability of the target")
-    # Labels that begin with "_" would be left out of the legend.
-    for text, name in zip(axes[0].legend(fontsize=8).get_texts(), curves, strict=True):
-        text.set(text=name, parse_math=False)
-    figure.suptitle(title, fontsize=10)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return _frame(tuple(curves), repr({**rcParams}), get_ident()).draw([*curves.values()], title)

@@ -3,6 +3,9 @@ import gc
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from formula import picture
 from lightning_models import MEAN, STD
@@ -210,3 +213,48 @@ def test_a_figure_of_curves_leaves_nothing_to_the_garbage_collector():
     curve_figure(curves)
     assert gc.isenabled()
     assert gc.collect() == 0
+
+
+def drawn_whole(curves, title):
+    """Curves in axes that are drawn with them, as matplotlib does by itself."""
+    figure = Figure(figsize=(9, 3.6), dpi=110)
+    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.14, top=0.82, wspace=0.06)
+    axes = figure.subplots(1, 2, sharey=True)
+    for row, kind in enumerate(("Insertion (higher is better)", "Deletion (lower is better)")):
+        for i, (name, curve) in enumerate(curves.items()):
+            share = np.linspace(0, 100, curve.shape[1])
+            axes[row].plot(share, curve[row], label=name, lw=1.2 if i else 2.4)
+        axes[row].set(title=kind, xlabel="pixels changed, most salient first (%)", ylim=(0, 1), xlim=(0, 100))
+        axes[row].grid(alpha=0.3)
+    axes[0].set_ylabel("probability of the target")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+@pytest.mark.parametrize("name", ["base (n=8)", "a name that is as long as both axes are wide " * 5])
+def test_kept_axes_give_the_figure_that_is_drawn_whole_every_time(name):
+    noise, steps = torch.rand(2, 57), torch.tensor([[0, 1, 0, 1.5, -0.5], [1, 0, torch.nan, 0, 1]])
+    for run, own in enumerate((steps, noise, steps)):
+        curves = {"SESS (n=8)": own, name: own.flip(1)}
+        assert np.array_equal(curve_figure(curves, f"epoch {run}"), drawn_whole(curves, f"epoch {run}"))
+
+
+def test_the_axes_are_drawn_once_for_a_style_and_its_methods(monkeypatch):
+    made, make = [], Figure.subplots
+
+    def noting(*args, **kwargs):
+        made.append(args)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(Figure, "subplots", noting)
+    for runs, names in enumerate(("once", "twice"), 1):
+        for _ in range(3):
+            plain = curve_figure({names: torch.zeros(2, 29)})
+        assert len(made) == runs
+    with rc_context({"axes.facecolor": "black"}):
+        assert not np.array_equal(curve_figure({"twice": torch.zeros(2, 29)}), plain)
+    assert len(made) == 3
+    assert np.array_equal(curve_figure({"twice": torch.zeros(2, 29)}), plain)
