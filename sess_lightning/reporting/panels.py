@@ -99,7 +99,8 @@ def _shown_channels(count: int, asked: Sequence[int] | None) -> list[int]:
 
 
 def _as_bytes(image: npt.NDArray[np.float32], white: float | None) -> Picture:
-    known = image[np.isfinite(image)]
+    finite = np.isfinite(image)
+    known = image if finite.all() else image[finite]
     low, high = 0.0, white or 0.0
     margin = 0.02 * high  # From rounding, and from bicubic resizing.
     if white is None or np.mean((known < low - margin) | (known > high + margin)) > MOST_CLIPPED:
@@ -107,15 +108,20 @@ def _as_bytes(image: npt.NDArray[np.float32], white: float | None) -> Picture:
         if low == high and known.size:  # A small object on a uniform background.
             low, high = known.min(), known.max()
     scaled = (image - low) / (high - low if high > low else np.inf)
-    shown: Picture = (np.nan_to_num(scaled).clip(0, 1) * 255).round().astype(np.uint8)
-    return shown.transpose(1, 2, 0)
+    if known is not image:
+        scaled = np.nan_to_num(scaled)
+    shown = np.rint(np.clip(scaled, 0, 1, out=scaled) * 255).astype(np.uint8)
+    return np.stack([*shown], axis=-1)  # Of a mere view, whoever reads it would make a copy.
 
 
 @lru_cache(maxsize=4)
-def _colours(name: str) -> npt.NDArray[np.float32]:
+def _blends(name: str, strength: float) -> npt.NDArray[np.uint8]:
+    """Return red, green and blue of each of 256 values of a map over each of 256 shades, (3, 256 * 256)."""
     from matplotlib import colormaps
 
-    return np.asarray(colormaps[name](np.linspace(0, 1, 256))[:, :3] * 255, dtype=np.float32)
+    colours = np.asarray(colormaps[name](np.linspace(0, 1, 256))[:, :3] * 255, dtype=np.float32)
+    blended = (1 - strength) * np.arange(256, dtype=np.uint8) + strength * colours.T[..., None]
+    return blended.round().astype(np.uint8).reshape(3, -1)
 
 
 def overlay(
@@ -123,8 +129,9 @@ def overlay(
 ) -> Picture:
     """Blend a map in [0, 1] over an image; where it is low or NaN, the image shows through, darkened."""
     values = saliency.detach().float().cpu().nan_to_num(0).clamp(0, 1).numpy()
-    tinted = _colours(colours)[(values * 255).round().astype(np.int64)]
-    return ((1 - strength) * picture + strength * tinted).round().astype(np.uint8)
+    rows = np.rint(values * 255).astype(np.intp) * 256
+    blends = enumerate(_blends(colours, strength))
+    return np.stack([blend.take(rows + picture[..., channel]) for channel, blend in blends], axis=-1)
 
 
 def sheet(panels: Sequence[Panel], side: int = 224) -> Picture:

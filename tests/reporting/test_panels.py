@@ -3,7 +3,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -188,6 +188,15 @@ def test_boxes_are_drawn_green_where_they_are_on_every_picture_of_the_row():
 def test_boxes_without_area_are_not_drawn():
     page = sheet([a_panel(boxes=[(5.0, 5.0, 5.0, 20.0)])], side=224)
     assert not (page == GREEN).all(2).any()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.5, 1.0])
+def test_every_value_is_blended_with_every_shade_as_floats_would_be(strength):
+    values = torch.linspace(0, 1, 256)[:, None].expand(256, 256)
+    shades = np.arange(256, dtype=np.uint8)[None, :, None].repeat(256, 0).repeat(3, 2)
+    tints = (colormaps["jet"](np.linspace(0, 1, 256))[:, None, :3] * 255).astype(np.float32)
+    blended = ((1 - strength) * shades + strength * tints).round().astype(np.uint8)
+    assert np.array_equal(overlay(shades, values, strength=strength), blended)
 
 
 def test_a_figure_of_curves_has_a_line_per_method():
