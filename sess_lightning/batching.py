@@ -107,6 +107,12 @@ def in_batches(
                 )
 
 
+def joined(parts: Iterable[Tensor]) -> Tensor:
+    """Return the results of batches as one; that of a single batch is not copied."""
+    first, *others = parts
+    return torch.cat([first, *others]) if others else first
+
+
 def stacked(items: Sequence[Tensor]) -> Tensor:
     """Stack items; images lie with their channels last, the layout convolutions are fastest in."""
     if items[0].ndim != 3:

@@ -116,39 +116,43 @@ def min_max_upsampled(
 
 def _next_to_lines(maps: Float[Tensor, "B h w"], target: int) -> Float[Tensor, "B h n"]:
     """Upsample rows to ``target`` samples, and return only those next to the source's samples."""
-    lower, upper, share = _neighbours(maps.shape[-1], target, maps.device)
+    cells, share = _neighbours(maps.shape[-1], target, maps.device)
+    lower, upper = maps[..., cells].unbind(-2)
     # A lerp leaves a flat map exactly flat.
-    return maps[..., lower].lerp(maps[..., upper], share.to(maps.dtype))
+    return lower.lerp(upper, share.to(maps.dtype))
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _neighbours(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _neighbours(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
     # In units of 1 / (2 * target) of a source sample, as in `resize_matrix`.
     unit, last = 2 * target, source - 1
     places = [min(max(0, (2 * j + 1) * source - target), last * unit) for j in range(target)]
     cells = [place // unit for place in places]
     chosen = [j for j in range(target) if {cells[max(j - 1, 0)], cells[min(j + 1, target - 1)]} != {cells[j]}]
     chosen = sorted({0, *chosen, target - 1})
-    lower = torch.tensor([cells[j] for j in chosen], device=device)
-    upper = torch.tensor([min(cells[j] + 1, last) for j in chosen], device=device)
+    between = [[min(cells[j] + up, last) for j in chosen] for up in (0, 1)]
     share = torch.tensor([places[j] % unit / unit for j in chosen], device=device, dtype=torch.float32)
-    return lower, upper, share
+    return torch.tensor(between, device=device), share
 
 
 def _stretch(maps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    span = high - low
     # A gain above 1 / tiny would overflow: subnormal spans count as flat.
-    usable = has_span(low, high, torch.finfo(maps.dtype).tiny)
-    return ((maps - low) / (high - low)).masked_fill(~usable, 0)
+    is_flat = _beyond_rounding(span, low, high) <= torch.finfo(maps.dtype).tiny
+    return ((maps - low) / span).masked_fill(is_flat, 0)
 
 
-def has_span(low: Tensor, high: Tensor, least: float = 0.0) -> Tensor:
-    """Return whether the lowest and the highest value differ by more than rounding, and than ``least``.
+def has_span(low: Tensor, high: Tensor) -> Tensor:
+    """Return whether the lowest and the highest value differ by more than rounding.
 
     False as well where one of them is NaN or infinite.
     """
-    span = (high - low).nan_to_num(0, 0, 0)
-    return span > least + ROUNDING * torch.maximum(-low, high)
+    return _beyond_rounding(high - low, low, high) > 0
+
+
+def _beyond_rounding(span: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return span.sub(torch.maximum(-low, high), alpha=ROUNDING).nan_to_num(0, 0, 0)
 
 
 def upsample(maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:

@@ -288,9 +288,15 @@ def box_masks(
 ) -> Bool[Tensor, "B H W"]:
     """Return which pixels have their centre in one of their image's boxes (x0, y0, x1, y1)."""
     x0, y0, x1, y1 = pad_boxes(boxes, device).unsqueeze(-1).unbind(-2)
-    y, x = (torch.arange(n, device=device) + 0.5 for n in size)
+    y, x = (_centres(n, device) for n in size)
     rows, columns = (y0 <= y) & (y < y1), (x0 <= x) & (x < x1)
     return rows.float().mT @ columns.float() > 0
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _centres(count: int, device: torch.device) -> Float[Tensor, " N"]:
+    return torch.arange(count, device=device, dtype=torch.float32) + 0.5
 
 
 def pad_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], device: torch.device) -> Float[Tensor, "B N 4"]:
@@ -301,6 +307,8 @@ def pad_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], device: torch.device) -> Fl
     """
     _check_box_shapes(boxes)
     rows = [of_image.to(device, torch.float32) for of_image in boxes]
+    if len(set(map(len, rows))) == 1:
+        return torch.stack(rows)
     rows.append(torch.zeros(1, 4, device=device))
     return torch.cat(rows)[_padding(tuple(map(len, boxes)), device)]
 
@@ -321,8 +329,14 @@ def has_region(regions: Regions, device: torch.device) -> Bool[Tensor, " B"]:
     """Return which images have a region at all, from masks or boxes as read; the others are no trials."""
     if isinstance(regions, Tensor):
         return regions.bool().flatten(1).any(1)
-    x0, y0, x1, y1 = pad_boxes(regions, device).unbind(-1)
-    return ((x1 > x0) & (y1 > y0)).any(1)
+    return have_areas(pad_boxes(regions, device)).any(1)
+
+
+def have_areas(boxes: Float[Tensor, "*B 4"]) -> Bool[Tensor, "*B"]:
+    """Return which boxes are not empty."""
+    start, end = boxes.split(2, -1)
+    filled: Tensor = (end > start).all(-1)
+    return filled
 
 
 def describe_regions(regions: Regions | None) -> str:

@@ -12,7 +12,7 @@ from torchvision.models import resnet50
 from sess_lightning import SESS, GradCAM, SESSMetric
 from sess_lightning.methods import CentreGaussian, RandomMap
 
-# The counts are those of torch 2.14; 2.6 splits some operations in two: 89 for 87, 178 for 162.
+# The counts are those of torch 2.14; 2.6 splits some operations in two.
 OLDER = 1.0 if torch.__version__ >= TorchVersion("2.9") else 1.1
 NOT_LAUNCHED = {
     "alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided",
@@ -72,7 +72,7 @@ def counted(model, run):
 
 
 @pytest.mark.parametrize(
-    ("count", "scales", "batches", "most"), [(1, 6, 1, 87), (8, 6, 2, 101), (8, 12, 8, 162)]
+    ("count", "scales", "batches", "most"), [(1, 6, 1, 72), (8, 6, 2, 86), (8, 12, 8, 152)]
 )
 def test_sess_launches_little_beside_the_model(model, count, scales, batches, most):
     images, targets, _ = given(count)
@@ -88,4 +88,4 @@ def test_scoring_launches_little_beside_the_model(model):
     metric = SESSMetric(SESS(GradCAM("layer4"), batch_size=128), compare=compare, batch_size=128)
     launches = counted(model, lambda: metric.update(model, images, targets, boxes))
     assert sum(launches.batches) == 248 + 8 * (2 + 4 * 54)
-    assert launches.own.total() <= 368 * OLDER, launches.own.most_common()
+    assert launches.own.total() <= 300 * OLDER, launches.own.most_common()

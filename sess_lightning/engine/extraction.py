@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.batching import batch_limit, in_batches, stacked
+from sess_lightning.batching import batch_limit, in_batches, joined, stacked
 from sess_lightning.engine.fusion import crop, crop_strips
 from sess_lightning.engine.windows import Plan, WindowStream, windows
 from sess_lightning.introspection.logits import classify, log_scores
@@ -73,13 +74,13 @@ class WindowExtractor:
     @property
     def numbers(self) -> Int[Tensor, "T P"]:
         """The indices of all windows, for each target."""
-        return torch.arange(len(self.plan), device=self.images.device).expand(len(self.targets), -1)
+        return _counted(len(self.plan), self.images.device).expand(len(self.targets), -1)
 
     def score(self, model: nn.Module, activation: Activation) -> Scored:
         """Score all windows, by forward passes that give no maps."""
         stream, limit = self._stream()
         parts = in_batches(lambda _, which: classify(model, stream.take(which)), range(len(stream)), limit)
-        logits = stream.gathered(torch.cat([*parts])).expand(len(self.targets), -1, -1)
+        logits = stream.gathered(joined(parts)).expand(len(self.targets), -1, -1)
         of_window = self.targets[:, None].expand(-1, len(self.plan))
         logs = log_scores(logits.flatten(0, 1), of_window.flatten(), activation)
         return Scored(self.numbers, logs.view(-1, len(self.plan)))
@@ -138,3 +139,9 @@ class WindowExtractor:
             for image, of_image in zip(images, which, strict=True)
             for part in of_image.split(limit)
         )
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _counted(windows: int, device: torch.device) -> Int[Tensor, " P"]:
+    return torch.arange(windows, device=device)

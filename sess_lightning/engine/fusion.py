@@ -241,7 +241,8 @@ def _votes(
     by more than 1e-3 from counting above 0. Measured against the top weight instead, that would be 5,230
     pixels: windows with a low weight would lose their votes.
     """
-    return drawn > (ROUNDING * weights).clamp(min=theta)[..., None, None]
+    least = (ROUNDING * weights)[..., None, None]
+    return drawn > (least.clamp(min=theta) if theta > 0 else least)
 
 
 def canvases(size: tuple[int, int], device: torch.device) -> int:

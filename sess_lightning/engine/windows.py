@@ -222,11 +222,13 @@ class WindowStream:
 
     def spread(self, values: Shaped[Tensor, " B"]) -> Shaped[Tensor, " N"]:
         """Return each window's value, in the stream's order, from one value per image."""
-        return values[self._order[0]]
+        return values[self._order[0]] if len(self._images) > 1 else values.expand(len(self))
 
     def gathered(self, values: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "B P ..."]:
         """Return windows' results in the stream's order by image and in the plan's order."""
-        in_order: Tensor = values[self._order[1]].unflatten(0, (-1, len(self._plan)))
+        # A single image's windows stream in the plan's order.
+        values = values[self._order[1]] if len(self._images) > 1 else values
+        in_order: Tensor = values.unflatten(0, (-1, len(self._plan)))
         return in_order
 
     @property

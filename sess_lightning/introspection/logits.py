@@ -62,7 +62,8 @@ def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> F
         UnknownClassError: If a target is none of the model's classes. If reading it would wait for the
             device, it is not read, and such a target's logit is NaN.
     """
-    return TargetScores(targets).logits(logits)
+    scores = TargetScores(targets)
+    return scores.known(scores.logits(logits))
 
 
 _ALL = slice(None)
@@ -71,6 +72,8 @@ _ALL = slice(None)
 class TargetScores:
     """Reads targets' scores off batches of logits; what concerns the targets alone is computed once.
 
+    On a device, the score of a target that is none of the model's classes is another class's until ``known``.
+
     Args:
         targets: Class indices of all batches.
         activation: How logits become probabilities, as for ``log_scores``.
@@ -78,7 +81,7 @@ class TargetScores:
 
     def __init__(self, targets: Int[Tensor, " B"], activation: Activation = "softmax") -> None:
         self._targets, self._activation = targets, activation
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._index: Tensor | None = None
 
     def read(self, logits: Float[Tensor, "K N"], which: slice = _ALL) -> Float[Tensor, " K"]:
         """Return the log-scores, float32, of some targets by their batch's logits."""
@@ -89,15 +92,17 @@ class TargetScores:
 
     def logits(self, logits: Float[Tensor, "K N"], which: slice = _ALL) -> Float[Tensor, " K"]:
         """Return some targets' logits; arguments and errors as for ``target_logits``."""
-        if self._known is None:
+        if self._index is None:
             check_targets(logits, self._targets)
             # Clamped, because on a GPU an index out of range kills the whole process.
-            known = self._targets.clamp(0, max(2, logits.shape[1]) - 1)
-            self._known = known[:, None].long(), known != self._targets
-        index, unknown = self._known
+            self._index = self._targets.long().clamp(0, max(2, logits.shape[1]) - 1)
         if logits.shape[1] == 1:
             logits = torch.cat([-logits, logits], 1)
-        return logits.gather(1, index[which]).squeeze(1).masked_fill(unknown[which], torch.nan)
+        return logits.gather(1, self._index[which][:, None]).squeeze(1)
+
+    def known(self, scores: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Return the scores of all targets, of which those that are none of the model's classes get NaN."""
+        return scores if self._index is None else scores.masked_fill(self._index != self._targets, torch.nan)
 
 
 def check_targets(logits: Float[Tensor, "B N"], targets: Int[Tensor, " K"]) -> None:
@@ -128,7 +133,8 @@ def log_scores(
         activation: ``"softmax"`` for single-label heads, ``"sigmoid"`` for multi-label ones; a head with a
             single logit is always read with a sigmoid.
     """
-    return TargetScores(targets, activation).read(logits)
+    scores = TargetScores(targets, activation)
+    return scores.known(scores.read(logits))
 
 
 def classify(model: nn.Module, images: Real[Tensor, "B C H W"]) -> Float[Tensor, "B N"]:

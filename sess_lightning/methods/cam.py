@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sess_lightning.batching import joined
 from sess_lightning.introspection.heads import check_linear_head
 from sess_lightning.introspection.layers import TargetLayer
 from sess_lightning.introspection.lending import borrowed, explaining
@@ -78,7 +79,7 @@ class _FromFeatures(ExtractingMethod):
         """Return the extraction of several batches of images of one size, from their ``extract_part``."""
         if isinstance(parts[0], Extraction):
             return super().join_parts(parts, targets, size)
-        maps, logits = (torch.cat(column) for column in zip(*parts, strict=True))
+        maps, logits = map(joined, zip(*parts, strict=True))
         return self._extraction(maps, logits, targets, size)
 
     def _combined(
@@ -134,6 +135,7 @@ class GradCAM(_FromFeatures):
         self, features: Float[Tensor, "B K h w"], gradients: Float[Tensor, "B K h w"]
     ) -> Float[Tensor, "B h w"]:
         """Turn features and gradients into maps, any range."""
+        # A matrix product would take half of the time, at five times the rounding.
         return (gradients.mean((2, 3), keepdim=True) * features).sum(1).relu()
 
 

@@ -47,43 +47,40 @@ class Scene(NamedTuple):
     size: tuple[int, int] | None
 
 
-def played(maps: Sequence[Float[Tensor, "B H W"]], scene: Scene, tolerance: float) -> list[Int[Tensor, " B"]]:
-    """Return the Pointing Game's hits of each method's maps."""
+def placed(
+    maps: Sequence[Float[Tensor, "B H W"]], scene: Scene, tolerance: float
+) -> tuple[list[Int[Tensor, " B"]], list[Float[Tensor, " B"]]]:
+    """Return the Pointing Game's hits of each method's maps, and the share of each inside the regions.
+
+    Without a region, these are -1 and NaN.
+    """
     if scene.regions is None:
-        return [torch.full_like(scene.targets, NO_TRIAL)] * len(maps)
+        unknown = torch.full_like(maps[0][:, 0, 0], torch.nan)
+        return [torch.full_like(scene.targets, NO_TRIAL)] * len(maps), [unknown] * len(maps)
     # For all methods at once: on an accelerator, a small step costs as much for one map as for many.
-    every, regions = torch.cat([*maps]), _repeated(scene.regions, len(maps))
-    hit = pointing_hits(every, regions, tolerance, scene.size).to(scene.targets)
+    every, times, regions = torch.cat([*maps]), len(maps), scene.regions
+    regions = regions.repeat(times, 1, 1) if isinstance(regions, Tensor) else [*regions] * times
+    hit = pointing_hits(every, regions, tolerance, scene.size)
     hits: Tensor = torch.where(has_region(regions, every.device), hit, NO_TRIAL)
-    return list(hits.split(len(scene.targets)))
-
-
-def relevance_masses(maps: Sequence[Float[Tensor, "B H W"]], scene: Scene) -> list[Float[Tensor, " B"]]:
-    """Return the share of each method's maps inside the regions; NaN without any."""
-    if scene.regions is None:
-        return [torch.full_like(one[:, 0, 0], torch.nan) for one in maps]
-    masses = relevance_mass(torch.cat([*maps]), _repeated(scene.regions, len(maps)), scene.size)
-    return list(masses.split(len(scene.targets)))
-
-
-def _repeated(regions: Regions, times: int) -> Regions:
-    return regions.repeat(times, 1, 1) if isinstance(regions, Tensor) else [*regions] * times
+    mass = relevance_mass(every, regions, scene.size)
+    return [*hits.split(len(scene.targets))], [*mass.split(len(scene.targets))]
 
 
 def method_rows(assessments: Sequence[Assessment]) -> dict[str, Tensor]:
     """Return the rows of all methods, (B, M, ...)."""
     maps = torch.cat([one.maps for one in assessments])
     count = len(assessments[0].maps)
+    curves = torch.stack([curve for one in assessments for curve in (one.insertion, one.deletion)], 1)
     columns = {
-        "probabilities": [torch.stack([one.insertion, one.deletion], 1) for one in assessments],
         "hits": [one.hits for one in assessments],
         "mass": [one.mass for one in assessments],
         "tied": tied_share(maps).split(count),
         "flat": _is_flat(maps).long().split(count),
     }
-    return {name: torch.stack([*parts], 1) for name, parts in columns.items()}
+    rows = {name: torch.stack([*parts], 1) for name, parts in columns.items()}
+    return rows | {"probabilities": curves.unflatten(1, (-1, 2))}
 
 
 def _is_flat(maps: Tensor) -> Bool[Tensor, " B"]:
-    low, high = maps.amin((1, 2)), maps.amax((1, 2))
+    low, high = maps.flatten(1).aminmax(dim=1)
     return ~(has_span(low, high) | high.isnan())

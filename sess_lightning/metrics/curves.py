@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from sess_lightning.batching import batch_limit, blank_batch, in_batches
-from sess_lightning.introspection.lending import borrowed, explaining
+from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import TargetScores, check_inputs, classify
 from sess_lightning.ops import blur, sent, size_of
 from sess_lightning.types import Activation
@@ -216,11 +218,12 @@ class _Painter:
         self._items, self._step_of = items, step_of
         self._together = not step_of.is_cpu if together is None else together
         if self._together:
-            self._pool = torch.cat([_last(images).permute(0, 2, 3, 1) for images in pool])
+            self._pool = torch.cat([images.detach().permute(0, 2, 3, 1) for images in pool])
             columns = sent(list(zip(*items, strict=True)) or [[]] * 4, step_of.device)
             self._ends, self._order, self._step = columns[:2], columns[2], columns[3][:, None, None]
         else:
-            self._rows = [row for images in pool for row in _last(images)]
+            last = (images.detach().contiguous(memory_format=torch.channels_last) for images in pool)
+            self._rows = [row for images in last for row in images]
 
     def paint(self, which: slice) -> Float[Tensor, "K C H W"]:
         """Return some of the images, channels last."""
@@ -262,21 +265,18 @@ def _draw(
             for one, some in zip(maps, which, strict=True)
         ]
         painter = _Painter(scenes.pool, pixel_steps(torch.cat(measured), steps, ties), items)
-        of_item = borrowed(scenes.targets)[sent([item.start % count for item in items], device)]
+        of_item = scenes.targets[sent([item.start % count for item in items], device)]
         targets = TargetScores(of_item, activation)
 
         def scored(_: Sequence[_Item], part: slice) -> Tensor:
             return targets.read(classify(model, painter.paint(part)), part)
 
         batches = in_batches(scored, items, batch_limit(batch_size, scenes.pool[0]))
-        drawn = torch.cat([torch.zeros(0, device=device), *batches]).exp()
+        scores = torch.cat([*batches]) if items else torch.zeros(0, device=device)
+        drawn = targets.known(scores).exp()
     known = [score.to(drawn) for score in scenes.scores if score is not None]
     values = torch.cat([drawn.new_full((1,), torch.nan), *known, drawn])
     return values[sent(places, device)].view(len(maps), len(scenes.ways), count, steps + 1)
-
-
-def _last(images: Tensor) -> Tensor:
-    return images.detach().contiguous(memory_format=torch.channels_last)
 
 
 def _changed(step_of: Int[Tensor, "H W"], steps: range, channels: int) -> Bool[Tensor, "T C H W"]:
@@ -298,13 +298,19 @@ def pixel_steps(maps: Float[Tensor, "B H W"], steps: int, ties: Ties = "first") 
     if ties not in get_args(Ties):
         raise ValueError(f'ties must be "first" or "random", got {ties!r}.')
     flat, count = maps.flatten(1).nan_to_num(0), maps.shape[1] * maps.shape[2]
-    step_of_rank = torch.arange(count, device=flat.device) // -(-count // steps)
+    step_of_rank = _steps_of_ranks(count, steps, flat.device)
     if ties == "first":
         ranked = flat.sort(dim=1, descending=True, stable=True).indices
     else:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(flat.device)
         ranked = order[flat[:, order].sort(dim=1, descending=True, stable=True).indices]
     return torch.empty_like(ranked).scatter_(1, ranked, step_of_rank.expand_as(ranked)).view(maps.shape)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _steps_of_ranks(count: int, steps: int, device: torch.device) -> Int[Tensor, " N"]:
+    return torch.arange(count, device=device) // -(-count // steps)
 
 
 def tied_share(maps: Float[Tensor, "B H W"]) -> Float[Tensor, " B"]:
@@ -316,9 +322,8 @@ def tied_share(maps: Float[Tensor, "B H W"]) -> Float[Tensor, " B"]:
     tensor([0.5000])
     """
     ranked = maps.flatten(1).nan_to_num(0).sort(dim=1).values
-    same = ranked[:, 1:] == ranked[:, :-1]
-    edge = same.new_zeros(same.shape[0], 1)
-    return (torch.cat([edge, same], 1) | torch.cat([same, edge], 1)).float().mean(1)
+    same = F.pad(ranked[:, 1:] == ranked[:, :-1], (1, 1))
+    return (same[:, 1:] | same[:, :-1]).mean(1, dtype=torch.float32)
 
 
 def curve_auc(curves: Float[Tensor, "*B T"]) -> Float[Tensor, "*B"]:

@@ -22,7 +22,7 @@ from sess_lightning.metrics.curves import (
     tied_share,
 )
 from sess_lightning.ops import ROUNDING, has_span, sent, size_of, upsample
-from sess_lightning.regions import Regions, box_masks, has_region, pad_boxes, read_regions
+from sess_lightning.regions import Regions, box_masks, has_region, have_areas, pad_boxes, read_regions
 
 __all__ = [
     "Ends",
@@ -85,7 +85,7 @@ def pointing_hits(
 def _highest(maps: Float[Tensor, "B H W"]) -> tuple[Tensor, Tensor, Bool[Tensor, " B"]]:
     """Return column and row of each map's first maximum, and whether the map is not flat."""
     flat = maps.flatten(1)
-    low, high = flat.amin(1), flat.amax(1)
+    low, high = flat.aminmax(dim=1)
     highest = flat >= (high - (ROUNDING * high - ROUNDING * low))[:, None]
     point = highest.to(torch.uint8).argmax(1)
     return point % maps.shape[2], point // maps.shape[2], has_span(low, high)
@@ -116,10 +116,9 @@ def relevance_mass(
     maps = upsample(maps.nan_to_num(0), target)
     masks = regions if isinstance(regions, Tensor) else box_masks(regions, target, maps.device)
     inside, all_of_it = (maps * masks).sum((1, 2)), maps.sum((1, 2))
-    share = inside / torch.where(all_of_it > 0, all_of_it, 1)
-    below = maps.amin((1, 2)) < -ROUNDING * maps.abs().amax((1, 2))
-    no_share = ~has_region(regions, maps.device) | below
-    return share.masked_fill(no_share, torch.nan)
+    low, high = maps.flatten(1).aminmax(dim=1)
+    has_share = has_region(regions, maps.device) & (low >= -ROUNDING * high)
+    return (inside / all_of_it).nan_to_num(0).masked_fill(~has_share, torch.nan)
 
 
 def rank_correlation(first: Float[Tensor, "B N"], second: Float[Tensor, "B N"]) -> Float[Tensor, " B"]:
@@ -156,12 +155,11 @@ def _disc(tolerance: float, device: torch.device) -> Int[Tensor, "K 2"]:
 
 def _near_box(boxes: Sequence[Tensor], u: Tensor, v: Tensor, tolerance: float) -> Tensor:
     padded = pad_boxes(boxes, u.device)
-    x0, y0, x1, y1 = padded.unbind(-1)
-    u, v = u[:, None].to(padded), v[:, None].to(padded)
-    dx = torch.maximum(x0 - u, u - (x1 - 1)).clamp(min=0)
-    dy = torch.maximum(y0 - v, v - (y1 - 1)).clamp(min=0)
-    real = (x1 > x0) & (y1 > y0)
-    return ((dx * dx + dy * dy < tolerance * tolerance) & real).any(1)
+    start, end = padded.split(2, -1)
+    point = torch.stack([u, v], 1)[:, None].to(padded)
+    away = torch.maximum(start - point, point - (end - 1)).clamp(min=0)
+    near: Tensor = (away * away).sum(-1) < tolerance * tolerance
+    return (near & have_areas(padded)).any(1)
 
 
 def class_mean(

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from typing_extensions import override
 
-from sess_lightning.batching import batch_limit, in_batches, stacked
+from sess_lightning.batching import batch_limit, in_batches, joined, stacked
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores, predict_beside
 from sess_lightning.introspection.probabilities import warn_of_probabilities
-from sess_lightning.metrics.assessment import Assessment, Scene, method_rows, played, relevance_masses
+from sess_lightning.metrics.assessment import Assessment, Scene, method_rows, placed
 from sess_lightning.metrics.functional import blurred_baseline, insertion_and_deletion_curves
 from sess_lightning.metrics.per_sample import PerSample, keep_apart
 from sess_lightning.metrics.plots import MAIN, plot_scores
@@ -30,7 +30,7 @@ from sess_lightning.metrics.summary import (
     scores,
 )
 from sess_lightning.ops import sent, size_of
-from sess_lightning.regions import Regions, read_regions
+from sess_lightning.regions import Regions, pad_boxes, read_regions
 from sess_lightning.scores import check_names
 from sess_lightning.types import SaliencyMethod
 
@@ -189,6 +189,8 @@ class SESSMetric(PerSample):
             regions = read_regions(regions, size=size_of(images), labels=targets)
             if len(regions) != len(targets):
                 raise ValueError(f"regions: got {len(regions)} for {len(targets)} maps; give one per map.")
+            if not isinstance(regions, Tensor):
+                regions = [*pad_boxes(regions, images.device)]  # Once for all scores.
         images, targets = borrowed(images), borrowed(targets).long()
         blurred = blurred_baseline(images)
         ends, predicted = self._ends(model, images, blurred, targets)
@@ -208,8 +210,8 @@ class SESSMetric(PerSample):
         explained = self._explained(model, images, scene.targets)
         maps = [maps for maps, _ in explained]
         curves = self._curves(model, maps, scene, numbers)
-        hits = played(maps, scene, self.tolerance)
-        *masses, share = relevance_masses([*maps, torch.ones_like(maps[0])], scene)
+        # The last map covers all of the image: its share is the region's.
+        hits, [*masses, share] = placed([*maps, torch.ones_like(maps[0])], scene, self.tolerance)
         assessed = {
             name: Assessment(maps[i], curves[name][0], curves[name][1], hits[i], masses[i], explained[i][1])
             for i, name in enumerate(self.methods)
@@ -336,7 +338,7 @@ class SESSMetric(PerSample):
 def _logits(model: nn.Module, images: Tensor, batch_size: int | None) -> Float[Tensor, "B N"]:
     size = batch_limit(batch_size, images)
     logits = in_batches(lambda part, _: classify(model, stacked(part)), images, size)
-    return torch.cat([*logits]).float()
+    return joined(logits).float()
 
 
 def _drawn(numbers: Sequence[int], limit: int | None) -> Sequence[int]:
