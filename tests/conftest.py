@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,23 @@ def _not_deterministic():
     """A Trainer(deterministic=True) leaves torch so, and each empty tensor would be filled in later tests."""
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_curves():
+    """A callback's curves have 3 steps, not 28, half of a run; ``whole_curves`` where that matters."""
+    from sess_lightning.callback import explaining
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explaining, "SESSMetric", partial(explaining.SESSMetric, steps=3))
+        yield
+
+
+@pytest.fixture
+def whole_curves(monkeypatch):
+    from sess_lightning.metrics import SESSMetric
+
+    monkeypatch.setattr("sess_lightning.callback.explaining.SESSMetric", SESSMetric)
 
 
 @pytest.fixture

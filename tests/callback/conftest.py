@@ -1,12 +1,9 @@
 """Fixtures for the tests of the callback."""
 
-from functools import partial
-
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 
 from callbacks import Shelf
-from sess_lightning.metrics import SESSMetric
 from wandb_reader import offline
 
 
@@ -27,9 +24,3 @@ def wandb_logger(monkeypatch, tmp_path):
 def _no_time_passes(monkeypatch):
     """However slow this machine is: nothing takes long unless a test says so."""
     monkeypatch.setattr("sess_lightning.callback.pace.now", lambda: 0.0)
-
-
-@pytest.fixture
-def short_curves(monkeypatch):
-    """Curves of 3 steps, not 28: they take most of the time of tests that are about something else."""
-    monkeypatch.setattr("sess_lightning.callback.explaining.SESSMetric", partial(SESSMetric, steps=3))

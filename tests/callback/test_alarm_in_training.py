@@ -13,8 +13,6 @@ from sess_lightning.reporting.report.records import read
 from sess_lightning.types import SESSWarning
 from wandb_reader import history, records, run_folder
 
-pytestmark = pytest.mark.usefixtures("short_curves")
-
 
 def alarms(caught):
     return [str(each.message) for each in caught if "Clever Hans?" in str(each.message)]

@@ -12,6 +12,7 @@ from lightning_models import (
 from sess_lightning import SESSCallback
 
 
+@pytest.mark.usefixtures("whole_curves")
 @pytest.mark.parametrize(("target", "samples"), [("label", 32), ("predicted", 32)])
 def test_a_run_costs_the_forwards_that_are_announced_and_at_most_5000(
     tmp_path, monkeypatch, told, target, samples

@@ -1,5 +1,6 @@
 """The samples of a run are explained together, in batches as full as memory allows."""
 
+import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
 
@@ -9,6 +10,7 @@ from sess_lightning import SESSCallback
 from sess_lightning.types import Batch
 
 
+@pytest.mark.usefixtures("whole_curves")
 def test_a_default_run_of_one_sample_a_batch_calls_the_model_45_times_at_most(tmp_path, monkeypatch):
     monkeypatch.setattr("sess_lightning.batching.ON_CPU", 128)  # What a GPU's memory would allow.
     sizes = []

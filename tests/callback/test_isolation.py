@@ -18,7 +18,7 @@ from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 
 # beartype's checks of lists draw from Python's generator.
-pytestmark = pytest.mark.usefixtures("unchecked", "short_curves")
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 def moving_average():

@@ -100,6 +100,7 @@ def test_boxes_and_masks_of_the_same_object_score_the_same(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("whole_curves")
 def test_a_multi_label_loss_is_noticed_and_scores_are_read_with_a_sigmoid(tmp_path, told):
     class MultiLabel(Classifier):
         def __init__(self):

@@ -14,8 +14,6 @@ from lightning_models import (
 )
 from sess_lightning.types import SESSWarning
 
-pytestmark = pytest.mark.usefixtures("short_curves")
-
 
 @pytest.mark.parametrize("first", ["callback", "monitors"])
 def test_early_stopping_and_checkpoints_monitor_fresh_values_from_the_first_epoch_on(tmp_path, first):

@@ -15,7 +15,6 @@ from sess_lightning.callback.sampling import Pile, spread
 from sess_lightning.types import Batch, SESSWarning
 
 pytestmark = [
-    pytest.mark.usefixtures("short_curves"),
     pytest.mark.filterwarnings("ignore:Your `(val|test)_dataloader`'s sampler has shuffling enabled"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

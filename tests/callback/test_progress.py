@@ -78,6 +78,7 @@ def shown(monkeypatch):
 LONGER = {"num_samples": 4, "method": SESS(GradCAM(), num_scales=3)}
 
 
+@pytest.mark.usefixtures("whole_curves")
 @pytest.mark.parametrize("run", [fit, validate])
 def test_a_long_run_shows_how_far_it_is_and_then_goes_away(tmp_path, clock, shown, run):
     clock.step = 0.5
@@ -278,6 +279,7 @@ def test_a_clock_that_fails_costs_nothing_else(tmp_path, monkeypatch):
     assert its.callback_metrics["sess/failed"] == 0
 
 
+@pytest.mark.usefixtures("whole_curves")
 def test_an_error_within_a_run_takes_the_bar_away(tmp_path, clock, shown):
     clock.step = 0.5
 

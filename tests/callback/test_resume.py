@@ -18,8 +18,6 @@ from lightning_models import (
 from sess_lightning.callback.runs import FIGURES, Run
 from sess_lightning.types import SESSWarning
 
-pytestmark = pytest.mark.usefixtures("short_curves")
-
 
 def test_the_state_is_loadable_with_weights_only(tmp_path):
     callback = quick()

@@ -9,8 +9,6 @@ from lightning_models import (
     validate,
 )
 
-pytestmark = pytest.mark.usefixtures("short_curves")
-
 
 def test_samples_are_spread_over_the_loader_and_over_places_in_the_batch(tmp_path):
     callback, spy = spying()

@@ -53,6 +53,7 @@ class Modes(Callback):
     on_test_batch_end = on_validation_batch_end
 
 
+@pytest.mark.usefixtures("whole_curves")
 @pytest.mark.parametrize("inference_mode", [True, False])
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_validate_and_test_give_the_same_scores_with_and_without_inference_mode(

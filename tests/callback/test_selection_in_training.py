@@ -8,8 +8,6 @@ from lightning_models import (
     squares,
 )
 
-pytestmark = pytest.mark.usefixtures("short_curves")
-
 
 class Level(Watched):
     """Its accuracy differs by less than a standard error, then falls by far."""

@@ -66,7 +66,7 @@ PROMISED = (
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.usefixtures("blank_figures", "short_curves")
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("killed", [False, True])
 def test_wandb_keeps_every_key_at_its_epoch_and_step_also_when_resumed(tmp_path, wandb_logger, killed):
     def part(epochs, path=None):
@@ -203,7 +203,7 @@ class Diarist(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.usefixtures("blank_figures", "short_curves")
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("options", [{}, {"num_images": 0, "num_rows": 0}])
 @pytest.mark.parametrize("trainer_options", [{}, {"val_check_interval": 2}])
 def test_rows_that_the_user_logs_at_steps_of_her_own_are_all_kept(

@@ -7,8 +7,6 @@ from torch.nn import functional as F  # noqa: N812
 from callbacks import numbers, quick
 from lightning_models import Classifier, boxed, filled_net, squares, validate
 
-pytestmark = pytest.mark.usefixtures("short_curves")
-
 VAL = {"read": boxed, "batch_size": 4}
 
 

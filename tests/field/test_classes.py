@@ -64,7 +64,8 @@ def single_label(tmp_path_factory):
 @pytest.fixture(scope="module")
 def multi_label():
     """By hand: each positive class of each image, scored with a sigmoid."""
-    module, metric = Module(), SESSMetric(SIGMOID, compare=controls(SIGMOID))
+    # As many steps as the callback's curves have in tests.
+    module, metric = Module(), SESSMetric(SIGMOID, compare=controls(SIGMOID), steps=3)
     for i, (image, hot) in enumerate(zip(PICTURES, HOT, strict=True)):
         metric.update(module, image[None], hot.nonzero()[:, 0], numbers=[i])
     values = metric.compute()
