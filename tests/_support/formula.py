@@ -12,6 +12,8 @@ import torchvision
 from torch import nn
 
 TARGET_LAYERS = {"tiny": "features.5", "resnet18": "layer4", "resnet50": "layer4", "vgg16": "features.29"}
+PART = 1 << 16
+"""Numbers that a processor's cache holds: three times as fast as all at once."""
 
 
 class Tiny(nn.Module):
@@ -32,11 +34,17 @@ class Tiny(nn.Module):
 
 def uniform(count, stream):
     """``count`` float32 in [-1, 1): the 24 top bits of splitmix64(stream * 2**32 + index)."""
-    z = np.arange(count, dtype=np.uint64) + np.uint64((stream << 32) + 0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(40)) / 2.0**23 - 1).astype(np.float32)
+    values = np.empty(count, np.float32)
+    for first in range(0, count, PART):
+        part = values[first : first + PART]
+        z = np.arange(first, first + len(part), dtype=np.uint64)
+        z += np.uint64((stream << 32) + 0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            z ^= z >> np.uint64(shift)
+            z *= np.uint64(factor)
+        z ^= z >> np.uint64(31)
+        part[:] = (z >> np.uint64(40)) / 2.0**23 - 1
+    return values
 
 
 def fill(model, head_gain=8.0):
@@ -65,9 +73,15 @@ def fill(model, head_gain=8.0):
 @cache
 def build(name):
     """One of the goldens' models; shared by all tests, which must give it back as it was."""
-    return fill(
-        Tiny() if name == "tiny" else torchvision.models.get_model(name, weights=None, num_classes=20)
-    )
+    if name == "tiny":
+        return fill(Tiny())
+    with torch.device("meta"):  # Nothing is drawn in vain.
+        model = torchvision.models.get_model(name, weights=None, num_classes=20)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+    return fill(model)
 
 
 @cache
