@@ -61,12 +61,14 @@ class SaliencyMethod(ABC):
         single_forward: Whether the maps come out of the forward pass that gives the scores: ``explain`` is
             then ``extract``, upsampled.
         forwards: Forward passes of one image that one map of it costs.
+        scores_apart: Whether scores cost a forward pass more, which maps alone do without.
         has_strength: Whether ``extract`` returns the strength of a map, which can be compared between images.
         activation: How the model's logits become probabilities.
     """
 
     single_forward: ClassVar[bool] = False
     forwards: ClassVar[int] = 1
+    scores_apart: ClassVar[bool] = False
     has_strength: ClassVar[bool] = False
     activation: Activation = "softmax"
 
@@ -134,10 +136,12 @@ class SaliencyMethod(ABC):
 
         There is one target per image, or several for a single image.
         """
-        if len(images) == 1 < len(targets):
-            maps = self.explain_classes(model, images, targets).maps
+        if len(images) == len(targets):
+            maps = self(model, images, targets)
+        elif self.scores_apart:
+            maps = self(model, images.expand(len(targets), -1, -1, -1).contiguous(), targets)
         else:
-            maps = self(model, images, targets)  # Controls need a forward pass for the score only.
+            maps = self.explain_classes(model, images, targets).maps
         return [maps, *(other.maps_beside(model, images, targets)[0] for other in others)]
 
     def gives(self, other: SaliencyMethod, model: nn.Module, size: tuple[int, int]) -> bool:  # noqa: ARG002

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,8 @@ from sess_lightning.engine.fusion import crop, crop_strips
 from sess_lightning.engine.windows import Plan, WindowStream, windows
 from sess_lightning.introspection.logits import classify, log_scores
 from sess_lightning.types import Activation, Extraction, SaliencyMethod
+
+Part = TypeVar("Part")
 
 
 class Scored(NamedTuple):
@@ -113,12 +115,21 @@ class WindowExtractor:
         self, model: nn.Module, method: SaliencyMethod, which: Int[Tensor, "T K"]
     ) -> Iterator[Extraction]:
         """Yield a method's extractions of some windows of each target, target by target, in full batches."""
+        return self._some(lambda images, targets: method.extract(model, images, targets), which)
+
+    def map_some(
+        self, model: nn.Module, method: SaliencyMethod, which: Int[Tensor, "T K"]
+    ) -> Iterator[Float[Tensor, "B h w"]]:
+        """Yield the maps of ``extract_some``, without scores that would cost forward passes of their own."""
+        if method.scores_apart:
+            return self._some(lambda images, targets: method(model, images, targets), which)
+        return (self.maps_of(part) for part in self.extract_some(model, method, which))
+
+    def _some(self, explain: Callable[[Tensor, Tensor], Part], which: Int[Tensor, "T K"]) -> Iterator[Part]:
         of_window = self.targets.repeat_interleave(which.shape[1])
         limit = batch_limit(self.batch_size, self.images)
         return in_batches(
-            lambda part, place: method.extract(model, stacked(part), of_window[place]),
-            self._cut(which, limit),
-            limit,
+            lambda part, place: explain(stacked(part), of_window[place]), self._cut(which, limit), limit
         )
 
     def maps_of(self, extraction: Extraction) -> Float[Tensor, "B h w"]:

@@ -73,7 +73,7 @@ def explain_image(
     targets = torch.tensor([chosen], device=device)
     probability = float(log_scores(logits, targets, method.activation).exp())
     methods = [method.base, method] if isinstance(method, SESS) else [method]
-    maps = {type(m).__name__: _for_display(m, m.explain(model, images, targets).maps)[0] for m in methods}
+    maps = {type(m).__name__: _for_display(m, m(model, images, targets))[0] for m in methods}
     label = dict(enumerate(network.class_names)).get(chosen, f"class {chosen}")
     caption = "\n".join([f"target: {label}", f"probability: {probability:.3f}", *map(str, methods)])
     picture = displayed(images, (network.mean, network.std))[0]

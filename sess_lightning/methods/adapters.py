@@ -18,17 +18,18 @@ from torch import Tensor, nn
 
 from sess_lightning.introspection.hooks import first_tensor, with_first_tensor
 from sess_lightning.introspection.layers import Site, TargetLayer, read_features
-from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs, classify, log_scores
+from sess_lightning.introspection.lending import explaining
+from sess_lightning.introspection.logits import check_targets, classify
+from sess_lightning.methods.templates import MapMethod
 from sess_lightning.ops import min_max, size_of, upsample
-from sess_lightning.types import Activation, Explanation, SaliencyMethod
+from sess_lightning.types import Activation
 
 PLACES = 7
 """Rows and columns of the patches that perturbation methods switch by default."""
 
 
 @dataclass(frozen=True, init=False)
-class Adapter(SaliencyMethod):
+class Adapter(MapMethod):
     """What both adapters share: finding the class, its options, lending the model, counting the cost."""
 
     method: str | type
@@ -69,46 +70,40 @@ class Adapter(SaliencyMethod):
     ) -> Tensor:
         """Run the package; return maps of any range and size."""
 
-    def explain(
+    def maps(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
-    ) -> Explanation:
-        """Explain ``targets`` on ``images``: a forward pass for the scores, then whatever the package does.
+    ) -> Float[Tensor, "B H W"]:
+        """Return what the package gives, drawn at full resolution.
 
         Raises:
             ImportError: If the package is not installed.
             ValueError: If the package has no such method, or an option that it needs is missing.
         """
-        return self._explain(model, images, targets)[0]
+        return self._run(model, images, targets)[0]
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return how many forward passes one map costs, counted on an empty image: only the package knows."""
         weight = next((p for p in model.parameters() if p.ndim == 4), torch.zeros(1, 3, 1, 1))
         image = torch.zeros(1, weight.shape[1], *size, dtype=weight.dtype, device=weight.device)
-        return self._explain(model, image, torch.zeros(1, dtype=torch.long, device=weight.device))[1]
-
-    def _explain(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Explanation, int]:
-        check_inputs(type(self).__name__, images, targets)
-        kind = self._kind()
         with explaining(model):
-            images, targets = borrowed(images), borrowed(targets)
-            site, shape = None, None
+            return self._run(model, image, torch.zeros(1, dtype=torch.long, device=weight.device))[1]
+
+    def _run(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Float[Tensor, "B H W"], int]:
+        """Return maps, and forward passes of an image."""
+        kind, site, shape, passed = self._kind(), None, None, 0
+        if self._needs_layer(kind):
             with torch.no_grad():
-                if self._needs_layer(kind):
-                    logits, features, site = read_features(model, self.target_layer, images)
-                    shape = site.to_maps(features).shape
-                    if len(site.grids) > 1:
-                        raise self._refuse(
-                            kind, f"{site.name} runs on several views of the image; name a later layer"
-                        )
-                else:
-                    logits = classify(model, images)
-                scores = log_scores(logits, targets, self.activation).exp()
-            with _lent(model, site) as classifier:
-                classifier.images, classifier.shape = len(images), shape
-                maps = self._draw(kind, classifier, images.requires_grad_(), targets)
+                _, features, site = read_features(model, self.target_layer, images)
+            shape, passed = site.to_maps(features).shape, len(images)
+            if len(site.grids) > 1:
+                raise self._refuse(
+                    kind, f"{site.name} runs on several views of the image; name a later layer"
+                )
+        with _lent(model, site, targets) as classifier:
+            classifier.images, classifier.shape = passed, shape
+            maps = self._draw(kind, classifier, images.clone().requires_grad_(), targets)
         maps = maps.detach().to(images.device, torch.float32)
-        drawn = min_max(upsample(maps, size_of(images)))
-        return Explanation(drawn, scores), classifier.images // len(images)
+        return min_max(upsample(maps, size_of(images))), classifier.images // len(images)
 
     def _needs_layer(self, kind: type[Any]) -> bool:  # noqa: ARG002
         return True
@@ -173,9 +168,9 @@ class _Classifier(nn.Module):
     What the packages do to it (``eval``, ``zero_grad``, swapping the layer) does not reach the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, targets: Int[Tensor, " B"]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.targets = model, targets
         self.probe = _Probe()
         self.shape: torch.Size | None = None
         self.images, self.calls = 0, 0
@@ -184,6 +179,7 @@ class _Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self.images, self.calls = self.images + len(images), 0
         logits = classify(self.model, images).float()
+        check_targets(logits, self.targets)
         return torch.cat([-logits, logits], 1) if logits.shape[1] == 1 else logits
 
     def train(self, mode: bool = True) -> "_Classifier":  # noqa: ARG002
@@ -203,7 +199,7 @@ class _Classifier(nn.Module):
 
 
 @contextmanager
-def _lent(model: nn.Module, site: Site | None) -> Iterator[_Classifier]:
+def _lent(model: nn.Module, site: Site | None, targets: Tensor) -> Iterator[_Classifier]:
     """Lend a model to code that hooks, patches and differentiates freely; restore it afterwards."""
     stores = [
         store
@@ -220,7 +216,7 @@ def _lent(model: nn.Module, site: Site | None) -> Iterator[_Classifier]:
             for module in model.modules():
                 parameters = module._parameters
                 parameters.update({name: stand_ins[p] for name, p in parameters.items() if p is not None})
-            classifier = _Classifier(model)
+            classifier = _Classifier(model, targets)
             if site is not None:
                 layer = dict(model.named_modules(remove_duplicate=False))[site.name]
                 layer.register_forward_hook(lambda _, __, output: classifier.through_probe(site, output))

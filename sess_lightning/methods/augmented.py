@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs
+from sess_lightning.introspection.logits import check_inputs, score
 from sess_lightning.methods.cam import GradCAM
 from sess_lightning.methods.gradient import generator
 from sess_lightning.methods.templates import WrappingMethod
@@ -128,23 +128,49 @@ class AugmentedGradCAM(WrappingMethod):
         """Return how many forward passes one map of an image of ``size`` (height, width) costs."""
         return self.num_copies * self.base.count_forwards(model, size)
 
+    @property
+    def scores_apart(self) -> bool:  # type: ignore[override]
+        """As for the base: otherwise the scores are those of the first copy."""
+        return self.base.scores_apart
+
+    def __call__(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B H W"]:
+        """Return the maps alone: no forward pass for scores that nobody reads."""
+        check_inputs(type(self).__name__, images, targets)
+        with explaining(model):
+            return self._sharp(model, borrowed(images), borrowed(targets))[0]
+
     def explain(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Explanation:
         """Explain ``targets`` on ``images``; the scores are those of the images themselves."""
         check_inputs(type(self).__name__, images, targets)
-        poses = self.draw(size_of(images), images.device)
         with explaining(model):
             images, targets = borrowed(images), borrowed(targets)
-            maps, logs = [], []
-            size = max(1, self.batch_size // len(images))
-            for part in map(Poses, poses.angles.split(size), poses.shifts.split(size)):
-                copies = take_copies(images, part)
-                extracted = self.base.extract(model, copies.flatten(0, 1), targets.repeat(len(copies)))
-                maps.append(extracted.maps.unflatten(0, copies.shape[:2]))
-                logs.append(extracted.log_scores.unflatten(0, copies.shape[:2]))
-            sharp = self.super_resolve(torch.cat(maps).float(), poses, size_of(images))
-        return Explanation(min_max(sharp), torch.cat(logs)[0].exp())
+            maps, logs = self._sharp(model, images, targets)
+            if logs is None:
+                logs = score(model, images, targets, self.activation)
+        return Explanation(maps, logs.exp())
+
+    def _sharp(
+        self, model: nn.Module, images: Tensor, targets: Tensor
+    ) -> tuple[Float[Tensor, "B H W"], Float[Tensor, " B"] | None]:
+        """Return maps, and the log-scores of the first copies if the base gives any by the way."""
+        poses = self.draw(size_of(images), images.device)
+        maps, logs = [], []
+        size = max(1, self.batch_size // len(images))
+        for part in map(Poses, poses.angles.split(size), poses.shifts.split(size)):
+            copies = take_copies(images, part)
+            flat, of_copy = copies.flatten(0, 1), targets.repeat(len(copies))
+            if self.base.scores_apart:
+                coarse = self.base(model, flat, of_copy)
+            else:
+                coarse, of_flat, _ = self.base.extract(model, flat, of_copy)
+                logs.append(of_flat)
+            maps.append(coarse.unflatten(0, copies.shape[:2]))
+        sharp = self.super_resolve(torch.cat(maps).float(), poses, size_of(images))
+        return min_max(sharp), torch.cat(logs)[: len(images)] if logs else None
 
     def draw(self, size: tuple[int, int], device: torch.device) -> Poses:
         """Draw the copies' poses; the first is the identity."""

@@ -9,14 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs, score
-from sess_lightning.methods.templates import WrappingMethod
+from sess_lightning.introspection.logits import check_inputs
+from sess_lightning.methods.templates import MapMethod, WrappingMethod
 from sess_lightning.ops import blur, min_max, size_of
 from sess_lightning.types import Activation, Explanation, SaliencyMethod
 
 
-class _Blind(SaliencyMethod):
+class _Blind(MapMethod):
     forwards: ClassVar[int] = 0
 
     @abstractmethod
@@ -33,14 +32,14 @@ class _Blind(SaliencyMethod):
         check_inputs(type(self).__name__, images, targets)
         return self.draw(images)
 
-    def explain(
-        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
-    ) -> Explanation:
-        """Return the maps, and the scores of one plain forward pass."""
-        check_inputs(type(self).__name__, images, targets)
-        with explaining(model):
-            images, targets = borrowed(images), borrowed(targets)
-            return Explanation(self.draw(images), score(model, images, targets, self.activation).exp())
+    def maps(
+        self,
+        model: nn.Module,  # noqa: ARG002
+        images: Float[Tensor, "B C H W"],
+        targets: Int[Tensor, " B"],  # noqa: ARG002
+    ) -> Float[Tensor, "B H W"]:
+        """Return the maps."""
+        return self.draw(images)
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,11 @@ class Blurred(WrappingMethod):
         """The base method's."""
         return self.base.forwards
 
+    @property
+    def scores_apart(self) -> bool:  # type: ignore[override]
+        """As for the base method."""
+        return self.base.scores_apart
+
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return what the base method costs."""
         return self.base.count_forwards(model, size)
@@ -135,9 +139,19 @@ class Blurred(WrappingMethod):
     ) -> Explanation:
         """Explain ``targets`` on ``images``; raises what the base method raises."""
         maps, scores = self.base.explain(model, images, targets)
-        sigma = self.sigma if self.sigma is not None else 12 * min(size_of(images)) / 224
+        return Explanation(self.blurred(maps), scores)
+
+    def __call__(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B H W"]:
+        """Return the maps alone."""
+        return self.blurred(self.base(model, images, targets))
+
+    def blurred(self, maps: Float[Tensor, "B H W"]) -> Float[Tensor, "B H W"]:
+        """Blur maps."""
+        sigma = self.sigma if self.sigma is not None else 12 * min(size_of(maps)) / 224
         kernel_size = self.kernel_size if self.kernel_size is not None else 2 * round(sigma * 5 / 3) + 1
-        return Explanation(min_max(blur(maps, kernel_size, sigma)), scores)
+        return min_max(blur(maps, kernel_size, sigma))
 
 
 def controls(method: SaliencyMethod, blurred: bool = False) -> dict[str, SaliencyMethod]:

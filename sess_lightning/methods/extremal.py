@@ -11,9 +11,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from sess_lightning.introspection.hooks import gradient
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs, classify, score, target_logits
+from sess_lightning.introspection.logits import classify, target_logits
+from sess_lightning.methods.templates import MapMethod
 from sess_lightning.ops import full_precision, min_max, size_of
-from sess_lightning.types import Activation, Explanation, SaliencyMethod
+from sess_lightning.types import Activation
 
 Perturbation: TypeAlias = Literal["blur", "fade"]
 """How ``ExtremalPerturbation`` hides pixels: by a stronger blur, or by fading to zero."""
@@ -26,7 +27,7 @@ _COLDNESS = 20  # How close the soft maximum comes to the true one.
 
 
 @dataclass(frozen=True)
-class ExtremalPerturbation(SaliencyMethod):
+class ExtremalPerturbation(MapMethod):
     """Extremal perturbations (Fong et al., ICCV 2019): smooth masks of given areas that best keep the score.
 
     By TorchRay's rules, which the paper's numbers follow. The mask is a soft maximum of smooth bumps on a
@@ -38,8 +39,8 @@ class ExtremalPerturbation(SaliencyMethod):
     TorchRay's pointing game.
 
     The areas are aimed at, not forced: for 0.05, 0.1 and 0.2, 800 steps ended at 0.06, 0.11 and 0.23
-    (MobileNetV2, 112 px). Costs ``steps`` forward and backward passes for each area, and a forward pass for
-    the score: by far the most expensive method here.
+    (MobileNetV2, 112 px). Costs ``steps`` forward and backward passes for each area, and for scores a
+    forward pass more: by far the most expensive method here.
 
     Attributes:
         areas: Shares of the image that masks may keep; TorchRay's choice for PASCAL VOC.
@@ -83,24 +84,17 @@ class ExtremalPerturbation(SaliencyMethod):
 
     @property
     def forwards(self) -> int:  # type: ignore[override]
-        """One per step and area, one for the score."""
-        return self.steps * len(self.areas) + 1
+        """One per step and area."""
+        return self.steps * len(self.areas)
 
-    def explain(
+    def maps(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
-    ) -> Explanation:
-        """Explain ``targets`` on ``images``.
-
-        Raises:
-            RuntimeError: If no gradient flows from the logits back to the pixels.
-        """
-        check_inputs(type(self).__name__, images, targets)
-        with explaining(model):
-            images, targets = borrowed(images), borrowed(targets)
-            maps = self.masks(model, images, targets).mean(1)
-            if self.smooth:
-                maps = fading_blur(maps[:, None], self.smooth * min(size_of(images)))[:, 0]
-            return Explanation(min_max(maps), score(model, images, targets, self.activation).exp())
+    ) -> Float[Tensor, "B H W"]:
+        """Return the mean of the masks of all areas, blurred."""
+        maps = self.masks(model, images, targets).mean(1)
+        if self.smooth:
+            maps = fading_blur(maps[:, None], self.smooth * min(size_of(images)))[:, 0]
+        return min_max(maps)
 
     def masks(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]

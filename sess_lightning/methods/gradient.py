@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from torch.utils.checkpoint import CheckpointError
 from sess_lightning.introspection.hooks import gradient
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores, score, target_logits
-from sess_lightning.methods.templates import ExtractingMethod, WrappingMethod
+from sess_lightning.methods.templates import ExtractingMethod, MapMethod, WrappingMethod, in_parts, is_small
 from sess_lightning.ops import min_max, upper_percentile
-from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
+from sess_lightning.types import Activation, Extraction, SaliencyMethod
 
 
 class PixelMethod(ExtractingMethod):
@@ -33,6 +33,27 @@ class PixelMethod(ExtractingMethod):
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> tuple[Float[Tensor, "B H W"], Float[Tensor, " B"]]:
         """Return maps of any range and log-scores; the model and the tensors are borrowed already."""
+
+    def raw_maps(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B H W"]:
+        """Return what ``raw`` returns without log-scores: a method saves what these alone cost."""
+        return self.raw(model, images, targets)[0]
+
+    def __call__(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B H W"]:
+        """Return the maps alone: no forward pass for scores that nobody reads."""
+        check_inputs(type(self).__name__, images, targets)
+        with explaining(model):
+            targets = borrowed(targets)
+            if is_small(images):
+                maps = self.raw_maps(model, borrowed(images), targets)
+            else:
+                parts = in_parts(lambda rows, which: self.raw_maps(model, rows, targets[which]), images)
+                maps = torch.cat(parts)
+            with torch.no_grad():
+                return self.finish(maps)
 
     def finish(self, maps: Float[Tensor, "B H W"]) -> Float[Tensor, "B H W"]:
         """Turn raw maps into final ones."""
@@ -196,8 +217,7 @@ class IntegratedGradients(PixelMethod):
     takes equal steps, and needs several times as many for the same completeness error. Written here because
     XRAI and SESS call it on batches: captum expands a batch by all steps at once, or handles them one by one.
 
-    Costs ``steps`` forward passes and as many backward passes to the pixels, and a forward pass for the
-    score.
+    Costs ``steps`` forward passes and as many backward passes to the pixels; scores cost one more.
 
     Attributes:
         steps: Points on the line.
@@ -213,14 +233,15 @@ class IntegratedGradients(PixelMethod):
     baseline: float = 0.0
     batch_size: int = 32
     activation: Activation = "softmax"
+    scores_apart: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.check_counts("steps", "batch_size")
 
     @property
     def forwards(self) -> int:  # type: ignore[override]
-        """One per step, one for the score."""
-        return self.steps + 1
+        """One per step."""
+        return self.steps
 
     def attributions(
         self,
@@ -249,9 +270,15 @@ class IntegratedGradients(PixelMethod):
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> tuple[Float[Tensor, "B H W"], Float[Tensor, " B"]]:
         """Return the sum over channels, and log-scores."""
-        baselines = torch.full_like(images, self.baseline)
-        maps = self.attributions(model, images, targets, baselines).abs().sum(1)
+        maps = self.raw_maps(model, images, targets)
         return maps, score(model, images, targets, self.activation)
+
+    def raw_maps(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B H W"]:
+        """Return the sum over channels."""
+        baselines = torch.full_like(images, self.baseline)
+        return self.attributions(model, images, targets, baselines).abs().sum(1)
 
 
 @lru_cache(maxsize=16)
@@ -265,7 +292,7 @@ def _gauss_legendre(count: int, device: torch.device) -> tuple[Float[Tensor, " S
 
 
 @dataclass(frozen=True)
-class SmoothGrad(WrappingMethod):
+class SmoothGrad(MapMethod, WrappingMethod):
     """SmoothGrad (Smilkov et al., 2017) around any method: the mean of the maps of noisy copies.
 
     Around ``Gradient``, ``GuidedBackprop`` and ``IntegratedGradients`` raw maps are averaged, as in the
@@ -273,7 +300,7 @@ class SmoothGrad(WrappingMethod):
     are averaged; here it is the base's maps, so magnitudes. One sample without noise is the base itself.
     All images of a batch meet the same noise, so that none depends on the others.
 
-    Costs ``num_samples`` times the base, and a forward pass for the score.
+    Costs ``num_samples`` times the base; scores cost one forward pass more.
 
     Attributes:
         base: The method to smooth.
@@ -302,27 +329,19 @@ class SmoothGrad(WrappingMethod):
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return how many forward passes one map of an image of ``size`` (height, width) costs."""
-        return self.num_samples * self.base.count_forwards(model, size) + 1
+        return self.num_samples * self.base.count_forwards(model, size)
 
-    def explain(
+    def maps(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
-    ) -> Explanation:
-        """Explain ``targets`` on ``images``; the scores are those of the clean images."""
-        check_inputs(type(self).__name__, images, targets)
-        base = self.base
-        with explaining(model):
-            images, targets = borrowed(images), borrowed(targets)
-            total = torch.zeros_like(images[:, 0], dtype=torch.float32)
-            for copies in self._copies(images):
-                flat, of_copy = copies.flatten(0, 1), targets.repeat(len(copies))
-                if isinstance(base, PixelMethod):
-                    maps, _ = base.raw(model, flat, of_copy)
-                else:
-                    maps = base(model, flat, of_copy)
-                total += maps.unflatten(0, copies.shape[:2]).sum(0)
-            mean = total / self.num_samples
-            maps = base.finish(mean) if isinstance(base, PixelMethod) else min_max(mean)
-            return Explanation(maps, score(model, images, targets, self.activation).exp())
+    ) -> Float[Tensor, "B H W"]:
+        """Return the mean of the maps of noisy copies; scores are those of the clean images."""
+        base, total = self.base, torch.zeros_like(images[:, 0], dtype=torch.float32)
+        draw = base.raw_maps if isinstance(base, PixelMethod) else base
+        for copies in self._copies(images):
+            maps = draw(model, copies.flatten(0, 1), targets.repeat(len(copies)))
+            total += maps.unflatten(0, copies.shape[:2]).sum(0)
+        mean = total / self.num_samples
+        return base.finish(mean) if isinstance(base, PixelMethod) else min_max(mean)
 
     def _copies(self, images: Float[Tensor, "B C H W"]) -> Iterator[Float[Tensor, "S B C H W"]]:
         source = generator(images.device, self.seed)

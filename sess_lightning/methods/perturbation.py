@@ -20,7 +20,7 @@ from sess_lightning.methods.extremal import Reward as Reward
 from sess_lightning.methods.extremal import fading_blur as fading_blur
 from sess_lightning.methods.extremal import perturbed as perturbed
 from sess_lightning.methods.gradient import generator
-from sess_lightning.methods.templates import ExtractingMethod
+from sess_lightning.methods.templates import ExtractingMethod, MapMethod
 from sess_lightning.ops import (
     blur,
     full_precision,
@@ -194,7 +194,7 @@ class ScoreCAM(SaliencyMethod):
 
 
 @dataclass(frozen=True)
-class RISE(SaliencyMethod):
+class RISE(MapMethod):
     """RISE (Petsiuk et al., BMVC 2018): random masks, averaged by what the image scores under each.
 
     A mask is a coin-tossed grid of cells, enlarged bilinearly and cropped at a random shift of up to a cell,
@@ -205,7 +205,7 @@ class RISE(SaliencyMethod):
 
     Grids are drawn on the images' device by a generator of their own, all at once (they are small); masks are
     made when they are used, so that memory does not grow with their number. Costs ``num_masks`` forward
-    passes, and one for the score.
+    passes; scores cost one more.
 
     Attributes:
         num_masks: Masks; the paper takes 4000 for VGG-16 and 8000 for ResNet-50.
@@ -233,27 +233,24 @@ class RISE(SaliencyMethod):
 
     @property
     def forwards(self) -> int:  # type: ignore[override]
-        """One per mask, one for the score."""
-        return self.num_masks + 1
+        """One per mask."""
+        return self.num_masks
 
-    def explain(
+    @torch.no_grad()
+    def maps(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
-    ) -> Explanation:
-        """Explain ``targets`` on ``images``; no gradient is needed."""
-        check_inputs(type(self).__name__, images, targets)
-        with explaining(model), torch.no_grad():
-            images, targets = borrowed(images), borrowed(targets)
-            grids, shifts = self.draw(size_of(images), images.device)
-            total = torch.zeros_like(images[:, 0], dtype=torch.float32)
-            size = max(1, self.batch_size // len(images))
-            for grid, shift in zip(grids.split(size), shifts.split(size), strict=True):
-                masks = rise_masks(grid, shift, size_of(images))
-                masked = (masks[:, None, None].to(images.dtype) * images).flatten(0, 1)
-                logs = score(model, masked, targets.repeat(len(masks)), self.activation)
-                with full_precision(images.device):
-                    total += torch.tensordot(logs.exp().unflatten(0, (len(masks), -1)), masks, ([0], [0]))
-            maps = min_max(total / (self.num_masks * self.probability))
-            return Explanation(maps, score(model, images, targets, self.activation).exp())
+    ) -> Float[Tensor, "B H W"]:
+        """Return the mean of the masks, weighted by the scores; no gradient is needed."""
+        grids, shifts = self.draw(size_of(images), images.device)
+        total = torch.zeros_like(images[:, 0], dtype=torch.float32)
+        size = max(1, self.batch_size // len(images))
+        for grid, shift in zip(grids.split(size), shifts.split(size), strict=True):
+            masks = rise_masks(grid, shift, size_of(images))
+            masked = (masks[:, None, None].to(images.dtype) * images).flatten(0, 1)
+            logs = score(model, masked, targets.repeat(len(masks)), self.activation)
+            with full_precision(images.device):
+                total += torch.tensordot(logs.exp().unflatten(0, (len(masks), -1)), masks, ([0], [0]))
+        return min_max(total / (self.num_masks * self.probability))
 
     def draw(
         self, size: tuple[int, int], device: torch.device

@@ -9,17 +9,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs, score
 from sess_lightning.methods.gradient import IntegratedGradients
+from sess_lightning.methods.templates import MapMethod
 from sess_lightning.ops import min_max, resize, size_of
-from sess_lightning.types import Activation, Explanation, SaliencyMethod
+from sess_lightning.types import Activation
 
 _SEGMENTED_AT = 224  # px; the segmentation's scales are made for images of this size.
 
 
 @dataclass(frozen=True)
-class XRAI(SaliencyMethod):
+class XRAI(MapMethod):
     """XRAI (Kapishnikov et al., ICCV 2019): regions, ranked by the density of their attribution.
 
     Integrated gradients from a black and from a white baseline (the image's own least and greatest value) are
@@ -68,32 +67,28 @@ class XRAI(SaliencyMethod):
 
     @property
     def forwards(self) -> int:  # type: ignore[override]
-        """One per step from either baseline, one for the score."""
-        return 2 * self.steps + 1
+        """One per step from either baseline."""
+        return 2 * self.steps
 
     def _integral(self) -> IntegratedGradients:
         return IntegratedGradients(self.steps, batch_size=self.batch_size)
 
-    def explain(
+    def maps(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
-    ) -> Explanation:
-        """Explain ``targets`` on ``images``.
+    ) -> Float[Tensor, "B H W"]:
+        """Return the ranked regions.
 
         Raises:
             ImportError: If scikit-image is not installed.
             RuntimeError: If no gradient flows from the logits back to the pixels.
         """
-        check_inputs(type(self).__name__, images, targets)
         _scikit_image()
-        with explaining(model):
-            images, targets = borrowed(images), borrowed(targets)
-            attributions = self.attributions(model, images, targets)
-            scores = score(model, images, targets, self.activation).exp()
+        attributions = self.attributions(model, images, targets)
         maps = [
             grow(attribution, self.segments(image), self.min_gain)
             for attribution, image in zip(attributions.cpu().double().numpy(), images, strict=True)
         ]
-        return Explanation(min_max(torch.from_numpy(np.stack(maps)).float().to(images.device)), scores)
+        return min_max(torch.from_numpy(np.stack(maps)).float().to(images.device))
 
     def attributions(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]

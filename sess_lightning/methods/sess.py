@@ -268,8 +268,7 @@ class SESS(WrappingMethod):
         if scored.maps is not None:
             maps = scored.maps
         else:
-            extractions = extractor.extract_some(model, self.base, scored.which)
-            maps = chain.from_iterable(extractor.maps_of(part) for part in extractions)
+            maps = chain.from_iterable(extractor.map_some(model, self.base, scored.which))
         return self._fuse(maps, scored.logs, scored.which, plan), logs, first
 
     def _fuse(

@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sess_lightning.batching import ON_CPU, in_batches, stacked
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.introspection.logits import check_inputs
+from sess_lightning.introspection.logits import check_inputs, score
 from sess_lightning.ops import size_of, upsample
 from sess_lightning.types import Activation, Explanation, Extraction, SaliencyMethod
+
+Part = TypeVar("Part")
+
+
+class MapMethod(SaliencyMethod):
+    """A method whose maps tell no scores: these cost a forward pass more, if they are asked for."""
+
+    scores_apart: ClassVar[bool] = True
+
+    @abstractmethod
+    def maps(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B H W"]:
+        """Return maps in [0, 1]; the model and the tensors are borrowed already."""
+
+    def __call__(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B H W"]:
+        """Return the maps alone: no forward pass for scores that nobody reads."""
+        check_inputs(type(self).__name__, images, targets)
+        with explaining(model):
+            return self.maps(model, borrowed(images), borrowed(targets))
+
+    def explain(
+        self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
+    ) -> Explanation:
+        """Explain ``targets`` on ``images``; the scores come from a plain forward pass.
+
+        Raises:
+            ValueError: If a shape is wrong.
+            RuntimeError: If a gradient is needed and none flows from the logits back to the pixels.
+        """
+        check_inputs(type(self).__name__, images, targets)
+        with explaining(model):
+            images, targets = borrowed(images), borrowed(targets)
+            maps = self.maps(model, images, targets)
+            return Explanation(maps, score(model, images, targets, self.activation).exp())
 
 
 class ExtractingMethod(SaliencyMethod):
@@ -37,15 +76,10 @@ class ExtractingMethod(SaliencyMethod):
         return Explanation(self.draw(maps, size_of(images)), logs.exp())
 
     def _extracted(self, model: nn.Module, images: Tensor, targets: Tensor) -> Extraction:
-        if len(images) <= ON_CPU or not images.is_cpu:
+        if is_small(images):
             return self.extract(model, borrowed(images), targets)
-        # On a CPU, parts with their channels last take less time and memory than a large batch as it lies.
-        parts = in_batches(
-            lambda rows, which: self.extract_part(model, stacked(rows), targets[which]),
-            images.detach(),
-            ON_CPU,
-        )
-        return self.join_parts([*parts], targets, size_of(images))
+        parts = in_parts(lambda rows, which: self.extract_part(model, rows, targets[which]), images)
+        return self.join_parts(parts, targets, size_of(images))
 
     @abstractmethod
     def extract(
@@ -56,6 +90,18 @@ class ExtractingMethod(SaliencyMethod):
     def draw(self, maps: Float[Tensor, "B h w"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:
         """Return extracted maps at full resolution, (height, width)."""
         return upsample(maps, size).clamp(0, 1)
+
+
+def is_small(images: Tensor) -> bool:
+    """Return whether images pass through a model best as they lie."""
+    return len(images) <= ON_CPU or not images.is_cpu
+
+
+def in_parts(
+    explain: Callable[[Float[Tensor, "b C H W"], slice], Part], images: Float[Tensor, "B C H W"]
+) -> list[Part]:
+    """Explain images in parts with their channels last: on a CPU, they take less time and memory than all."""
+    return [*in_batches(lambda rows, which: explain(stacked(rows), which), images.detach(), ON_CPU)]
 
 
 class WrappingMethod(SaliencyMethod):

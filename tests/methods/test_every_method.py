@@ -13,7 +13,7 @@ from precision import precision_flags
 from sess_lightning import methods
 from sess_lightning.batching import ON_CPU
 from sess_lightning.cost.measuring import forwards_of
-from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.methods import SESS, AugmentedGradCAM, Blurred, GradCAM, SmoothGrad
 from sess_lightning.methods.templates import ExtractingMethod
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.types import SaliencyMethod
@@ -164,6 +164,36 @@ def test_forwards_are_counted(name, model, images):
     seen.clear()
     method(model, images[:1], torch.tensor([0]))
     assert told == sum(seen)
+
+
+def images_seen(model, call):
+    """Return how many images pass through a model."""
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    call()
+    handle.remove()
+    return sum(seen)
+
+
+@every_method
+def test_a_forward_pass_for_scores_runs_only_where_scores_are_read(name, model, images):
+    method, image, target = made(name), images[:1], torch.tensor([0])
+    method(model, image, target)  # The layer is found once.
+    told = method.count_forwards(model, (SIZE, SIZE))
+    apart = int(method.scores_apart)
+    assert images_seen(model, lambda: method.explain(model, image, target)) == told + apart
+    assert images_seen(model, lambda: method.extract(model, image.clone(), target)) == told + apart
+    classes = torch.tensor([0, 1, 2])
+    seen = images_seen(model, lambda: method.maps_beside(model, image, classes))
+    assert seen == told * (1 if method.shares_classes else 3)
+    around = [Blurred(method), SmoothGrad(method, 2), AugmentedGradCAM(method, 2, steps=1)]
+    around += [SESS(method, num_scales=2, prefilter_ratio=ratio) for ratio in (0.0, 0.5)]
+    for wrapped in around:
+        wrapped(model, image, target)
+        told = wrapped.count_forwards(model, (SIZE, SIZE))
+        assert images_seen(model, lambda: wrapped(model, image, target)) == told  # noqa: B023
+        scored = images_seen(model, lambda: wrapped.explain(model, image, target))  # noqa: B023
+        assert scored == told + wrapped.scores_apart
 
 
 @every_method

@@ -180,12 +180,12 @@ def test_rise_depends_on_its_seed_alone(tiny, images, targets):
     close(method(tiny, images.flip(0), targets.flip(0)).flip(0), first, 1e-5)
 
 
-def test_rise_costs_a_forward_per_mask_and_one(counting, images, targets):
+def test_rise_costs_a_forward_per_mask(counting, images, targets):
     method = RISE(10, batch_size=6)
     method(counting, images, targets)
-    assert Counting.total == 2 * method.count_forwards(counting, (224, 224)) == 2 * 11
+    assert Counting.total == 2 * method.count_forwards(counting, (224, 224)) == 2 * 10
     assert Counting.largest == 6
-    assert RISE().forwards == 8001
+    assert RISE().forwards == 8000
 
 
 def test_rise_takes_any_size(tiny, targets):
@@ -317,9 +317,9 @@ def test_masks_have_the_areas_asked_for_and_keep_what_matters():
 def test_extremal_perturbation_costs_a_forward_per_step_and_area(counting, images, targets):
     method = ExtremalPerturbation((0.1, 0.2, 0.3), steps=4, step=32, sigma=32, batch_size=3)
     method(counting, images, targets)
-    assert Counting.total == 2 * method.count_forwards(counting, (224, 224)) == 2 * 13
+    assert Counting.total == 2 * method.count_forwards(counting, (224, 224)) == 2 * 12
     assert Counting.largest == 3
-    assert ExtremalPerturbation().forwards == 3201
+    assert ExtremalPerturbation().forwards == 3200
 
 
 EXTREMAL = ExtremalPerturbation((0.1, 0.3), steps=2, step=28, sigma=28)

@@ -8,7 +8,7 @@ import torch
 from lightning_models import Counter
 from scored import TARGETS, TWO_SCALES, Channel, run
 from sess_lightning import SESSMetric
-from sess_lightning.methods import GradCAM
+from sess_lightning.methods import RISE, GradCAM, IntegratedGradients, RandomMap, SmoothGrad
 
 
 def test_an_image_costs_56_forwards_a_further_map_54_and_zeros_one_per_run(model, images):
@@ -31,6 +31,19 @@ def test_methods_add_their_own_forwards_and_nothing_else(model, images):
     windows = TWO_SCALES.count_forwards(model, (32, 32))
     assert windows == 5
     assert counter.images == 1 + 6 * (56 + windows + 54)  # The base's map comes with the first window.
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one class", "several classes"])
+@pytest.mark.parametrize("clock", [None, lambda _: 0.0], ids=["untimed", "timed"])
+def test_no_score_is_computed_that_only_a_method_would_read(model, images, clock, several):
+    noisy = SmoothGrad(IntegratedGradients(2), 3)
+    methods = {"": IntegratedGradients(3), "rise": RISE(4), "noisy": noisy, "random": RandomMap()}
+    metric = SESSMetric(methods[""], compare={name: methods[name] for name in list(methods)[1:]}, clock=clock)
+    told = [method.count_forwards(model, (32, 32)) for method in methods.values()]
+    assert told == [3, 4, 6, 0]
+    counter = Counter(model)
+    metric.update(model, images[:1] if several else images[:3], TARGETS[:3])
+    assert counter.images == 1 + 3 * (56 + 3 * 54 + sum(told))
 
 
 BESIDE = {"base": GradCAM(), "red": Channel(0)}
