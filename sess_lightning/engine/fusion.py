@@ -239,7 +239,9 @@ def _votes(
     window's weight as well. On MobileNetV2 (6 photographs, 8 scales, 301,056 pixels) a CPU without AVX2 moved
     17 pixels by up to 0.02 when all above 0 counted, and moves none by more than 2e-6 now; 68 pixels differ
     by more than 1e-3 from counting above 0. Measured against the top weight instead, that would be 5,230
-    pixels: windows with a low weight would lose their votes.
+    pixels: windows with a low weight would lose their votes. No count that jumps is the same everywhere: at
+    12 scales, 44 of a million pixels still move. One that rises from 0 to 1 over 1e-3 of the weight moves
+    none by more than 5e-5, but differs from equation 2 by more than 1e-3 in 7 % of the pixels.
     """
     least = (ROUNDING * weights)[..., None, None]
     return drawn > (least.clamp(min=theta) if theta > 0 else least)
