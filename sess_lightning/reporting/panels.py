@@ -104,7 +104,9 @@ def _as_bytes(image: npt.NDArray[np.float32], white: float | None) -> Picture:
     low, high = 0.0, white or 0.0
     margin = 0.02 * high  # From rounding, and from bicubic resizing.
     if white is None or np.mean((known < low - margin) | (known > high + margin)) > MOST_CLIPPED:
-        low, high = np.percentile(known, PERCENTILES) if known.size else (0.0, 0.0)
+        # Sorted by vector instructions first: numpy's own selection takes more than twice the time.
+        ranked = np.sort(known, axis=None)
+        low, high = np.percentile(ranked, PERCENTILES) if known.size else (0.0, 0.0)
         if low == high and known.size:  # A small object on a uniform background.
             low, high = known.min(), known.max()
     scaled = (image - low) / (high - low if high > low else np.inf)
