@@ -1,6 +1,7 @@
 """Fixtures for all rooms; `formula.py` holds weights and pictures that no random generator draws."""
 
 import copy
+import gc
 import logging
 import os
 from functools import partial
@@ -19,6 +20,10 @@ shapes.check_package()
 def pytest_configure(config):
     # The models are small: on shared cores, threads would wait for each other longer than they work.
     torch.set_num_threads(int(os.environ.get("SESS_TEST_THREADS", "1")))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # Imported modules stay: no collection of garbage need walk through them.
 
 
 @pytest.fixture(autouse=True)
