@@ -18,6 +18,7 @@ def offline(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")  # WandbLogger(offline=True) sets it for the whole process.
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_X_SAVE_REQUIREMENTS", "false")  # Reads what is installed, anew for every run.
     for name in ("CONFIG", "CACHE", "DATA", "ARTIFACT"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home"))
     yield
