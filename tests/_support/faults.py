@@ -3,7 +3,7 @@
 import errno
 import os
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -12,12 +12,12 @@ from unittest import mock
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from PIL import Image
 
 from lightning_models import Classifier, boxed, pair, squares
 from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.metrics import SESSMetric
-from sess_lightning.reporting import run
+from sess_lightning.reporting import files, run
+from sess_lightning.reporting.report import records
 from sess_lightning.types import Explanation, SaliencyMethod
 
 
@@ -235,9 +235,14 @@ def failing(target, on_rank):
     return mock.patch.object(whole, name, fail)
 
 
+@contextmanager
 def full_disk():
+    """Rows still find room in their tables, pictures do not."""
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return mock.patch.object(Image.Image, "save", side_effect=error)
+    with ExitStack() as stack:
+        for module in (files, records):
+            stack.enter_context(mock.patch.object(module, "write_whole", side_effect=error))
+        yield
 
 
 @contextmanager
