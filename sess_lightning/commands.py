@@ -39,7 +39,7 @@ from sess_lightning.evaluation.explanation import explain_image
 from sess_lightning.evaluation.results import Results
 from sess_lightning.evaluation.runner import evaluate, evaluate_with
 from sess_lightning.evaluation.sources import first_on_this_machine, own_module
-from sess_lightning.evaluation.weights import IMAGENET, Network, load_network
+from sess_lightning.evaluation.weights import IMAGENET, Network, is_file, load_network
 from sess_lightning.introspection.folding import folded
 from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import classify
@@ -81,8 +81,12 @@ class ExplainedCLI(LightningCLI):
         parser.add_lightning_class_args(SESSCallback, "sess")
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would take the checkpoint's hyper-parameters for arguments, which only works if the same
+        # Lightning 2.6 takes the checkpoint's hyper-parameters for arguments, which only works if the same
         # command had written it. Here a checkpoint brings weights; --model.* says how the model is made.
+        pass
+
+    @override
+    def before_instantiate_classes(self) -> None:
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path and Path(path).suffix and "://" not in str(path) and not Path(path).exists():
             raise ArgumentError(None, f"--ckpt_path: {path} is no file.")
@@ -178,6 +182,8 @@ def _network(config: Namespace) -> Network:
             )
         options["weights"] = config.checkpoint
     if options["name"] is None:
+        if options["weights"] is not None:
+            is_file(options["weights"])  # A wrong path is told of first.
         options["name"] = first_on_this_machine()
         _note(f"{options['name']}, whose ImageNet weights are on this machine; another by --model.name.")
     return load_network(**options)

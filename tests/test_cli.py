@@ -464,7 +464,7 @@ def test_what_is_wrong_is_said_in_one_line_with_a_remedy(cat, capsys, options, m
         (["evaluate"], ["give a folder of images, or a --config that names a benchmark."]),
         (["evaluate", "no_folder"], ["no_folder is no folder of pictures."]),
         (["evaluate", "x", "--benchmark", "VOC7"], ["--benchmark: there is no VOC7."]),
-        (["evaluate", "x", "--limits", "few"], ["--limits: expected int or dict, got few."]),
+        (["evaluate", "x", "--limits", "few"], ["--limits: expected ", " or ", "int", "dict", ", got few."]),
         (["cost", "--method", "GradCm"], ["--method: there is no method 'GradCm' (did you mean GradCAM"]),
         (["cost", "--size", "1", "2", "3"], ["--size: one side, or height and width, got [1, 2, 3]."]),
         (["fit", "--sess.method", "GradCm"], ["--sess.method: there is no method 'GradCm' (did you mean"]),

@@ -55,8 +55,8 @@ DEFECTS = (
     ),
     Defect(
         "a point at the tolerance itself hits", "metrics/functional.py",
-        "dx * dx + dy * dy < tolerance * tolerance) & real",
-        "dx * dx + dy * dy <= tolerance * tolerance) & real",
+        "(away * away).sum(-1) < tolerance",
+        "(away * away).sum(-1) <= tolerance",
         "tests/metrics/test_functional.py::test_pointing_tolerance_is_exclusive",
     ),
     Defect(

@@ -178,7 +178,8 @@ def test_wandbs_summary_keeps_the_best_and_the_last_of_what_lightning_logs(wandb
         for record in records(path)
         if record.WhichOneof("record_type") == "metric"
     }
-    hidden = {name for name, metric in defined.items() if metric.options.hidden}
+    # wandb 0.18 hides steps as well.
+    hidden = {name for name, metric in defined.items() if metric.options.hidden and "/" in name}
     assert hidden == {
         "sess/base/deletion",
         "sess/minus_base/overall",
