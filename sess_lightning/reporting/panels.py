@@ -262,4 +262,6 @@ def curve_figure(curves: Mapping[str, Float[Tensor, "2 T"]], title: str = "") ->
     """Draw mean insertion and deletion curves, a line per method, the first one thicker."""
     from matplotlib import rcParams
 
-    return _frame(tuple(curves), repr({**rcParams}), get_ident()).draw([*curves.values()], title)
+    # As they are stored: matplotlib, if asked for its backend, would choose one for the whole process.
+    style = repr([*dict.items(rcParams)])
+    return _frame(tuple(curves), style, get_ident()).draw([*curves.values()], title)

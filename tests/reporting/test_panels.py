@@ -1,4 +1,7 @@
 import gc
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -267,3 +270,17 @@ def test_the_axes_are_drawn_once_for_a_style_and_its_methods(monkeypatch):
         assert not np.array_equal(curve_figure({"twice": torch.zeros(2, 29)}), plain)
     assert len(made) == 3
     assert np.array_equal(curve_figure({"twice": torch.zeros(2, 29)}), plain)
+
+
+def test_drawing_chooses_no_backend_for_the_user():
+    script = """
+import matplotlib, torch
+from sess_lightning.reporting.panels import curve_figure
+curve_figure({"SESS": torch.zeros(2, 29)})
+print(isinstance(dict.__getitem__(matplotlib.rcParams, "backend"), str))
+"""
+    unset = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=unset
+    )
+    assert found.stdout.strip() == "False"  # Still a placeholder.
