@@ -87,10 +87,10 @@ def test_every_image_is_drawn_once_and_encoded_once_for_all_sinks(
     def noting(name, make):
         return lambda *args: made.append(name) or make(*args)
 
-    for name in ("sheet", "curve_figure", "png"):
+    for name in ("sheet", "curve_figure", "_encoded"):
         monkeypatch.setattr(run, name, noting(name, getattr(run, name)))
     sinks = [sink_for(logger, tmp_path) for logger in (TensorBoardLogger(tmp_path), None, wandb_logger)]
     its = report(panels=panels, curves=CURVES)
     for sink in sinks:
         sink.write(its)
-    assert sorted(made) == ["curve_figure", "png", "png", "sheet"]
+    assert sorted(made) == ["_encoded", "_encoded", "curve_figure", "sheet"]
