@@ -187,9 +187,8 @@ def test_a_forward_pass_for_scores_runs_only_where_scores_are_read(name, model, 
     seen = images_seen(model, lambda: method.maps_beside(model, image, classes))
     assert seen == told * (1 if method.shares_classes else 3)
     around = [Blurred(method), SmoothGrad(method, 2), AugmentedGradCAM(method, 2, steps=1)]
-    around += [SESS(method, num_scales=2, prefilter_ratio=ratio) for ratio in (0.0, 0.5)]
+    around.append(SESS(method, num_scales=2, prefilter_ratio=0.5))
     for wrapped in around:
-        wrapped(model, image, target)
         told = wrapped.count_forwards(model, (SIZE, SIZE))
         assert images_seen(model, lambda: wrapped(model, image, target)) == told  # noqa: B023
         scored = images_seen(model, lambda: wrapped.explain(model, image, target))  # noqa: B023
