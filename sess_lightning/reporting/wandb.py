@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,25 +158,9 @@ def _chart(
     """Return a line chart; the table behind it goes to W&B's section for such tables."""
     import wandb
 
-    # As ``wandb.plot.line_series`` does it, with a table that is made faster.
-    columns = ["step", "lineKey", "lineVal"]
-    rows = [(x, name, y) for name, line in ys.items() for x, y in zip(xs[name], line, strict=True)]
-    return wandb.plot_table(
-        vega_spec_name="wandb/lineseries/v0", data_table=table_of(columns, rows),
-        fields=dict(zip(columns, columns, strict=True)), string_fields={"title": title, "xname": x_name},
-        split_table=True,
-    )  # fmt: skip
-
-
-def table_of(columns: Sequence[str], rows: Iterable[Collection[Any]]) -> Any:
-    """Return a table; wandb infers types anew with every row, so it is told one row of each kind first."""
-    import wandb
-
-    data = [list(row) for row in rows]
-    kinds = {tuple((type(value), value != value) for value in row): row for row in reversed(data)}
-    table = wandb.Table(columns=list(columns), data=[*reversed(kinds.values())])
-    table.data = data
-    return table
+    return wandb.plot.line_series(
+        xs=list(xs.values()), ys=list(ys.values()), keys=list(ys), title=title, xname=x_name, split_table=True
+    )
 
 
 def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -185,7 +169,7 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     # In a table, images would become an artifact without a step slider.
     plain = [plain_row(row) for row in rows]
-    table = table_of(list(plain[0]), (row.values() for row in plain))
+    table = wandb.Table(columns=list(plain[0]), data=[list(row.values()) for row in plain])
     pictures = [
         wandb.Image(
             value, caption="\n".join(f"{column_label(k)}: {cell(v)}" for k, v in row.items()), file_type="jpg"

@@ -11,6 +11,7 @@ from typing import ClassVar
 from unittest import mock
 
 import torch
+import wandb
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_models import Classifier, boxed, pair, squares
@@ -329,8 +330,12 @@ FAULTS = {
         "Check that the folder may be written to", UNSEEN, logger=False,
         around=file_in_the_way,
     ),
-    # wandb 0.18 refuses tables before it is asked to log them.
-    "W&B's run is finished": Fault("pictures are missing in W&B", UNSEEN, logger=WandbLogger),
+    "W&B's run is finished": Fault(
+        # wandb 0.18 refuses the chart before it is asked to log it.
+        "You must call wandb.init()" if wandb.plot_table.__module__ == "wandb.sdk.lib.preinit"
+        else "RuntimeError: Run (abc) is finished",
+        UNSEEN, logger=WandbLogger,
+    ),
     "W&B is not installed": Fault(
         "pictures are missing in W&B", UNSEEN, logger=WandbLogger,
         around=lambda folder: mock.patch.dict(sys.modules, wandb=None),

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import wandb
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
@@ -18,7 +17,7 @@ from sess_lightning.reporting.panels import sheet
 from sess_lightning.reporting.publisher import Publisher, sink_for
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.tensorboard import TensorBoardSink, markdown
-from sess_lightning.reporting.wandb import WandbSink, table_of
+from sess_lightning.reporting.wandb import WandbSink
 from wandb_reader import history, offline, records, run_folder
 
 
@@ -269,33 +268,3 @@ def test_tensorboards_tables_have_labels_and_no_keys():
     head, _, cells = markdown([row]).splitlines()
     assert head == "| why | Drift to the previous run | Relevance mass | 95 % from |"
     assert cells == "| most drifted | 0.500 | 0.250 | 0.000 |"
-
-
-TABLES = [
-    [[1, 0.5, "a"], [2, None, "b"], [None, float("nan"), None]],
-    [[float("nan"), None, True], [1, "late", None], [0.25, None, False]],
-    [[i / 50, f"line {i % 3}", i] for i in range(150)],
-    [[None, None, None]],
-]
-
-
-@pytest.mark.parametrize("rows", TABLES)
-def test_a_table_told_by_its_kinds_of_rows_is_the_table_told_by_all(rows):
-    columns = ["x", "y", "z"]
-    table, plain = table_of(columns, rows), wandb.Table(columns=columns, data=[list(row) for row in rows])
-    assert table.columns == plain.columns
-    assert repr(table.data) == repr(plain.data)
-    assert repr(table._column_types.to_json()) == repr(plain._column_types.to_json())
-
-
-def test_a_table_whose_columns_mix_types_is_refused_as_by_wandb():
-    with pytest.raises(TypeError, match="incompatible types"):
-        table_of(["x"], [[1], ["one"]])
-
-
-def test_wandb_infers_the_types_of_a_chart_from_two_rows(monkeypatch):
-    added, add = [], wandb.Table.add_data
-    monkeypatch.setattr(wandb.Table, "add_data", lambda table, *row: added.append(row) or add(table, *row))
-    rows = [(i / 100, "SESS" if i % 2 else "base", None if i == 50 else 0.5) for i in range(100)]
-    assert len(table_of(["step", "lineKey", "lineVal"], rows).data) == 100
-    assert len(added) == 2
