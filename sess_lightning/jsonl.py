@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from sess_lightning.locks import held
+
 
 def append(path: str | Path, value: Any, digits: int | None = None) -> None:
     """Add a line that holds ``value``, and drop a last line that was cut short.
@@ -21,9 +23,8 @@ def append(path: str | Path, value: Any, digits: int | None = None) -> None:
         digits: As for ``plain``.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(plain(value, digits), allow_nan=False) + "\n"
-    with path.open("a+b") as file:
+    with held(path), path.open("a+b") as file:
         if file.tell():
             file.seek(-1, io.SEEK_END)
             if file.read() != b"\n":  # The last writer was killed half-way.

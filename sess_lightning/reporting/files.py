@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sess_lightning.locks import held
 from sess_lightning.reporting.paths import inside, write_whole
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.sink import Sink, columns_of, plain_tables
@@ -66,15 +67,14 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         rows: Rows with the same columns, among them ``run``, ``epoch`` and ``step``.
     """
     columns = list(rows[0])
-    old = _header(path)
-    if old and (old != columns or not _follows(path, columns, rows[0])):
-        columns = list(dict.fromkeys([*old, *columns]))
-        _keep(path, columns, lambda row: _is_before(row, rows[0]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # One write: the rows of another process that is appending do not get in between.
-    text = table(rows, columns, header=not old)
-    with path.open("ab") as file:
-        file.write(text.encode())
+    with held(path):
+        old = _header(path)
+        if old and (old != columns or not _follows(path, columns, rows[0])):
+            columns = list(dict.fromkeys([*old, *columns]))
+            _keep(path, columns, lambda row: _is_before(row, rows[0]))
+        text = table(rows, columns, header=not old)
+        with path.open("ab") as file:
+            file.write(text.encode())
 
 
 def _header(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
+from sess_lightning import locks
 from sess_lightning.reporting.run import RunReport
 from sess_lightning.reporting.sink import Sink
 
@@ -60,7 +61,7 @@ class RemoteFolder:
                 self._known[name] = state
 
     def _listed(self) -> dict[str, tuple[int, int]]:
-        files = [path for path in self.local.rglob("*") if path.is_file()]
+        files = [path for path in self.local.rglob("*") if path.is_file() and path.name != locks.NAME]
         states = {path.relative_to(self.local).as_posix(): path.stat() for path in files}
         return {name: (state.st_mtime_ns, state.st_size) for name, state in states.items()}
 

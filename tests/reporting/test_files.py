@@ -82,6 +82,24 @@ def test_rows_of_two_trainings_at_once_do_not_mix(tmp_path):
         assert {found["value"] for found in own} == {run * 50}
 
 
+def test_rows_of_another_training_survive_a_resumed_one_that_rewrites_the_table(tmp_path):
+    path = tmp_path / "curves.csv"
+
+    def resume():
+        for epoch in (0, 1) * 10:
+            append_rows(path, [row(epoch, "resumed", value=1)])
+
+    def train():
+        for epoch in range(50):
+            append_rows(path, [row(epoch, "other", value=2)])
+
+    with ThreadPool(2) as pool:
+        for done in [pool.apply_async(resume), pool.apply_async(train)]:
+            done.get()
+    assert [epoch for run, epoch in runs(path) if run == "other"] == list(range(50))
+    assert [epoch for run, epoch in runs(path) if run == "resumed"] == [0, 1]
+
+
 @pytest.mark.parametrize("text", ["=1+1", "+cmd", "-x", "@SUM(A1)", "\t=1"])
 def test_no_cell_is_a_formula_to_a_spreadsheet(text):
     assert table([{"class": text}]).splitlines()[1].startswith("'")

@@ -190,5 +190,5 @@ def test_pictures_that_are_gone_are_not_carried(tmp_path):
     append(tmp_path / "old", RunRecord("a", 0, 1, panel=lost))
     append(tmp_path / "new", RunRecord("b", 0, 1))
     carry(tmp_path / "old", tmp_path / "new", "a")
-    assert [each.name for each in (tmp_path / "new").iterdir()] == ["runs.jsonl"]
+    assert [each.name for each in (tmp_path / "new").glob("[!.]*")] == ["runs.jsonl"]
     assert len((tmp_path / "new" / "runs.jsonl").read_text().splitlines()) == 2

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from sess_lightning.locks import held
 from sess_lightning.reporting.paths import write_whole
 from sess_lightning.reporting.report import charts
 from sess_lightning.reporting.report.content import Content
@@ -45,13 +46,14 @@ def write_report(
     runs, path = outlines(folder, run), Path(path)
     if not runs:
         raise FileNotFoundError(f"write_report: no records of a validation run in {folder}.")
-    make_way(path, runs[-1][0].run)
     content, places = Content([record for record, _ in runs]), [place for _, place in runs]
     every = _first_guess(content, places, folder, max_bytes)
-    while not _fits(path, _page(content, places, folder, every, others(path)), max_bytes):
-        if every >= len(runs):
-            raise ValueError(f"write_report: one run takes more bytes; raise max_bytes={max_bytes}.")
-        every = every * 5 // 4 + 1
+    with held(path):
+        make_way(path, runs[-1][0].run)
+        while not _fits(path, _page(content, places, folder, every, others(path)), max_bytes):
+            if every >= len(runs):
+                raise ValueError(f"write_report: one run takes more bytes; raise max_bytes={max_bytes}.")
+            every = every * 5 // 4 + 1
     return path
 
 
