@@ -197,7 +197,7 @@ def main() -> None:
             row, told, folder = train(seed, marked, args, name)
             rows.append(row)
             panel = max((folder / "sess" / "panel").iterdir())
-            shutil.copy(panel, args.out / f"{name}.png")
+            shutil.copy(panel, args.out / f"{name}.jpg")
             print(f"{name}: {row._asdict()}", *told, sep="\n  ", flush=True)
             with (args.out / "alarm.csv").open("w", newline="") as file:
                 csv.writer(file).writerows([Row._fields, *rows])

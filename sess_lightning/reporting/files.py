@@ -20,7 +20,7 @@ TAIL = 1 << 16
 
 
 class FileSink(Sink):
-    """PNG and CSV files: an image per validation run, a row per score, point of a curve, or sample.
+    """JPEG and CSV files: an image per validation run, a row per score, point of a curve, or sample.
 
     Several trainings may write into one folder: rows have the training's name in the column ``run``, images
     in their file name.
@@ -46,7 +46,7 @@ class FileSink(Sink):
             if whole:
                 append_rows(inside(self._folder, report.key(f"{name}.csv")), whole)
         for name, drawing in report.drawings.items():
-            write_whole(inside(self._folder, report.key(f"{name}/{report.stem}.png")), [drawing.png])
+            write_whole(inside(self._folder, report.key(f"{name}/{report.stem}.jpg")), [drawing.jpeg])
 
 
 def _points(report: RunReport) -> Iterator[dict[str, Any]]:

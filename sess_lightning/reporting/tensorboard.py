@@ -32,7 +32,7 @@ class TensorBoardSink(LoggerSink):
 
         height, width, colours = drawing.picture.shape
         image = Summary.Image(
-            height=height, width=width, colorspace=colours, encoded_image_string=drawing.png
+            height=height, width=width, colorspace=colours, encoded_image_string=drawing.jpeg
         )
         writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 

@@ -1,9 +1,11 @@
 """Reports of a run as it could have been, and loggers whose packages are not installed."""
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 
 from sess_lightning.reporting.panels import curve_figure
 from sess_lightning.reporting.run import RunReport
@@ -32,6 +34,19 @@ def figure(epoch=2, step=17):
     return curve_figure(
         report(curves=CURVES).labelled_curves(), f"Mean curves after epoch {epoch}, step {step}"
     )
+
+
+def as_jpeg(picture):
+    """Return an image as a JPEG file shows it; a PNG of the same would be unchanged."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=90, subsampling=0)
+    return opened(file)
+
+
+def opened(file):
+    with Image.open(file) as image:
+        assert image.format == "JPEG"
+        return np.asarray(image)
 
 
 class Notes:

@@ -15,7 +15,7 @@ def test_without_a_logger_pictures_and_figures_become_files(tmp_path):
     fit(tmp_path, quick(num_images=2), logger=False, max_epochs=2)
     folder = tmp_path / "sess"
     (run,) = {record.run for record in read(folder / "records")}
-    names = [f"epoch={epoch:03d}-step={step:06d}-run={run[:8]}.png" for epoch, step in ((0, 3), (1, 7))]
+    names = [f"epoch={epoch:03d}-step={step:06d}-run={run[:8]}.jpg" for epoch, step in ((0, 3), (1, 7))]
     assert sorted(path.name for path in (folder / "panel").iterdir()) == names
     assert sorted(path.name for path in (folder / "curves").iterdir()) == names
     with Image.open(folder / "panel" / names[0]) as sheet:

@@ -130,7 +130,7 @@ def test_a_picture_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.undo()
     sink.write(report)
     (path,) = (tmp_path / "sess" / "curves").iterdir()
-    assert path.name == "epoch=000-step=000003-run=a1.png"
+    assert path.name == "epoch=000-step=000003-run=a1.jpg"
     with Image.open(path) as picture:
         picture.load()
 
@@ -158,7 +158,7 @@ def test_pictures_of_two_trainings_in_one_folder_stand_side_by_side(tmp_path):
     for run in ("a" * 32, "b" * 32):
         FileSink(tmp_path).write(RunReport("sess", 0, 3, "SESS", {"n": 1.0}, curves=CURVES, run=run))
     names = sorted(path.name for path in (tmp_path / "sess" / "curves").iterdir())
-    assert names == [f"epoch=000-step=000003-run={run * 8}.png" for run in "ab"]
+    assert names == [f"epoch=000-step=000003-run={run * 8}.jpg" for run in "ab"]
 
 
 def test_no_name_holds_what_a_file_system_refuses(tmp_path):

@@ -64,8 +64,8 @@ def test_files_go_into_a_remote_folder_and_are_added_to(memory):
         sink.write(report(epoch, epoch, values={"overall": 0.5}, curves=CURVES))
     assert sink.name == "files in memory://logs/version_0"
     assert names(memory) == [
-        "/logs/version_0/sess/curves.csv", "/logs/version_0/sess/curves/epoch=000-step=000000.png",
-        "/logs/version_0/sess/curves/epoch=001-step=000001.png", "/logs/version_0/sess/scalars.csv",
+        "/logs/version_0/sess/curves.csv", "/logs/version_0/sess/curves/epoch=000-step=000000.jpg",
+        "/logs/version_0/sess/curves/epoch=001-step=000001.jpg", "/logs/version_0/sess/scalars.csv",
     ]  # fmt: skip
     table = csv.DictReader(io.StringIO(text(memory, "/logs/version_0/sess/scalars.csv")))
     assert [row["epoch"] for row in table] == ["0", "1"]

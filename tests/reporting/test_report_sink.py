@@ -125,7 +125,7 @@ def test_a_page_that_cannot_be_written_costs_a_warning_not_the_run(tmp_path):
     with pytest.warns(SESSWarning, match=r"FileExistsError|NotADirectoryError"):
         its = fit(tmp_path, quick(on_error="warn"), logger=csv, max_epochs=1)
     assert "sess/overall" in its.callback_metrics
-    assert [path.suffix for path in (folder / "panel").iterdir()] == [".png"]
+    assert [path.suffix for path in (folder / "panel").iterdir()] == [".jpg"]
     assert not (folder / "report.html").exists()
 
 

@@ -11,11 +11,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from reports import CURVES, ROWS, figure, report
+from reports import CURVES, ROWS, as_jpeg, figure, opened, report
 from sess_lightning.reporting.files import FileSink
 from sess_lightning.reporting.panels import sheet
 from sess_lightning.reporting.publisher import Publisher, sink_for
-from sess_lightning.reporting.run import RunReport
+from sess_lightning.reporting.run import Drawing, RunReport
 from sess_lightning.reporting.tensorboard import TensorBoardSink, markdown
 from sess_lightning.reporting.wandb import WandbSink
 from wandb_reader import history, offline, records, run_folder
@@ -31,16 +31,21 @@ def test_files_get_a_sheet_per_run(tmp_path, panels):
     sink.write(report(panels=panels))
     sink.write(report(3, 25, panels=panels))
     written = sorted(path.name for path in (tmp_path / "sess" / "panel").iterdir())
-    assert written == ["epoch=002-step=000017.png", "epoch=003-step=000025.png"]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "sess" / "panel" / written[0])), sheet(panels))
+    assert written == ["epoch=002-step=000017.jpg", "epoch=003-step=000025.jpg"]
+    assert np.array_equal(opened(tmp_path / "sess" / "panel" / written[0]), as_jpeg(sheet(panels)))
+
+
+def test_a_sheet_that_is_too_large_for_a_file_is_scaled_down():
+    tall = Drawing(lambda: np.zeros((70_000, 14, 3), dtype=np.uint8))
+    assert opened(io.BytesIO(tall.jpeg)).shape == (65_500, 13, 3)
 
 
 def test_files_get_curves_as_a_figure_and_as_numbers(tmp_path):
     sink = FileSink(tmp_path)
     sink.write(report(curves=CURVES))
     sink.write(report(3, 25, curves=CURVES))
-    picture = Image.open(tmp_path / "sess" / "curves" / "epoch=002-step=000017.png")
-    assert np.array_equal(np.asarray(picture), figure())
+    path = tmp_path / "sess" / "curves" / "epoch=002-step=000017.jpg"
+    assert np.array_equal(opened(path), as_jpeg(figure()))
     table = rows(tmp_path / "sess" / "curves.csv")
     assert len(table) == 2 * 2 * 5
     assert table[6] == {
@@ -78,7 +83,7 @@ def test_tensorboard_holds_the_sheet_and_the_figure_at_their_step(tmp_path, pane
     ):
         (event,) = events.Images(key)
         assert event.step == 17
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
+        assert np.array_equal(opened(io.BytesIO(event.encoded_image_string)), as_jpeg(picture))
 
 
 def test_wandb_holds_strips_captions_boxes_and_the_chart_at_the_loggers_own_step(
