@@ -8,38 +8,19 @@ import pytest
 import torch
 from torch import nn
 
+from every_method import ARGUMENTS, NOT_WAITING, made
 from formula import Tiny, fill, picture
 from precision import precision_flags
 from sess_lightning import methods
 from sess_lightning.batching import ON_CPU
 from sess_lightning.cost.measuring import forwards_of
-from sess_lightning.methods import SESS, AugmentedGradCAM, Blurred, GradCAM, SmoothGrad
+from sess_lightning.methods import SESS, AugmentedGradCAM, Blurred, SmoothGrad
 from sess_lightning.methods.templates import ExtractingMethod
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.types import SaliencyMethod
 
-ARGUMENTS = {
-    # What a method cannot do without, or what makes it quick; SESS and the like get a base.
-    "SESS": {"base": GradCAM(), "num_scales": 2, "prefilter_ratio": 0.5},
-    "Blurred": {"base": GradCAM()},
-    "SmoothGrad": {"base": GradCAM(), "num_samples": 2},
-    "SmoothGradCAMPlusPlus": {"num_samples": 2},
-    "AugmentedGradCAM": {"num_copies": 3, "steps": 3},
-    "Captum": {"method": "IntegratedGradients", "options": {"n_steps": 2}},
-    "PytorchGradCAM": {"method": "EigenCAM"},
-    "GroupCAM": {"groups": 4},
-    "RISE": {"num_masks": 4},
-    "IntegratedGradients": {"steps": 2},
-    "XRAI": {"steps": 2, "scales": (100.0, 250.0)},
-    "ExtremalPerturbation": {"areas": (0.2,), "steps": 2},
-}
 NEEDS = {"Captum": "captum", "PytorchGradCAM": "pytorch_grad_cam"}
 SIZE = 64
-
-
-def made(name):
-    kind = getattr(methods, name)
-    return kind(**ARGUMENTS.get(name, {}))
 
 
 every_method = pytest.mark.parametrize("name", methods.__all__)
@@ -322,3 +303,11 @@ def test_a_large_batch_passes_in_parts_and_gives_the_same_maps(name, model, imag
         [method(model, image, targets[[i]]) for i, image in zip((0, 9, 18), singles, strict=True)]
     )
     torch.testing.assert_close(maps[0][[0, 9, 18]], alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", NOT_WAITING)
+def test_no_method_waits_for_the_device_once_it_knows_the_model(name, model, images, sync_spy):
+    method, targets = made(name), torch.tensor([0, 1])
+    method(model, images, targets)
+    with sync_spy:
+        method(model, images, targets)
