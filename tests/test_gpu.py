@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18, vit_b_16
 
-from every_method import NOT_WAITING, made
+from every_method import ON_DEVICE, made
 from formula import TARGET_LAYERS, build, picture
 from sess_lightning import SESS, GradCAM, SESSCallback, SESSMetric
 from sess_lightning.callback.gallery import Exhibit
@@ -151,7 +151,7 @@ def test_nothing_waits_for_the_device(method, given, waiting_is_an_error):
     method(*there)
 
 
-@pytest.mark.parametrize("name", NOT_WAITING)
+@pytest.mark.parametrize("name", ON_DEVICE)
 def test_no_method_waits_for_the_device_once_it_knows_the_model(name, given, waiting_is_an_error):
     _, there = given
     method = made(name)

@@ -19,9 +19,8 @@ ARGUMENTS = {
     "ExtremalPerturbation": {"areas": (0.2,), "steps": 2},
 }
 
-# XRAI's segments are made on the host; what captum and grad-cam do is theirs.
-NOT_WAITING = sorted({*methods.__all__} - {"Captum", "PytorchGradCAM", "XRAI"})
-"""Methods that never make the host wait for the device, once they know the model."""
+ON_DEVICE = sorted({*methods.__all__} - {"Captum", "PytorchGradCAM", "XRAI"})
+"""Methods that stay on the device; XRAI segments on the host, captum and grad-cam do as they like."""
 
 
 def made(name):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from every_method import ARGUMENTS, NOT_WAITING, made
+from every_method import ARGUMENTS, ON_DEVICE, made
 from formula import Tiny, fill, picture
 from precision import precision_flags
 from sess_lightning import methods
@@ -279,10 +279,8 @@ def test_a_target_layer_from_yaml_is_a_name():
 
 
 @pytest.mark.usefixtures("unchecked")
-@every_method
+@pytest.mark.parametrize("name", ON_DEVICE)
 def test_the_device_needs_no_float64(name, images, targets, model, without_float64):
-    if name in ("XRAI", "Captum", "PytorchGradCAM"):
-        pytest.skip("works on the host: segments, or another library")
     method = made(name)
     method(model, images, targets)  # What follows from the size alone is computed on the host.
     with without_float64:
@@ -305,9 +303,9 @@ def test_a_large_batch_passes_in_parts_and_gives_the_same_maps(name, model, imag
     torch.testing.assert_close(maps[0][[0, 9, 18]], alone, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", NOT_WAITING)
-def test_no_method_waits_for_the_device_once_it_knows_the_model(name, model, images, sync_spy):
-    method, targets = made(name), torch.tensor([0, 1])
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_no_method_waits_for_the_device_once_it_knows_the_model(name, model, images, targets, sync_spy):
+    method = made(name)
     method(model, images, targets)
     with sync_spy:
         method(model, images, targets)
