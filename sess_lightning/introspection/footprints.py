@@ -65,19 +65,30 @@ def _read_tokens(features: Tensor, image: Tensor, usual: Grid | None) -> Grid | 
         if features.shape[1 if axis == 0 else 0] != 1 or features.shape[axis] < 4:
             continue
         tokens = as_tokens(features, layout)[0]
-        asked = [int((0.5 + 0.618034 * i) % 1 * len(tokens)) for i in range(1, 1 + CELLS)]
-        footprints = Footprints.of([tokens[i] for i in asked], image)
-        if footprints is None:
-            return None
         readings = token_readings(layout, len(tokens), tokens.shape[1], size_of(image))
         if usual is not None and layout == "tokens":
             readings = [*turned(usual), *readings]
-        fits = footprints.fits({grid: _places(asked, grid) for grid in readings})
-        # Among hundreds of readings one may fit by chance.
+        fits = _token_fits(tokens, image, readings, start=0.5)
+        if fits is None:
+            return None
         good = [grid for grid, fit in fits.items() if (fit.holds if grid == usual else fit.stands_out)]
+        if good and good != [usual]:  # Among hundreds of readings one may fit by chance: other tokens decide.
+            again = _token_fits(tokens, image, good, start=0.13) or {}
+            good = [grid for grid in good if grid == usual or again[grid].holds]
         if good:
             return max(good, key=lambda grid: fits[grid].contrast * (1.05 if grid == usual else 1))
     return None
+
+
+def _token_fits(
+    tokens: Float[Tensor, "N C"], image: Tensor, readings: Sequence[Grid], start: float
+) -> dict[Grid, Fit] | None:
+    """Compare readings with the footprints of a dozen tokens, which ``start`` chooses; None as ``of``."""
+    asked = [int((start + 0.618034 * i) % 1 * len(tokens)) for i in range(1, 1 + CELLS)]
+    footprints = Footprints.of([tokens[i] for i in asked], image)
+    if footprints is None:
+        return None
+    return footprints.fits({grid: _places(asked, grid) for grid in readings})
 
 
 def _places(asked: Sequence[int], grid: Grid) -> dict[int, tuple[int, int]]:

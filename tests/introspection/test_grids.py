@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sess_lightning.introspection.footprints import read_grid
 from sess_lightning.introspection.layers import find_grid
 from sess_lightning.introspection.sizes import input_window
 
@@ -80,3 +81,12 @@ def test_the_size_a_model_was_built_for_is_read_where_it_says_so(attributes, win
     wrapper = nn.Module()
     wrapper.model = stating(**attributes)
     assert input_window(wrapper) == window
+
+
+@pytest.mark.parametrize("seed", [7, 17])
+def test_tokens_of_scattered_pixels_are_no_grid_though_a_reading_fits_some_by_chance(seed):
+    chance = torch.Generator().manual_seed(seed)
+    image = torch.rand(1, 3, 64, 64, generator=chance).requires_grad_()
+    pixels = image[0].flatten(1)[:, torch.randint(64 * 64, (64,), generator=chance)]
+    tokens = torch.einsum("cn, nkc -> nk", pixels, torch.randn(64, 32, 3, generator=chance))[None]
+    assert read_grid(tokens, image) is None
