@@ -135,7 +135,8 @@ class Examiner:
         if self._loaders is not None:
             tensors, watched = (samples.images, samples.labels), self._settings.dataloader_idx
             self._provider = self._loaders.provider(watched, batch, tensors)
-        self.watcher.settle(model, samples.labels if samples.items is None else None)
+        labels, adapter = samples.labels if samples.items is None else None, self._settings.batch_adapter
+        self.watcher.settle(model, labels, are_read=adapter is None)
         activation = self.watcher.activation(samples.activation)
         if self.plan is None and activation is not None:
             self._metric, self._activation = None, activation

@@ -46,6 +46,8 @@ class Watcher:
         self._is_proven = self._has_disagreed = False
         self._ending: Ending | None = None
         self._outputs = 0  # Per image; 0 until some were seen, and with them their ending.
+        self._widths: set[int] = set()  # Per image, where the step computes a loss; empty if unknown.
+        self._refusal = ""
 
     @property
     def text(self) -> str:
@@ -63,6 +65,7 @@ class Watcher:
         self.leave()
         self._call, self._is_settled, self._is_proven = None, False, False
         self._ending, self._outputs, self._has_disagreed = None, 0, False
+        self._widths, self._refusal = set(), ""
 
     def look(self, model: nn.Module) -> None:
         """Watch the next step."""
@@ -101,21 +104,32 @@ class Watcher:
             return "sigmoid" if self._ending.kind == "sigmoid" else "softmax"
         return labels or (None if self._call is None else self._call.activation)
 
-    def settle(self, model: nn.Module, labels: Tensor | None) -> None:
+    def settle(self, model: nn.Module, labels: Tensor | None, are_read: bool = True) -> None:
         """After the first step, decide which call is explained.
 
         Args:
             model: The watched module.
             labels: Class of each image; None if images have several or none.
+            are_read: Whether they were read off the batch, and not chosen by the user.
         """
         if self._witness is not None:
             self._call = self._witness.call(labels)
-            self._seen = self._witness.seen(self._call)
+            self._seen, self._widths = self._witness.seen(self._call), self._witness.widths()
+            if labels is not None and are_read:
+                self._compare(labels, self._witness.contradiction(self._call, labels))
             self._witness = None
             if self._call is not None and self._seen.logits is not None:
                 self._read(model, self._seen.logits, self._call.ending)
                 self._call = replace(self._call, ending=self._ending)
         self._is_settled = True
+
+    def _compare(self, labels: Tensor, targets: Tensor | None) -> None:
+        if targets is not None:
+            read, given = (", ".join(map(str, classes[:4].tolist())) for classes in (labels, targets))
+            self._refusal = (
+                f"labels are read as {read}, ..., but validation's loss has the targets {given}, ...: other "
+                "classes would be explained. Pass batch_adapter=lambda batch: (images, labels)."
+            )
 
     def _read(self, model: nn.Module, outputs: Float[Tensor, "B N"], noted: Ending | None) -> None:
         """Decide, once, which ending the outputs have."""
@@ -123,7 +137,13 @@ class Watcher:
         self._outputs = outputs.shape[1]
 
     def fed(self, batch: Batch) -> Batch:
-        """Return a batch with the images that the step gave to the model, and the call's other rows."""
+        """Return a batch with the images that the step gave to the model, and the call's other rows.
+
+        Raises:
+            ValueError: If the first step's loss had other classes as its targets than the batch's labels.
+        """
+        if self._refusal:
+            raise ValueError(self._refusal)
         seen = self._seen
         count = len(batch) if batch.count is None else batch.count
         if seen is None or seen.images is None or len(seen.images) != count:
@@ -159,7 +179,13 @@ class Watcher:
 
     def _called(self, forward: Any, images: Tensor) -> Float[Tensor, "B N"]:
         try:
-            return logits_of(forward(images))
+            logits = logits_of(forward(images))
+            if self._widths and self._forward is None and not self._widths & {*_alike(logits.shape[1])}:
+                raise ValueError(
+                    f"it returns {logits.shape[1]} values for an image, and validation reads classes or a "
+                    f"loss off {' or '.join(map(str, sorted(self._widths)))}"
+                )
+            return logits
         except Exception as error:
             if self._outputs or is_out_of_memory(error):  # It can be called so.
                 raise
@@ -212,3 +238,7 @@ class Watcher:
             f"the model that is explained gives an image a probability {away:.3f} away from validation's: "
             f"{self.text}. Say what is validated, SESSCallback(forward=lambda module, images: logits)."
         )
+
+
+def _alike(width: int) -> tuple[int, ...]:
+    return (1, 2) if width < 3 else (width,)  # A single logit may be written as two.

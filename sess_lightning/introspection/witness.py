@@ -33,8 +33,10 @@ LOSSES: dict[str, Activation | None] = {
     "multilabel_margin_loss": "sigmoid", "multilabel_soft_margin_loss": "sigmoid", "soft_margin_loss": None,
 }  # fmt: skip
 """Loss functions, and how their first argument becomes probabilities."""
-READINGS = frozenset({"argmax", "topk", "softmax", "sigmoid"})
-"""Functions by which predictions are read off logits."""
+READINGS: dict[str, Activation | None] = {
+    "argmax": None, "topk": None, "softmax": "softmax", "sigmoid": "sigmoid",
+}  # fmt: skip
+"""Functions by which predictions are read off logits, and how their first argument becomes probabilities."""
 
 LEADS_ON = (
     "This was {}, repeated on other images; if it works on validation's batches only, say how images become "
@@ -165,6 +167,8 @@ class _Record:
 
 _Candidate = tuple[_Record, tuple[Step, ...], Tensor]
 """A call, and an output of it that may be the logits."""
+_Read = tuple[str, Tensor, Any]
+"""A loss or a reading, the tensor that it reads, and a loss's targets."""
 
 
 class _Reading(Endings):
@@ -177,19 +181,21 @@ class _Reading(Endings):
     def __init__(self, open_: list[_Record]) -> None:
         super().__init__()
         self._open = open_
-        self.losses: list[tuple[str, Tensor]] = []
-        self.readings: list[Tensor] = []
+        self.losses: list[_Read] = []
+        self.readings: list[_Read] = []
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in LOSSES or name in READINGS:
             reads = name in READINGS or name == "log_softmax"
-            given = args[0] if args else (kwargs or {}).get("input")
+            named = kwargs or {}
+            given = args[0] if args else named.get("input")
             # Attention's softmaxes have more axes.
             if isinstance(given, Tensor) and given.ndim < 3 and not (reads and self._open):
-                self.readings += [given] if name in READINGS else []
-                self.losses += [(name, given)] if name in LOSSES else []
+                targets = args[1] if len(args) > 1 else named.get("target")
+                self.readings += [(name, given, None)] if name in READINGS else []
+                self.losses += [(name, given, targets)] if name in LOSSES else []
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -251,14 +257,15 @@ class Witness:
     def call(self, labels: Tensor | None = None) -> Call | None:
         """Return the call that made the logits; None if no call took images and returned a score per class.
 
-        An output that a loss was computed from is preferred, then one that classes were read off, then the
-        one that fits the labels best; of several calls that return it, the outermost. Labels that fit nothing
-        are ignored: they may be unknown ones, such as 255, or count from 1.
+        An output that a loss was computed from is preferred, above all with the labels as its targets, then
+        one that classes were read off, then the one that fits the labels best; of several calls that return
+        it, the outermost. Labels that fit nothing are ignored: they may be unknown ones, such as 255, or
+        count from 1.
 
         Args:
             labels: Class of each image; None where a batch does not say.
         """
-        candidates = self._evident(self._candidates(labels))
+        candidates = self._evident(self._candidates(labels), labels)
         if not candidates:
             return None
         depth = min(record.depth for record, _, _ in candidates)
@@ -271,19 +278,36 @@ class Witness:
         undecided = len(equal) > 1 and not is_named(best[1])
         return self._made(best, f"{len(equal)} outputs could be the logits" if undecided else "", candidates)
 
-    def _evident(self, found: list[_Candidate]) -> list[_Candidate]:
+    def _evident(self, found: list[_Candidate], labels: Tensor | None) -> list[_Candidate]:
         """Return the candidates that meet a loss, else a reading, else those as wide as what meets them.
 
         Where a head is called by itself, of features that another call returned, there is none.
         """
-        losses = [tensor for _, tensor in self._reading.losses]
-        for evidence in (losses, self._reading.readings):
-            read = [one for one in found if any(is_same(one[2], tensor) for tensor in evidence)]
+        losses = self._reading.losses
+        meant = [loss for loss in losses if labels is not None and _are_same_classes(loss[2], labels)]
+        for evidence in (meant, losses, self._reading.readings):
+            read = [one for one in found if any(is_same(one[2], tensor) for _, tensor, _ in evidence)]
             if read:
                 return read
-        widths = {width(tensor): len(tensor) for tensor in (*losses, *self._reading.readings) if tensor.ndim}
-        counted = {width for width, rows in widths.items() if any(rows == len(one[2]) for one in found)}
-        return [one for one in found if not counted or width(one[2]) in counted]
+        widths = self.widths()
+        return [one for one in found if not widths or width(one[2]) in widths]
+
+    def widths(self) -> set[int]:
+        """Return how many values an image has where a loss is computed from them, or classes are read off."""
+        counts = {len(record.leaves[record.place]) for record in self._records}
+        met = (*self._reading.losses, *self._reading.readings)
+        return {width(tensor) for _, tensor, _ in met if tensor.ndim and len(tensor) in counts}
+
+    def contradiction(self, call: Call | None, labels: Tensor) -> Tensor | None:
+        """Return the targets of the losses computed from a call's logits, if they are not the labels."""
+        logits = [logits_at(record.output, call.path) for record in self._made_by(call)] if call else []
+        losses = [loss for loss in self._reading.losses if any(is_same(one, loss[1]) for one in logits)]
+        given = [targets for _, _, targets in losses if _are_classes(targets, len(labels))]
+        agrees = any(_are_same_classes(targets, labels) for targets in given)
+        return given[0] if given and not agrees else None
+
+    def _made_by(self, call: Call) -> list[_Record]:
+        return [record for record in self._records if record.output is not None and call.is_made_by(record)]
 
     def _candidates(self, labels: Tensor | None) -> list[_Candidate]:
         for is_inner in (False, True):
@@ -300,11 +324,10 @@ class Witness:
 
     def seen(self, call: Call | None) -> Seen:
         """Return the arguments and the logits of a call, as ``Call.watching`` gives them."""
-        for record in self._records:
-            if call is not None and record.output is not None and call.is_made_by(record):
-                logits = logits_at(record.output, call.path).detach().clone()
-                return Seen(record.leaves[call.place], [record.leaves[row] for row in call.rows], logits)
-        return Seen()
+        if call is None or not (records := self._made_by(call)):
+            return Seen()
+        leaves, logits = records[0].leaves, logits_at(records[0].output, call.path).detach().clone()
+        return Seen(leaves[call.place], [leaves[row] for row in call.rows], logits)
 
     def _made(self, chosen: _Candidate, doubts: str, all_: list[_Candidate]) -> Call:
         record, path, logits = chosen
@@ -320,8 +343,13 @@ class Witness:
             doubts = f"{doubts}; {repeated}" if doubts else repeated
         text = _in_words(record, path)
         leaves = [None if i == record.place or i in rows else leaf for i, leaf in enumerate(record.leaves)]
-        losses = {name for name, tensor in self._reading.losses if is_same(logits, tensor)}
-        says = {LOSSES[name] for name in losses}
+        others = dict.fromkeys(other[0].module for other in all_ if other[0].module != record.module)
+        if others:
+            named = f"{' and '.join(others)} could be meant as well"
+            doubts = f"{doubts}; {named}" if doubts else named
+        says = {LOSSES[name] for name, tensor, _ in self._reading.losses if is_same(logits, tensor)}
+        read = {READINGS[name] for name, tensor, _ in self._reading.readings if is_same(logits, tensor)}
+        says = says or read - {None}
         activation = says.pop() if len(says) == 1 else None
         ending = self._reading.of(logits, slice(*record.passed))
         return Call(
@@ -334,6 +362,15 @@ def _is_images(leaf: Any, channels: int | None = None) -> bool:
     if not isinstance(leaf, Tensor) or leaf.ndim != 4 or not leaf.is_floating_point():
         return False
     return leaf.shape[1] == channels if channels else leaf.shape[1] <= MOST_CHANNELS
+
+
+def _are_classes(targets: Any, count: int) -> bool:
+    integers = isinstance(targets, Tensor) and not targets.is_floating_point()
+    return integers and targets.shape == (count,)
+
+
+def _are_same_classes(targets: Any, labels: Tensor) -> bool:
+    return _are_classes(targets, len(labels)) and bool((targets.to(labels.device) == labels).all())
 
 
 def is_compiled(root: nn.Module) -> bool:

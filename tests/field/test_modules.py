@@ -532,6 +532,118 @@ def test_where_a_forward_calls_both_it_is_explained(tmp_path, plain):
     agree(figures(tmp_path, HeadApartWithForward()), plain)
 
 
+class HeadByHand(Plain):
+    """The step makes logits of what the module returns."""
+
+    def forward(self, images):
+        return self.net[:7](images)
+
+    def scores(self, batch):
+        return self(batch[0]) @ self.net[8].weight.T + self.net[8].bias
+
+
+def test_features_are_not_taken_for_logits_where_the_step_makes_logits_of_them(tmp_path, plain):
+    with pytest.raises(
+        RuntimeError, match=r"returns 16 values for an image, and validation .* off 4\)\. Say"
+    ):
+        figures(tmp_path / "a", HeadByHand())
+    agree(figures(tmp_path / "b", HeadByHand(), forward=lambda module, images: module.net(images)), plain)
+
+
+class Ensemble(Plain):
+    """The answer is of two models."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = filled_net()
+
+    forward = None
+
+    def scores(self, batch):
+        return (self.net(batch[0]).softmax(1) + self.other(batch[0]).softmax(1)).log()
+
+
+def test_of_an_answer_of_two_models_it_is_said_which_is_explained(tmp_path, plain, told):
+    agree(figures(tmp_path, Ensemble()), plain)
+    assert (
+        "explains net called as forward(images) (other could be meant as well; forward= decides)" in told()[0]
+    )
+
+
+class TwoTasks(Plain):
+    """Two heads of as many classes; the labels of the second task fit the first head better."""
+
+    def forward(self, images):
+        logits = self.net(images)
+        return logits, -logits
+
+    def validation_step(self, batch, batch_idx):
+        first, second = self(batch[0])
+        self.log("val_loss", F.cross_entropy(first, 3 - batch[1]) + F.cross_entropy(second, batch[1]))
+
+
+class Negated(Plain):
+    def forward(self, images):
+        return -self.net(images)
+
+
+def test_of_two_heads_the_one_is_explained_whose_loss_has_the_labels_as_targets(tmp_path):
+    agree(figures(tmp_path / "a", TwoTasks()), figures(tmp_path / "b", Negated()))
+
+
+class SigmoidsByHand(Plain):
+    """A loss of its own of sigmoids."""
+
+    def validation_step(self, batch, batch_idx):
+        shares = self(batch[0]).sigmoid()
+        self.log("val_loss", (shares - F.one_hot(batch[1], 4)).square().mean())
+
+
+class Sigmoids(Plain):
+    def validation_step(self, batch, batch_idx):
+        targets = F.one_hot(batch[1], 4).float()
+        self.log("val_loss", F.binary_cross_entropy_with_logits(self(batch[0]), targets))
+
+
+def test_logits_that_the_step_reads_by_sigmoids_are_scored_with_a_sigmoid(tmp_path):
+    agree(figures(tmp_path / "a", SigmoidsByHand()), figures(tmp_path / "b", Sigmoids()))
+
+
+class LabelsLast(Plain):
+    """Something else stands where labels are usually."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step((batch[0], batch[-1]), batch_idx)
+
+
+class LabelsFromOne(Plain):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step((batch[0], batch[1] - 1), batch_idx)
+
+
+OTHER_LABELS = {
+    "an index before the label": (
+        LabelsLast, [(picture(*SIZE, i), i % 4, label) for i, label in enumerate(LABELS)],
+        lambda batch: (batch[0], batch[2]), "read as 0, 1, 2, .* targets 1, 0, 3",
+    ),
+    "counted from one": (
+        LabelsFromOne, [(picture(*SIZE, i), label + 1) for i, label in enumerate(LABELS)],
+        lambda batch: (batch[0], batch[1] - 1), "read as 2, 1, 4, .* targets 1, 0, 3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_LABELS)
+def test_labels_that_are_not_the_losss_targets_are_refused_and_the_remedy_works(kind, tmp_path, plain):
+    module, data, adapt, text = OTHER_LABELS[kind]
+    callback = SESSCallback(METHOD, num_samples=6, num_images=0, report=False, on_error="raise")
+    with pytest.raises(ValueError, match=f"{text}.*batch_adapter"):
+        validate(tmp_path / "a", callback, module=module(), val=DataLoader(data, 3))
+    callback = SESSCallback(METHOD, num_samples=6, num_images=0, report=False, batch_adapter=adapt)
+    its = validate(tmp_path / "b", callback, module=module(), val=DataLoader(data, 3))
+    agree({name: value.item() for name, value in its.callback_metrics.items()}, plain)
+
+
 class Flips(Plain):
     """Test-time augmentation in the step: the answer is of two calls."""
 
