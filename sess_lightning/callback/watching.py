@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from sess_lightning.callback.agreement import disagrees
 from sess_lightning.callback.classes import takes_probabilities
@@ -25,6 +26,9 @@ from sess_lightning.types import Activation, Batch
 
 LARGEST = 0.02
 """How far the replayed call's probabilities may be from validation's: bfloat16's rounding."""
+LEAST = 0.9
+"""Correlation of 16 x 16 px: of ten photographs 0.94 if resized to 32 px without antialias or shown by one of
+their channels, 0.80 if cropped to 7/8, 0.55 if padded to 9/8, below 0.5 if flipped."""
 
 
 class Watcher:
@@ -48,6 +52,7 @@ class Watcher:
         self._outputs = 0  # Per image; 0 until some were seen, and with them their ending.
         self._widths: set[int] = set()  # Per image, where the step computes a loss; empty if unknown.
         self._refusal = ""
+        self._likeness: float | None = None  # Of the images in batches with regions to what the model gets.
 
     @property
     def text(self) -> str:
@@ -65,7 +70,7 @@ class Watcher:
         self.leave()
         self._call, self._is_settled, self._is_proven = None, False, False
         self._ending, self._outputs, self._has_disagreed = None, 0, False
-        self._widths, self._refusal = set(), ""
+        self._widths, self._refusal, self._likeness = set(), "", None
 
     def look(self, model: nn.Module) -> None:
         """Watch the next step."""
@@ -153,6 +158,9 @@ class Watcher:
         resized = size_of(seen.images) != size_of(batch.images) and batch.size is None
         size = size_of(batch.images) if resized else batch.size
         images = seen.images if batch.items is None else seen.images[items]
+        has_regions = batch.boxes is not None or batch.masks is not None
+        if self._likeness is None and len(batch) and has_regions:
+            self._likeness = _likeness(batch.images, images)
         return replace(batch, images=images, size=size, context=context)
 
     def logits(self, places: list[int]) -> Float[Tensor, "K N"] | None:
@@ -216,10 +224,20 @@ class Watcher:
     def doubt(self, metric: SESSMetric, validated: Float[Tensor, "B N"] | None) -> str:
         """Return a warning, once, if the explained model is not the validated one; else an empty text.
 
+        Of images that were moved within the step, which regions do not follow, it warns first.
+
         Args:
             metric: The metric, which has just scored the images.
             validated: Validation's own logits of them; None if unknown.
         """
+        if self._likeness is not None and self._likeness < LEAST:
+            likeness, self._likeness = self._likeness, 1.0
+            return (
+                "the images that the model gets do not show what the batch's images show at the same places "
+                f"(correlation {likeness:.2f}). If the step crops, pads or flips them, boxes and masks lie "
+                "elsewhere, and the scores that need these are wrong: do it in the data set, or give images "
+                "and regions as the model gets them, SESSCallback(batch_adapter=...)."
+            )
         activation = metric.methods[OWN].activation
         if self._call is None and self._ending is not None and not self._is_proven:
             self._is_proven = True
@@ -242,3 +260,10 @@ class Watcher:
 
 def _alike(width: int) -> tuple[int, ...]:
     return (1, 2) if width < 3 else (width,)  # A single logit may be written as two.
+
+
+def _likeness(one: Tensor, other: Tensor) -> float:
+    """Return the median correlation of images with others, of any size and range; NaN if all are blank."""
+    small = (F.adaptive_avg_pool2d(images.float().mean(1), 16).flatten(1) for images in (one, other))
+    one, other = (values - values.mean(1, keepdim=True) for values in small)
+    return float(((one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))).abs().nanmedian())

@@ -90,6 +90,28 @@ def test_images_changed_in_the_step_are_explained_as_the_model_got_them(tmp_path
     assert scores(tmp_path, Normalising()) == pytest.approx(scores(tmp_path, Changed()), abs=1e-5)
 
 
+MOVES = {
+    "flipped": (lambda images: images.flip(-1), 1),
+    "cropped": (lambda images: images[..., 6:, :-6], 1),
+    "padded": (lambda images: F.pad(images, (6, 6, 6, 6)), 1),
+    "resized and normalised": (lambda images: 2 * F.interpolate(images, size=48, mode="bilinear") - 1, 0),
+    "in grey": (lambda images: images.mean(1, keepdim=True).expand(-1, 3, -1, -1), 0),
+}
+
+
+@pytest.mark.parametrize("kind", MOVES)
+def test_images_that_the_step_moves_away_from_their_boxes_are_told_of_once(kind, tmp_path, recwarn):
+    move, times = MOVES[kind]
+
+    class Moving(Odd):
+        def scores(self, images, labels):
+            return self(move(images))
+
+    assert "sess/pointing_game" in scores(tmp_path, Moving())
+    text = "boxes and masks lie elsewhere"
+    assert [text in str(warning.message) for warning in recwarn].count(True) == times
+
+
 def test_a_call_may_be_stated(tmp_path, told):
     forward = lambda module, images: module({"image": images})["output"]  # noqa: E731
     assert scores(tmp_path, InADict(), forward=forward) == pytest.approx(scores(tmp_path, Plain()), abs=1e-5)
