@@ -191,7 +191,7 @@ class WindowStream:
         together: bool | None = None,
     ) -> None:
         self._images, self._plan = images, plan
-        self._together = images.device.type != "cpu" if together is None else together
+        self._together = not images.is_cpu if together is None else together
         self._group = max(1, 2 * limit // max(map(len, plan.boxes))) if self._together else 1
         self._source = _blocks(images, plan, antialias, self._group, self._together)
         self._end = 0

@@ -122,7 +122,7 @@ def warn_of_probabilities(speaker: str, outputs: Float[Tensor, "B N"], is_first:
         outputs: What is taken for logits.
         is_first: Whether these are the first ones; of others nothing is said.
     """
-    if is_first and outputs.device.type == "cpu" and ending_of(outputs) is not None:
+    if is_first and outputs.is_cpu and ending_of(outputs) is not None:
         warnings.warn(
             f"{speaker}: the model returns probabilities (in 0..1, summing to 1 for each image), which are "
             "read as logits here. Return the softmax's input instead, or the logarithm of the probabilities; "

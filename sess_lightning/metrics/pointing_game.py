@@ -91,7 +91,7 @@ class PointingGame(PlotsValues, WholeCounts):
         Raises:
             ValueError: If shapes do not fit, or a target on the CPU is none of the classes.
         """
-        values = targets.tolist() if targets.device.type == "cpu" else []
+        values = targets.tolist() if targets.is_cpu else []
         if not all(0 <= value < self.num_classes for value in values):
             raise ValueError(
                 f"PointingGame: targets must be class indices in 0..{self.num_classes - 1}, got "
