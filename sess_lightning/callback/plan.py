@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from sess_lightning.callback.classes import MOST_CLASSES
 from sess_lightning.callback.gallery import Legend
@@ -100,11 +101,28 @@ def plan_run(
     method, compare = settings.methods(model, activation)
     limits = {name: budget.controls for name, other in compare.items() if other.forwards == 0}
     owners = (trainer.datamodule, loaders, model)  # type: ignore[attr-defined]
-    known = {"classes": logits and max(2, logits), "channels": batch.images.shape[1]}
-    legend = settings.legend({OWN: method, **compare}, *owners, **known)
+    legend = _legend(settings, {OWN: method, **compare}, owners, batch, logits)
     details = _details(settings, trainer, model, batch, legend, budget, shares)
     part, cut = order.choose(budget.samples), _cut(settings, budget, available, shares)
     return RunPlan(size, source, part, budget, limits, available * shares, legend, details, cut)
+
+
+def _legend(
+    settings: Settings, methods: Mapping[str, Any], owners: tuple[Any, ...], batch: Batch, logits: int | None
+) -> Legend:
+    known = {"classes": logits and max(2, logits), "channels": batch.images.shape[1]}
+    legend = settings.legend(methods, *owners, **known)
+    if legend.normalisation is None or settings.normalisation is not None or not _are_pixels(batch.images):
+        return legend
+    return replace(legend, normalisation=([0.0], [1.0]))  # What was found comes later, in the model.
+
+
+def _are_pixels(images: Tensor) -> bool:
+    """Return whether a whole batch lies in 0..1: then nothing was normalised, which makes dark negative.
+
+    Reads values: it waits for the device.
+    """
+    return images.is_floating_point() and len(images) > 0 and bool(((images >= 0) & (images <= 1)).all())
 
 
 def _cut(settings: Settings, budget: Budget, available: float, shares: int) -> str:

@@ -216,6 +216,16 @@ def test_a_normalisation_of_another_number_of_channels_is_passed_over(tmp_path):
     assert legend(tmp_path, grey).normalisation == ([0.5], [0.25])
 
 
+def test_a_normalisation_that_comes_later_in_the_model_is_not_undone(tmp_path):
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    for images, expected in ((pixels, ([0.0], [1.0])), ((pixels - mean) / std, (MEAN, STD))):
+        callback, module = quick(), Renamed(config={"mean": MEAN, "std": STD})
+        module.validation_step = lambda batch, batch_idx, module=module: (module(batch[0]), None)[1]
+        validate(tmp_path, callback, module=module, val=DataLoader([*zip(images, range(4), strict=True)], 2))
+        assert callback.gallery.legend.normalisation == expected
+
+
 @pytest.mark.parametrize(
     ("held", "channels"),
     [
