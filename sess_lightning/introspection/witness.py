@@ -284,7 +284,7 @@ class Witness:
         Where a head is called by itself, of features that another call returned, there is none.
         """
         losses = self._reading.losses
-        meant = [loss for loss in losses if labels is not None and _are_same_classes(loss[2], labels)]
+        meant = [loss for loss in losses if labels is not None and _are_same_classes(loss, labels)]
         for evidence in (meant, losses, self._reading.readings):
             read = [one for one in found if any(is_same(one[2], tensor) for _, tensor, _ in evidence)]
             if read:
@@ -302,9 +302,8 @@ class Witness:
         """Return the targets of the losses computed from a call's logits, if they are not the labels."""
         logits = [logits_at(record.output, call.path) for record in self._made_by(call)] if call else []
         losses = [loss for loss in self._reading.losses if any(is_same(one, loss[1]) for one in logits)]
-        given = [targets for _, _, targets in losses if _are_classes(targets, len(labels))]
-        agrees = any(_are_same_classes(targets, labels) for targets in given)
-        return given[0] if given and not agrees else None
+        given = {_are_same_classes(loss, labels): loss[2] for loss in losses}
+        return None if True in given else given.get(False)
 
     def _made_by(self, call: Call) -> list[_Record]:
         return [record for record in self._records if record.output is not None and call.is_made_by(record)]
@@ -364,13 +363,13 @@ def _is_images(leaf: Any, channels: int | None = None) -> bool:
     return leaf.shape[1] == channels if channels else leaf.shape[1] <= MOST_CHANNELS
 
 
-def _are_classes(targets: Any, count: int) -> bool:
-    integers = isinstance(targets, Tensor) and not targets.is_floating_point()
-    return integers and targets.shape == (count,)
-
-
-def _are_same_classes(targets: Any, labels: Tensor) -> bool:
-    return _are_classes(targets, len(labels)) and bool((targets.to(labels.device) == labels).all())
+def _are_same_classes(loss: _Read, labels: Tensor) -> bool | None:
+    """Return whether a loss's targets are the labels; None if they are no classes of these images."""
+    _, logits, targets = loss
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != labels.shape:
+        return None
+    is_class = (targets >= 0) & (targets < width(logits))  # Unknown ones may be mapped to -100.
+    return torch.equal(targets[is_class], labels.to(targets)[is_class])
 
 
 def is_compiled(root: nn.Module) -> bool:

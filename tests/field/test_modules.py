@@ -621,6 +621,20 @@ class LabelsFromOne(Plain):
         super().validation_step((batch[0], batch[1] - 1), batch_idx)
 
 
+class WithoutUnknown(Plain):
+    """The step says by -100 which labels are unknown."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step((batch[0], batch[1].where(batch[1] < 4, -100)), batch_idx)
+
+
+def test_targets_that_are_no_class_do_not_contradict_the_labels(tmp_path):
+    data = [(picture(*SIZE, i), 255 if i == 1 else label) for i, label in enumerate(LABELS)]
+    callback = SESSCallback(METHOD, num_samples=6, num_images=0, report=False, on_error="raise")
+    its = validate(tmp_path, callback, module=WithoutUnknown, val=DataLoader(data, 3))
+    assert its.callback_metrics["sess/n"] == 5
+
+
 OTHER_LABELS = {
     "an index before the label": (
         LabelsLast, [(picture(*SIZE, i), i % 4, label) for i, label in enumerate(LABELS)],
