@@ -19,6 +19,8 @@ from torch import Tensor
 
 Picture = npt.NDArray[np.uint8]
 """(H, W, 3), 0..255."""
+WIDEST = 6
+"""Of a sheet's images, by their height: a signal of 1 x 5000 px would be a million pixels wide."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def sheet(panels: Sequence[Panel], side: int = 224) -> Picture:
 
     Args:
         panels: The samples to show.
-        side: Height of each image, px.
+        side: Height of each image, px; less for one more than ``WIDEST`` times as wide.
     """
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     rows = [_row(panel, side, small) for panel in panels]
@@ -159,11 +161,17 @@ def sheet(panels: Sequence[Panel], side: int = 224) -> Picture:
     return np.asarray(page)
 
 
+def _scale(picture: Picture, side: int) -> float:
+    height, width = picture.shape[:2]
+    return float(min(side / height, WIDEST * side / width))
+
+
 def _scaled(picture: Picture, side: int) -> Image.Image:
     height, width = picture.shape[:2]
-    size = (max(1, round(width * side / height)), side)
+    scale = _scale(picture, side)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
     return Image.fromarray(picture).resize(
-        size, Image.Resampling.BICUBIC if height < side else Image.Resampling.LANCZOS
+        size, Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS
     )
 
 
@@ -171,7 +179,7 @@ def _row(panel: Panel, side: int, font: ImageFont.ImageFont | ImageFont.FreeType
     pictures = [_scaled(picture, side) for picture in (panel.image, *panel.overlays.values())]
     text_width = 300
     row = Image.new("RGB", (sum(p.width + 4 for p in pictures) + text_width, side), "white")
-    draw, left, factor = ImageDraw.Draw(row), 0, side / panel.image.shape[0]
+    draw, left, factor = ImageDraw.Draw(row), 0, _scale(panel.image, side)
     for picture in pictures:
         row.paste(picture, (left, 0))
         for x0, y0, x1, y1 in panel.boxes:

@@ -164,6 +164,16 @@ def test_a_sheet_has_a_row_per_sample_and_room_for_captions():
         assert [page[top + 60, x + 60, 0].item() for x in (0, 116, 232)] == [100, 50, 20]
 
 
+def test_a_sheet_of_very_wide_images_stays_small_and_their_boxes_stay_in_place():
+    page = sheet(
+        [a_panel(height=1, width=5000), a_panel(height=10, width=1000, boxes=[(100.0, 0.0, 1000.0, 10.0)])]
+    )
+    assert page.shape == (26 + 2 * 230, 3 * (6 * 224 + 4) + 300, 3)
+    green = (page[26 + 230 :, : 6 * 224] == (0, 255, 0)).all(-1).nonzero()
+    assert [int(axis.min()) for axis in green] == [0, 134]
+    assert [int(axis.max()) for axis in green] == [12, 1343]
+
+
 def test_a_sheets_captions_are_written_beside_the_pictures():
     written = sheet([a_panel()], side=112)[26:138, 3 * 116 :]
     blank = sheet([a_panel(caption="")], side=112)[26:138, 3 * 116 :]
