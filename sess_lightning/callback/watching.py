@@ -187,7 +187,7 @@ class Watcher:
 
     def _called(self, forward: Any, images: Tensor) -> Float[Tensor, "B N"]:
         try:
-            logits = logits_of(forward(images))
+            logits = logits_of(forward(images), len(images))
             if self._widths and self._forward is None and not self._widths & {*_alike(logits.shape[1])}:
                 raise ValueError(
                     f"it returns {logits.shape[1]} values for an image, and validation reads classes or a "

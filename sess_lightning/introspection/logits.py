@@ -10,11 +10,16 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from sess_lightning.introspection.outputs import as_rows
 from sess_lightning.types import Activation
 
 
-def logits_of(output: Any) -> Float[Tensor, "B N"]:
+def logits_of(output: Any, count: int | None = None) -> Float[Tensor, "B N"]:
     """Return the logits in a classifier's output: a tensor, a tuple (its first), a dict or a ``.logits``.
+
+    Args:
+        output: The output.
+        count: Number of images, if known.
 
     Raises:
         TypeError: If no logits are found.
@@ -33,8 +38,7 @@ def logits_of(output: Any) -> Float[Tensor, "B N"]:
             'first item of a tuple, a dict\'s "logits" or an attribute `.logits`. Wrap the model so that it '
             "returns them."
         )
-    if logits.ndim == 1:
-        logits = logits[:, None]
+    logits = as_rows(logits, count)
     if logits.ndim != 2:
         raise ValueError(
             f"The model's logits have shape {tuple(logits.shape)}; expected (batch, classes). "
@@ -144,7 +148,7 @@ def classify(model: nn.Module, images: Real[Tensor, "B C H W"]) -> Float[Tensor,
         ValueError: If the model does not take images with this number of channels.
     """
     try:
-        return logits_of(model(images))
+        return logits_of(model(images), len(images))
     except RuntimeError as error:
         if f"got {images.shape[1]} channels" not in str(error):
             raise

@@ -15,11 +15,23 @@ DEEPEST = 3
 """How deep outputs are searched."""
 
 
-def logits_at(output: Any, path: tuple[Step, ...]) -> Float[Tensor, "B N"]:
-    """Follow a path into a module's output; a single logit per image becomes a column."""
+def logits_at(output: Any, path: tuple[Step, ...], count: int | None = None) -> Float[Tensor, "B N"]:
+    """Follow a path into a module's output; a single logit per image becomes a column.
+
+    Args:
+        output: The output.
+        path: The way to the logits.
+        count: Number of images; if it is 1, a model that ends in ``squeeze()`` has lost that axis.
+    """
     for kind, key in path:
         output = output[key] if kind == "item" else getattr(output, key)
-    logits: Tensor = output
+    return as_rows(output, count)
+
+
+def as_rows(logits: Tensor, count: int | None = None) -> Tensor:
+    """Return logits with a row for each of ``count`` images, also where ``squeeze()`` took an axis away."""
+    if count == 1 and logits.ndim < 2:
+        return logits.reshape(1, -1)
     return logits[:, None] if logits.ndim == 1 else logits
 
 

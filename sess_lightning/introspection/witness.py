@@ -105,7 +105,7 @@ class Call:
             try:
                 with noting(self.ending) as endings:
                     output = called.forward(*args, **kwargs) if not self.module else called(*args, **kwargs)
-                    return to_logits(logits_at(output, self.path), self.ending, endings)
+                    return to_logits(logits_at(output, self.path, len(images)), self.ending, endings)
             except Exception as error:
                 error.__notes__ = [LEADS_ON.format(self.text)]
                 raise

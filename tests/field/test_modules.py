@@ -230,9 +230,16 @@ class Double(Plain):
         return self(batch[0].float())
 
 
+class Squeezes(Plain):
+    """One image loses its axis, too."""
+
+    def forward(self, images):
+        return self.net(images).squeeze()
+
+
 CALLS = [
     WithMeta, WithFlags, Method, OwnCall, NamedTuple, Deep, AnObject, LossInside, AuxiliaryHead, Scaled,
-    LooksTwice, Overwrites, Double,
+    LooksTwice, Overwrites, Double, Squeezes,
 ]  # fmt: skip
 CHANGED = {
     Normalises: lambda image: 5 * image + 10,

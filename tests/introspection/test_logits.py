@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from sess_lightning.introspection.logits import check_inputs, log_scores, logits_of, score, target_logits
+from lightning_models import filled_net
+from sess_lightning.introspection.logits import (
+    check_inputs,
+    classify,
+    log_scores,
+    logits_of,
+    score,
+    target_logits,
+)
 from sess_lightning.methods import SESS, GradCAM, GroupCAM, GuidedBackprop
 from small_nets import METHODS, Answer, Named, Net, made, maps_of, method_cases, same
 
@@ -188,3 +196,19 @@ def test_a_single_logit_head_is_a_two_class_head_whose_logits_are_opposite(image
 def test_multi_label_heads_are_scored_by_a_sigmoid(method, images):
     expected = made(Net)(images).sigmoid()[[0, 1], [0, 1]]
     torch.testing.assert_close(maps_of(made(Net), images, method(activation="sigmoid")).scores, expected)
+
+
+class Squeezing(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        return self.net(images).squeeze()
+
+
+@pytest.mark.parametrize(("classes", "count"), [(1, 1), (4, 1), (1, 3), (4, 3)])
+def test_a_model_that_squeezes_its_logits_gives_those_of_its_plain_twin(classes, count):
+    net, squeezing = filled_net(classes), Squeezing(filled_net(classes))
+    images = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(classify(squeezing, images), net(images))
