@@ -30,6 +30,13 @@ LEAST = 0.9
 """Correlation of 16 x 16 px: of ten photographs 0.94 if resized to 32 px without antialias or shown by one of
 their channels, 0.80 if cropped to 7/8, 0.55 if padded to 9/8, below 0.5 if flipped."""
 
+NO_CLASS = (
+    "validation computes {} of the model's only output: a regression has no class to explain. Ask whether "
+    "it exceeds a threshold: SESSCallback(forward=lambda module, images: module(images) - threshold, "
+    "batch_adapter=lambda batch: (images, (values > threshold).long()))."
+)
+"""Why an output is no logit."""
+
 
 class Watcher:
     """Watches the first validation step, and the same call in every later one.
@@ -122,10 +129,14 @@ class Watcher:
             self._seen, self._widths = self._witness.seen(self._call), self._witness.widths()
             if labels is not None and are_read:
                 self._compare(labels, self._witness.contradiction(self._call, labels))
+            regression = self._witness.regression(self._call)
             self._witness = None
             if self._call is not None and self._seen.logits is not None:
                 self._read(model, self._seen.logits, self._call.ending)
                 self._call = replace(self._call, ending=self._ending)
+            is_told = self._ending or (self._call is not None and self._call.activation)
+            if regression and self._outputs == 1 and not is_told:
+                self._refusal = NO_CLASS.format(regression)
         self._is_settled = True
 
     def _compare(self, labels: Tensor, targets: Tensor | None) -> None:
@@ -145,7 +156,7 @@ class Watcher:
         """Return a batch with the images that the step gave to the model, and the call's other rows.
 
         Raises:
-            ValueError: If the first step's loss had other classes as its targets than the batch's labels.
+            ValueError: If the first step's loss was one for regressions, or had other classes as its targets.
         """
         if self._refusal:
             raise ValueError(self._refusal)

@@ -17,27 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from typing_extensions import override
 
 from sess_lightning.introspection.calls import calling, hooked
 from sess_lightning.introspection.collectives import collectives
 from sess_lightning.introspection.outputs import Step, agreement, fits, is_named, logits_at, outputs, width
-from sess_lightning.introspection.probabilities import Ending, Endings, is_same, noting, to_logits
+from sess_lightning.introspection.probabilities import Ending, is_same, noting, to_logits
+from sess_lightning.introspection.readings import LOSSES, READINGS, Read, Readings
 from sess_lightning.types import Activation
 
 MOST_CHANNELS = 16
 """The most channels of a tensor that is taken for images, where a batch does not say."""
-LOSSES: dict[str, Activation | None] = {
-    "cross_entropy": "softmax", "nll_loss": "softmax", "log_softmax": "softmax", "multi_margin_loss": None,
-    "binary_cross_entropy": "sigmoid", "binary_cross_entropy_with_logits": "sigmoid",
-    "multilabel_margin_loss": "sigmoid", "multilabel_soft_margin_loss": "sigmoid", "soft_margin_loss": None,
-}  # fmt: skip
-"""Loss functions, and how their first argument becomes probabilities."""
-READINGS: dict[str, Activation | None] = {
-    "argmax": None, "topk": None, "softmax": "softmax", "sigmoid": "sigmoid",
-}  # fmt: skip
-"""Functions by which predictions are read off logits, and how their first argument becomes probabilities."""
-
 LEADS_ON = (
     "This was {}, repeated on other images; if it works on validation's batches only, say how images become "
     "logits: SESSCallback(forward=lambda module, images: logits)."
@@ -167,36 +156,6 @@ class _Record:
 
 _Candidate = tuple[_Record, tuple[Step, ...], Tensor]
 """A call, and an output of it that may be the logits."""
-_Read = tuple[str, Tensor, Any]
-"""A loss or a reading, the tensor that it reads, and a loss's targets."""
-
-
-class _Reading(Endings):
-    """Notes the tensors that losses are computed from, or that classes are read off.
-
-    Args:
-        open_: The calls that have begun: what these read off themselves, as gates do, says nothing.
-    """
-
-    def __init__(self, open_: list[_Record]) -> None:
-        super().__init__()
-        self._open = open_
-        self.losses: list[_Read] = []
-        self.readings: list[_Read] = []
-
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in LOSSES or name in READINGS:
-            reads = name in READINGS or name == "log_softmax"
-            named = kwargs or {}
-            given = args[0] if args else named.get("input")
-            # Attention's softmaxes have more axes.
-            if isinstance(given, Tensor) and given.ndim < 3 and not (reads and self._open):
-                targets = args[1] if len(args) > 1 else named.get("target")
-                self.readings += [(name, given, None)] if name in READINGS else []
-                self.losses += [(name, given, targets)] if name in LOSSES else []
-        return super().__torch_function__(func, types, args, kwargs)
 
 
 class Witness:
@@ -211,7 +170,7 @@ class Witness:
         self._channels = channels
         self._records: list[_Record] = []
         self._open: list[_Record] = []
-        self._reading = _Reading(self._open)
+        self._reading = Readings(self._open)
         self._stack = ExitStack()
         if is_compiled(root):  # Hooks and modes would cause a recompilation, or would not be seen.
             return
@@ -300,10 +259,17 @@ class Witness:
 
     def contradiction(self, call: Call | None, labels: Tensor) -> Tensor | None:
         """Return the targets of the losses computed from a call's logits, if they are not the labels."""
-        logits = [logits_at(record.output, call.path) for record in self._made_by(call)] if call else []
-        losses = [loss for loss in self._reading.losses if any(is_same(one, loss[1]) for one in logits)]
+        losses = self._computed_from(call, self._reading.losses)
         given = {_are_same_classes(loss, labels): loss[2] for loss in losses}
         return None if True in given else given.get(False)
+
+    def regression(self, call: Call | None) -> str:
+        """Return the name of a loss for regressions that is computed from a call's logits; else ""."""
+        return next((name for name, _, _ in self._computed_from(call, self._reading.regressions)), "")
+
+    def _computed_from(self, call: Call | None, losses: list[Read]) -> list[Read]:
+        logits = [logits_at(record.output, call.path) for record in self._made_by(call)] if call else []
+        return [loss for loss in losses if any(is_same(one, loss[1]) for one in logits)]
 
     def _made_by(self, call: Call) -> list[_Record]:
         return [record for record in self._records if record.output is not None and call.is_made_by(record)]
@@ -363,7 +329,7 @@ def _is_images(leaf: Any, channels: int | None = None) -> bool:
     return leaf.shape[1] == channels if channels else leaf.shape[1] <= MOST_CHANNELS
 
 
-def _are_same_classes(loss: _Read, labels: Tensor) -> bool | None:
+def _are_same_classes(loss: Read, labels: Tensor) -> bool | None:
     """Return whether a loss's targets are the labels; None if they are no classes of these images."""
     _, logits, targets = loss
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != labels.shape:

@@ -230,6 +230,25 @@ def test_a_regression_target_is_refused_and_the_remedy_works(tmp_path, single_la
     assert adult == pytest.approx(run(tmp_path / "b", labelled((ages > 33).long())), nan_ok=True)
 
 
+class Regressing(Module):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(self(batch[0])[:, 0], batch[1].float()))
+
+
+@pytest.mark.parametrize("values", [[0.9, 0.1, 0.7, 0.3, 0.6, 0.2], [1, 0, 1, 0, 1, 0]])
+def test_a_regression_loss_of_values_in_0_to_1_is_refused_and_the_remedy_works(values, tmp_path):
+    with pytest.raises(ValueError, match=r"mse_loss of the model's only output: a regression has no class"):
+        run(tmp_path / "a", labelled(values), Regressing(F.mse_loss, 1))
+    remedy = {
+        "forward": lambda module, images: module(images) - 0.5,
+        "batch_adapter": lambda batch: (batch[0], (batch[1] > 0.5).long()),
+    }
+    stated = run(tmp_path / "b", labelled(values), Regressing(F.mse_loss, 1), **remedy)
+    binary = labelled([int(value > 0.5) for value in values])
+    twin = run(tmp_path / "c", binary, Module(classes=1), forward=remedy["forward"])
+    assert stated == pytest.approx(twin, nan_ok=True)
+
+
 def test_an_ordinal_head_is_refused_and_the_remedy_explains_a_threshold(tmp_path):
     levels = [0, 1, 2, 3, 4, 2]  # Five grades, four logits.
     with pytest.raises(ValueError, match=r"An ordinal head .*=lambda batch: \(batch\[0\], batch\[1\] - 1\)"):

@@ -1,0 +1,56 @@
+"""What a step reads off a model's outputs: losses and classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from sess_lightning.introspection.probabilities import Endings
+from sess_lightning.types import Activation
+
+LOSSES: dict[str, Activation | None] = {
+    "cross_entropy": "softmax", "nll_loss": "softmax", "log_softmax": "softmax", "multi_margin_loss": None,
+    "binary_cross_entropy": "sigmoid", "binary_cross_entropy_with_logits": "sigmoid",
+    "multilabel_margin_loss": "sigmoid", "multilabel_soft_margin_loss": "sigmoid", "soft_margin_loss": None,
+}  # fmt: skip
+"""Loss functions, and how their first argument becomes probabilities."""
+READINGS: dict[str, Activation | None] = {
+    "argmax": None, "topk": None, "softmax": "softmax", "sigmoid": "sigmoid",
+}  # fmt: skip
+"""Functions by which predictions are read off logits, and how their first argument becomes probabilities."""
+REGRESSIONS = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"})
+"""Loss functions of values that are no logits."""
+Read = tuple[str, Tensor, Any]
+"""A loss or a reading, the tensor that it reads, and a loss's targets."""
+
+
+class Readings(Endings):
+    """Notes the tensors that losses are computed from, or that classes are read off.
+
+    Args:
+        open_: The calls that have begun: what these read off themselves, as gates do, says nothing.
+    """
+
+    def __init__(self, open_: list[Any]) -> None:
+        super().__init__()
+        self._open = open_
+        self.losses: list[Read] = []
+        self.readings: list[Read] = []
+        self.regressions: list[Read] = []
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in LOSSES or name in READINGS or name in REGRESSIONS:
+            reads = name in READINGS or name == "log_softmax"
+            named = kwargs or {}
+            given = args[0] if args else named.get("input")
+            # Attention's softmaxes have more axes.
+            if isinstance(given, Tensor) and given.ndim < 3 and not (reads and self._open):
+                targets = args[1] if len(args) > 1 else named.get("target")
+                self.readings += [(name, given, None)] if name in READINGS else []
+                self.regressions += [(name, given, targets)] if name in REGRESSIONS else []
+                self.losses += [(name, given, targets)] if name in LOSSES else []
+        return super().__torch_function__(func, types, args, kwargs)
