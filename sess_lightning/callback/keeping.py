@@ -258,10 +258,11 @@ def _numbered(kept: Sequence[Kept], share: Share) -> list[Kept]:
     numbered = []
     for one in kept:
         lost = min(one.left_out, room)
-        images = []
-        for image in one.images()[: room - lost]:
-            number = image.numbers[0] if image.numbers[0] in mine else next(spare)
-            images.append(replace(image, numbers=[number] * len(image.numbers)))
+        images: list[Kept] = []
+        for image in one.images():
+            number = image.numbers[0] if image.numbers[0] in mine else next(spare, None)
+            if number is not None and len(images) < room - lost:  # Perhaps fewer are asked for by now.
+                images.append(replace(image, numbers=[number] * len(image.numbers)))
         room -= lost + len(images)
         numbered.append(replace(joined(images) if images else one.take([]), chosen=len(images) + lost))
     return numbered

@@ -110,6 +110,16 @@ def test_more_samples_after_a_resume_are_others_than_those_kept(tmp_path):
     assert len(set(found)) == len(found) == 10
 
 
+def test_fewer_samples_after_a_resume_are_some_of_those_kept(tmp_path):
+    before, path = explained(tmp_path / "1")
+    callback, spy = spying(num_samples=3)
+    fit(tmp_path / "2", callback, val=shuffled(16, 4), max_epochs=2, ckpt_path=path, num_sanity_val_steps=0)
+    found = spy.indices(squares().dataset)
+    assert set(found) < set(before)
+    assert len(set(found)) == len(found) == 3
+    assert callback.guard.failed == 0
+
+
 class Bright(Squares):
     """The same labels, other pictures."""
 
