@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import errno
-import signal
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from inspect import isfunction, ismethod
-from types import CodeType
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
@@ -19,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from sess_lightning.callback import pace
 from sess_lightning.callback.versions import Reader
 from sess_lightning.introspection.lending import keep_rng
+from sess_lightning.introspection.signals import comes_from_signal
 from sess_lightning.ops import is_out_of_memory
 from sess_lightning.types import SESSWarning
 
@@ -160,20 +156,6 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT,
 )  # fmt: skip
-
-
-def comes_from_signal(error: BaseException) -> bool:
-    """Return whether a signal handler raised this: it is meant for whoever set the handler."""
-    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
-    return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def _code(handler: Any) -> CodeType | None:
-    while isinstance(handler, partial):
-        handler = handler.func
-    if not (isfunction(handler) or ismethod(handler)):
-        handler = getattr(type(handler), "__call__", None)  # noqa: B004
-    return getattr(handler, "__code__", None)
 
 
 def refuse_shards(strategy: object) -> bool:

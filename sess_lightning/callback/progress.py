@@ -14,10 +14,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from sess_lightning.batching import watched
 from sess_lightning.callback import pace
 from sess_lightning.callback.bars import Bar, bar_beside
-from sess_lightning.callback.guard import RunGuard, comes_from_signal
+from sess_lightning.callback.guard import RunGuard
 from sess_lightning.callback.pace import Laps, TrainingClock
 from sess_lightning.callback.plan import RunPlan
 from sess_lightning.callback.settings import Settings
+from sess_lightning.introspection.signals import comes_from_signal
 from sess_lightning.methods import SESS, GradCAM
 
 LONG = 3.0

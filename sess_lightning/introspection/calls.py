@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sess_lightning.introspection.lending import is_lent
+from sess_lightning.introspection.signals import comes_from_signal
 
 Before = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
 After = Callable[[Any], None]
@@ -18,16 +19,19 @@ def hooked(stack: ExitStack, root: nn.Module, name: str, before: Before, after: 
     """Call functions before and after every call of a module, until the stack is closed.
 
     ``after`` gets None if the call failed. Neither is called while the module is being explained: another
-    callback's windows are not part of the step.
+    callback's windows are not part of the step. The step goes on if one of them fails; what it did not see
+    is missing when the call is to be repeated.
     """
 
     def begin(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if not is_lent(root):
-            before(args, kwargs)
+            with _spared():
+                before(args, kwargs)
 
     def end(output: Any) -> None:
         if not is_lent(root):
-            after(output)
+            with _spared():
+                after(output)
 
     if not name:
         stack.enter_context(_forward_hooked(root, begin, end))
@@ -37,6 +41,15 @@ def hooked(stack: ExitStack, root: nn.Module, name: str, before: Before, after: 
     last = module.register_forward_hook(lambda _module, _args, output: end(output), always_call=True)
     stack.callback(first.remove)
     stack.callback(last.remove)
+
+
+@contextmanager
+def _spared() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if comes_from_signal(error):
+            raise
 
 
 _LISTENERS: dict[nn.Module, tuple[list[tuple[Before, After]], ExitStack]] = {}

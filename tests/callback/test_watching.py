@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from callbacks import numbers, quick
-from lightning_models import Classifier, boxed, filled_net, squares, validate
+from lightning_models import Classifier, boxed, filled_net, fit, squares, validate
+from sess_lightning.types import SESSWarning
 
 VAL = {"read": boxed, "batch_size": 4}
 
@@ -110,6 +111,27 @@ def test_images_that_the_step_moves_away_from_their_boxes_are_told_of_once(kind,
     assert "sess/pointing_game" in scores(tmp_path, Moving())
     text = "boxes and masks lie elsewhere"
     assert [text in str(warning.message) for warning in recwarn].count(True) == times
+
+
+class Changing(Classifier):
+    """Returns something else from the second epoch on."""
+
+    def forward(self, images):
+        logits = self.net(images)
+        return {"out": logits} if self.current_epoch else logits
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1]["label"])
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+
+def test_an_output_of_another_form_costs_the_run_and_not_the_training(tmp_path):
+    callback, data = quick(on_error="warn"), {"train": squares(**VAL), "val": squares(**VAL)}
+    with pytest.warns(SESSWarning, match=r"called as forward\(images\), repeated on other images"):
+        fit(tmp_path, callback, module=Changing(), max_epochs=2, **data)
+    assert callback.guard.failed == 1
 
 
 def test_a_call_may_be_stated(tmp_path, told):
