@@ -37,6 +37,14 @@ NO_CLASS = (
 )
 """Why an output is no logit."""
 
+MOVED = (
+    "the images that the model gets do not show what the batch's images show at the same places (correlation "
+    "{:.2f}). If the step crops, pads or flips them, boxes and masks lie elsewhere, and the scores that need "
+    "these are wrong: do it in the data set, or give images and regions as the model gets them, "
+    "SESSCallback(batch_adapter=...)."
+)
+"""What is wrong where the step moves images."""
+
 
 class Watcher:
     """Watches the first validation step, and the same call in every later one.
@@ -60,6 +68,7 @@ class Watcher:
         self._widths: set[int] = set()  # Per image, where the step computes a loss; empty if unknown.
         self._refusal = ""
         self._likeness: float | None = None  # Of the images in batches with regions to what the model gets.
+        self._is_missed: bool | None = None  # In some step, the call that is explained; None until it was.
 
     @property
     def text(self) -> str:
@@ -77,7 +86,7 @@ class Watcher:
         self.leave()
         self._call, self._is_settled, self._is_proven = None, False, False
         self._ending, self._outputs, self._has_disagreed = None, 0, False
-        self._widths, self._refusal, self._likeness = set(), "", None
+        self._widths, self._refusal, self._likeness, self._is_missed = set(), "", None, None
 
     def look(self, model: nn.Module) -> None:
         """Watch the next step."""
@@ -162,6 +171,8 @@ class Watcher:
             raise ValueError(self._refusal)
         seen = self._seen
         count = len(batch) if batch.count is None else batch.count
+        if seen is not None and seen.images is None and self._call is not None and self._is_missed is None:
+            self._is_missed = True
         if seen is None or seen.images is None or len(seen.images) != count:
             return batch
         items = list(range(count)) if batch.items is None else batch.items
@@ -235,20 +246,21 @@ class Watcher:
     def doubt(self, metric: SESSMetric, validated: Float[Tensor, "B N"] | None) -> str:
         """Return a warning, once, if the explained model is not the validated one; else an empty text.
 
-        Of images that were moved within the step, which regions do not follow, it warns first.
+        Of steps without its call, and of images that were moved within the step, it warns first.
 
         Args:
             metric: The metric, which has just scored the images.
             validated: Validation's own logits of them; None if unknown.
         """
+        if self._is_missed:
+            self._is_missed = False
+            return (
+                f"validation did not make the call that is explained in each step: {self.text}. Say what is "
+                "validated, SESSCallback(forward=lambda module, images: logits)."
+            )
         if self._likeness is not None and self._likeness < LEAST:
             likeness, self._likeness = self._likeness, 1.0
-            return (
-                "the images that the model gets do not show what the batch's images show at the same places "
-                f"(correlation {likeness:.2f}). If the step crops, pads or flips them, boxes and masks lie "
-                "elsewhere, and the scores that need these are wrong: do it in the data set, or give images "
-                "and regions as the model gets them, SESSCallback(batch_adapter=...)."
-            )
+            return MOVED.format(likeness)
         activation = metric.methods[OWN].activation
         if self._call is None and self._ending is not None and not self._is_proven:
             self._is_proven = True

@@ -134,6 +134,25 @@ def test_an_output_of_another_form_costs_the_run_and_not_the_training(tmp_path):
     assert callback.guard.failed == 1
 
 
+class Switching(Classifier):
+    """Validates another net from the second epoch on."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = filled_net()
+
+    def validation_step(self, batch, batch_idx):
+        (self.other if self.current_epoch else self.net)(batch[0])
+
+
+def test_a_call_that_validation_no_longer_makes_is_told_of_once(tmp_path, recwarn):
+    fit(tmp_path, quick(), module=Switching(), max_epochs=3)
+    told = [str(warning.message) for warning in recwarn if "did not make the call" in str(warning.message)]
+    assert len(told) == 1
+    assert "epoch 1" in told[0]
+    assert "explains net called as forward(images)" in told[0]
+
+
 def test_a_call_may_be_stated(tmp_path, told):
     forward = lambda module, images: module({"image": images})["output"]  # noqa: E731
     assert scores(tmp_path, InADict(), forward=forward) == pytest.approx(scores(tmp_path, Plain()), abs=1e-5)
