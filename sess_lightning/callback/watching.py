@@ -287,6 +287,7 @@ def _alike(width: int) -> tuple[int, ...]:
 
 def _likeness(one: Tensor, other: Tensor) -> float:
     """Return the median correlation of images with others, of any size and range; NaN if all are blank."""
-    small = (F.adaptive_avg_pool2d(images.float().mean(1), 16).flatten(1) for images in (one, other))
+    # An adapter may leave its images on the host.
+    small = (F.adaptive_avg_pool2d(images.float().mean(1), 16).flatten(1).cpu() for images in (one, other))
     one, other = (values - values.mean(1, keepdim=True) for values in small)
     return float(((one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))).abs().nanmedian())
