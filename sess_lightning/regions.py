@@ -46,7 +46,8 @@ def read_regions(
     """Read the masks or boxes of a batch.
 
     Boxes are a tensor (B, 4) or (B, N, 4), or per image a tensor (N, 4) or (4,); masks are (B, h, w),
-    (B, 1, h, w), or per image (h, w) or (N, h, w). Masks of numbers are read by ``read_masks``.
+    (B, 1, h, w), or per image (h, w) or (N, h, w). Masks of numbers are read by ``read_masks``. In a list,
+    arrays and numbers will do, too, and None for an image without regions.
 
     Args:
         regions: Masks or boxes.
@@ -59,11 +60,13 @@ def read_regions(
     if isinstance(regions, Tensor):
         boxes = regions.ndim == 2 or (regions.ndim == 3 and _are_boxes(regions[0], size))
     else:
-        regions = [
-            torch.as_tensor(region) if not isinstance(region, Tensor) else region for region in regions
-        ]
-        boxes = all(_are_boxes(region, size) for region in regions)
+        regions = [_as_tensor(region) for region in regions]
+        boxes = all(region is None or _are_boxes(region, size) for region in regions)
     return read_boxes(regions) if boxes else read_masks(regions, labels)
+
+
+def _as_tensor(region: Any) -> Tensor | None:
+    return region if region is None or isinstance(region, Tensor) else torch.as_tensor(region)
 
 
 def _are_boxes(region: Tensor, size: tuple[int, int] | None) -> bool:
@@ -89,7 +92,7 @@ def read_boxes(boxes: Any) -> list[Float[Tensor, "_ 4"]]:
 def _corners(boxes: Any) -> Tensor:
     # BoundingBoxes lose their format when they are indexed or stacked.
     form = getattr(getattr(boxes, "format", None), "value", "XYXY")
-    plain = torch.as_tensor(boxes).as_subclass(Tensor).float()
+    plain = torch.as_tensor(boxes if boxes is not None else []).as_subclass(Tensor).float()
     return plain if form == "XYXY" else convert_boxes(plain, form)
 
 
@@ -166,10 +169,13 @@ def read_masks(masks: Any, labels: Labels | None = None) -> Bool[Tensor, "B h w"
     if isinstance(masks, Tensor):
         stacked = masks.as_subclass(Tensor)
     else:
-        sizes = {tuple(mask.shape[-2:]) for mask in masks}
+        masks = [_as_tensor(mask) for mask in masks]
+        given = [_union(mask.as_subclass(Tensor)) for mask in masks if mask is not None]
+        sizes = {tuple(mask.shape) for mask in given}
         if len(sizes) != 1:
             raise ValueError(f"masks have the sizes {sorted(sizes)}; resize them to one, or give boxes.")
-        stacked = torch.stack([_union(mask.as_subclass(Tensor)) for mask in masks])
+        rest, blank = iter(given), torch.zeros_like(given[0])
+        stacked = torch.stack([blank if mask is None else next(rest) for mask in masks])
     if stacked.ndim == 4:
         stacked = _one_channel(stacked)
     if stacked.ndim != 3:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -62,6 +63,17 @@ def test_boxes_are_read_whatever_holds_them():
         read = read_boxes(given)
         assert [each.tolist() for each in read] == expected
         assert {each.dtype for each in read} == {torch.float32}
+
+
+def test_arrays_are_read_and_none_is_an_image_without_regions():
+    mask = np.zeros((6, 8), dtype=bool)
+    mask[1, 2:5] = True
+    assert read_regions([mask, None]).flatten(1).sum(1).tolist() == [3, 0]
+    assert read_masks(np.stack([mask, mask])).flatten(1).sum(1).tolist() == [3, 3]
+    boxes = read_regions([None, np.array([[1, 2, 3, 4]]), None])
+    assert [each.tolist() for each in boxes] == [[], [[1, 2, 3, 4]], []]
+    with pytest.raises(ValueError, match=r"masks have the sizes \[\]"):
+        read_masks([None, None])
 
 
 @pytest.mark.parametrize("share", [[0.1, 0.2, 0.5, 0.9], [0.0, 0, 1, 1]])

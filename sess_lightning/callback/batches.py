@@ -309,10 +309,14 @@ def _proven_form(boxes: Sequence[Tensor], parts: _Parts) -> str:
 
 def _masks(parts: _Parts, classes: Classes) -> Bool[Tensor, "B h w"]:
     masks, items, labels = parts.masks, classes.items, classes.labels
+    if not isinstance(masks, Tensor) and all(mask is None for mask in masks):
+        size = size_of(parts.images)
+        return torch.zeros(len(items), *size, dtype=torch.bool, device=parts.images.device)
     if isinstance(parts.labels, _Ragged) and not isinstance(masks, Tensor):
         chosen = [
-            _of_label(torch.as_tensor(masks[item]), parts.labels[item], label)
+            mask if mask is None else _of_label(torch.as_tensor(mask), parts.labels[item], label)
             for item, label in zip(items, labels, strict=True)
+            for mask in [masks[item]]
         ]
         return regions.read_masks(chosen, labels)
     by_class = isinstance(masks, Tensor) and masks.ndim == 4 and masks.shape[:2] == parts.labels.shape

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision.tv_tensors import BoundingBoxes
@@ -210,6 +211,17 @@ def by_class():
     assert torch.equal(read.masks, given[[0, 0, 1], [1, 3, 1]])
 
 
+def arrays_and_none():
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[1:3] = True
+    images = torch.rand(2, 3, 8, 8)
+    for masks, area in (([mask, None], [16, 0]), ([None, None], [0, 0]), (np.stack([mask] * 2), [16, 16])):
+        read = read_batch((images, [{"label": 1, "mask": one} for one in masks]))
+        assert read.masks.flatten(1).sum(1).tolist() == area
+    read = read_batch((images, [{"label": 1, "boxes": None}, {"label": 0, "boxes": np.ones((1, 4))}]))
+    assert [len(boxes) for boxes in read.boxes] == [0, 1]
+
+
 def undecided():
     with pytest.raises(ValueError, match="no convention says which of them are the object"):
         read_batch((IMAGES, {"label": LABELS, "mask": torch.where(MASKS, 7, 5)}))
@@ -224,11 +236,12 @@ CASES = dict(zip([
     "images with NaN or infinity", "boxes (B, 4), (B, N, 4), lists of (N, 4)", "`BoundingBoxes`",
     '`"bbox"` beside COCO\'s other keys', '`"bbox"` alone', "boxes in 0..1, or outside of the image",
     "masks (B, H, W) or (B, 1, H, W), bool, 0/1 or 0/255", "masks, trimaps or class indices",
-    "masks (B, N, H, W) beside labels (B, N)", "masks that no convention decides",
+    "masks (B, N, H, W) beside labels (B, N)", "boxes or masks in a list, as arrays or None",
+    "masks that no convention decides",
 ], [
     pairs, more, usual_keys, targets, a_dict_each, a_batch, a_column, soft, multi_hot, binary, unknown,
     without_logit, regression, as_bytes, not_finite, boxes, bounding_boxes, coco, bbox, boxes_elsewhere,
-    masks, conventions, by_class, undecided,
+    masks, conventions, by_class, arrays_and_none, undecided,
 ], strict=True))  # fmt: skip
 
 
