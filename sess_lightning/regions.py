@@ -60,12 +60,13 @@ def read_regions(
     if isinstance(regions, Tensor):
         boxes = regions.ndim == 2 or (regions.ndim == 3 and _are_boxes(regions[0], size))
     else:
-        regions = [_as_tensor(region) for region in regions]
+        regions = [as_tensor(region) for region in regions]
         boxes = all(region is None or _are_boxes(region, size) for region in regions)
     return read_boxes(regions) if boxes else read_masks(regions, labels)
 
 
-def _as_tensor(region: Any) -> Tensor | None:
+def as_tensor(region: Any) -> Tensor | None:
+    """Return an image's regions as a tensor; None for an image without any."""
     return region if region is None or isinstance(region, Tensor) else torch.as_tensor(region)
 
 
@@ -169,13 +170,14 @@ def read_masks(masks: Any, labels: Labels | None = None) -> Bool[Tensor, "B h w"
     if isinstance(masks, Tensor):
         stacked = masks.as_subclass(Tensor)
     else:
-        masks = [_as_tensor(mask) for mask in masks]
-        given = [_union(mask.as_subclass(Tensor)) for mask in masks if mask is not None]
+        masks = [
+            None if mask is None else _union(torch.as_tensor(mask).as_subclass(Tensor)) for mask in masks
+        ]
+        given = [mask for mask in masks if mask is not None]
         sizes = {tuple(mask.shape) for mask in given}
         if len(sizes) != 1:
             raise ValueError(f"masks have the sizes {sorted(sizes)}; resize them to one, or give boxes.")
-        rest, blank = iter(given), torch.zeros_like(given[0])
-        stacked = torch.stack([blank if mask is None else next(rest) for mask in masks])
+        stacked = torch.stack([torch.zeros_like(given[0]) if mask is None else mask for mask in masks])
     if stacked.ndim == 4:
         stacked = _one_channel(stacked)
     if stacked.ndim != 3:
@@ -186,7 +188,9 @@ def read_masks(masks: Any, labels: Labels | None = None) -> Bool[Tensor, "B h w"
 
 
 def _union(mask: Tensor) -> Tensor:
-    return mask.flatten(0, -3).amax(0) if mask.ndim > 2 else mask
+    if mask.ndim <= 2:
+        return mask
+    return mask.flatten(0, -3).amax(0) if mask.numel() else mask.new_zeros(mask.shape[-2:])  # No object.
 
 
 def _one_channel(masks: Real[Tensor, "B K h w"] | Bool[Tensor, "B K h w"]) -> Tensor:

@@ -68,7 +68,8 @@ def test_boxes_are_read_whatever_holds_them():
 def test_arrays_are_read_and_none_is_an_image_without_regions():
     mask = np.zeros((6, 8), dtype=bool)
     mask[1, 2:5] = True
-    assert read_regions([mask, None]).flatten(1).sum(1).tolist() == [3, 0]
+    for nothing in (None, np.zeros((0, 6, 8), dtype=bool)):
+        assert read_regions([mask, nothing]).flatten(1).sum(1).tolist() == [3, 0]
     assert read_masks(np.stack([mask, mask])).flatten(1).sum(1).tolist() == [3, 3]
     boxes = read_regions([None, np.array([[1, 2, 3, 4]]), None])
     assert [each.tolist() for each in boxes] == [[], [[1, 2, 3, 4]], []]

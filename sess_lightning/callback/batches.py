@@ -313,10 +313,10 @@ def _masks(parts: _Parts, classes: Classes) -> Bool[Tensor, "B h w"]:
         size = size_of(parts.images)
         return torch.zeros(len(items), *size, dtype=torch.bool, device=parts.images.device)
     if isinstance(parts.labels, _Ragged) and not isinstance(masks, Tensor):
+        of_items = [regions.as_tensor(masks[item]) for item in items]
         chosen = [
-            mask if mask is None else _of_label(torch.as_tensor(mask), parts.labels[item], label)
-            for item, label in zip(items, labels, strict=True)
-            for mask in [masks[item]]
+            mask if mask is None else _of_label(mask, parts.labels[item], label)
+            for mask, item, label in zip(of_items, items, labels, strict=True)
         ]
         return regions.read_masks(chosen, labels)
     by_class = isinstance(masks, Tensor) and masks.ndim == 4 and masks.shape[:2] == parts.labels.shape

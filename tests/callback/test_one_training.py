@@ -101,22 +101,14 @@ def test_the_kept_samples_survive_a_checkpoint_before_the_first_validation(tmp_p
     assert explained(tmp_path / "3", resume=path, epochs=3)[0] == before
 
 
-def test_more_samples_after_a_resume_are_others_than_those_kept(tmp_path):
+@pytest.mark.parametrize("count", [10, 3])
+def test_samples_after_a_resume_with_more_or_fewer_of_them_are_those_kept_and_others(tmp_path, count):
     before, path = explained(tmp_path / "1")
-    callback, spy = spying(num_samples=10)
+    callback, spy = spying(num_samples=count)
     fit(tmp_path / "2", callback, val=shuffled(16, 4), max_epochs=2, ckpt_path=path, num_sanity_val_steps=0)
     found = spy.indices(squares().dataset)
-    assert set(before) < set(found)
-    assert len(set(found)) == len(found) == 10
-
-
-def test_fewer_samples_after_a_resume_are_some_of_those_kept(tmp_path):
-    before, path = explained(tmp_path / "1")
-    callback, spy = spying(num_samples=3)
-    fit(tmp_path / "2", callback, val=shuffled(16, 4), max_epochs=2, ckpt_path=path, num_sanity_val_steps=0)
-    found = spy.indices(squares().dataset)
-    assert set(found) < set(before)
-    assert len(set(found)) == len(found) == 3
+    assert set(before) < set(found) if count > len(before) else set(found) < set(before)
+    assert len(set(found)) == len(found) == count
     assert callback.guard.failed == 0
 
 
