@@ -234,8 +234,7 @@ class Witness:
             path for record, path, logits in candidates
             if record is best[0] and agreement(logits, labels) == agreement(best[2], labels)
         }  # fmt: skip
-        undecided = len(equal) > 1 and not is_named(best[1])
-        return self._made(best, f"{len(equal)} outputs could be the logits" if undecided else "", candidates)
+        return self._made(best, 1 if is_named(best[1]) else len(equal), candidates)
 
     def _evident(self, found: list[_Candidate], labels: Tensor | None) -> list[_Candidate]:
         """Return the candidates that meet a loss, else a reading, else those as wide as what meets them.
@@ -294,33 +293,40 @@ class Witness:
         leaves, logits = records[0].leaves, logits_at(records[0].output, call.path).detach().clone()
         return Seen(leaves[call.place], [leaves[row] for row in call.rows], logits)
 
-    def _made(self, chosen: _Candidate, doubts: str, all_: list[_Candidate]) -> Call:
+    def _made(self, chosen: _Candidate, equal: int, all_: list[_Candidate]) -> Call:
         record, path, logits = chosen
         count = len(record.leaves[record.place])
         rows = tuple(
             i for i, leaf in enumerate(record.leaves)
             if i != record.place and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count
         )  # fmt: skip
-        times = sum(other[0].module == record.module and other[1] == path for other in all_)
-        if times > 1:
-            which = "the first" if record.turn == 0 else f"number {record.turn + 1}"
-            repeated = f"called {times} times in a step, of which {which} is explained"
-            doubts = f"{doubts}; {repeated}" if doubts else repeated
-        text = _in_words(record, path)
-        leaves = [None if i == record.place or i in rows else leaf for i, leaf in enumerate(record.leaves)]
-        others = dict.fromkeys(other[0].module for other in all_ if other[0].module != record.module)
-        if others:
-            named = f"{' and '.join(others)} could be meant as well"
-            doubts = f"{doubts}; {named}" if doubts else named
+        leaves = tuple(
+            None if i == record.place or i in rows else leaf for i, leaf in enumerate(record.leaves)
+        )
+        return Call(
+            record.module, leaves, record.spec, record.place, rows, path, _in_words(record, path),
+            "; ".join(_doubts(record, path, equal, all_)), self._activation(logits), record.turn,
+            self._reading.of(logits, slice(*record.passed)), record.exchanged > 0,
+        )  # fmt: skip
+
+    def _activation(self, logits: Tensor) -> Activation | None:
         says = {LOSSES[name] for name, tensor, _ in self._reading.losses if is_same(logits, tensor)}
         read = {READINGS[name] for name, tensor, _ in self._reading.readings if is_same(logits, tensor)}
         says = says or read - {None}
-        activation = says.pop() if len(says) == 1 else None
-        ending = self._reading.of(logits, slice(*record.passed))
-        return Call(
-            record.module, tuple(leaves), record.spec, record.place, rows, path, text, doubts, activation,
-            record.turn, ending, record.exchanged > 0,
-        )  # fmt: skip
+        return says.pop() if len(says) == 1 else None
+
+
+def _doubts(record: _Record, path: tuple[Step, ...], equal: int, all_: list[_Candidate]) -> Iterator[str]:
+    """Yield what is assumed where a call is chosen among others; ``equal`` of its outputs fit as well."""
+    if equal > 1:
+        yield f"{equal} outputs could be the logits"
+    times = sum(other.module == record.module and way == path for other, way, _ in all_)
+    if times > 1:
+        which = "the first" if record.turn == 0 else f"number {record.turn + 1}"
+        yield f"called {times} times in a step, of which {which} is explained"
+    others = dict.fromkeys(other.module for other, _, _ in all_ if other.module != record.module)
+    if others:
+        yield f"{' and '.join(others)} could be meant as well"
 
 
 def _is_images(leaf: Any, channels: int | None = None) -> bool:
