@@ -1,7 +1,7 @@
-"""The callbacks that monitor scores, and what they find before a run has measured any.
+"""Whatever monitors scores, and what it finds before a run has measured any.
 
-EarlyStopping and ModelCheckpoint end a training when the key they monitor is missing. The value that stands
-in for it must change nothing: it ranks below every measured score, and costs no patience.
+EarlyStopping, ModelCheckpoint and ReduceLROnPlateau end a training when the key they monitor is missing. The
+value that stands in for it ranks below every measured score, and costs EarlyStopping no patience.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ UNBOUNDED = 1e6
 
 
 def monitors(trainer: Trainer, prefix: str) -> dict[str, list[Any]]:
-    """Return the callbacks that stop or save by a key below ``prefix``: rest of the key -> callbacks."""
+    """Return what stops, saves or plans by a key below ``prefix``: rest of the key -> these."""
     by_key: dict[str, list[Any]] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         key = getattr(callback, "monitor", None)
         if isinstance(key, str) and key.startswith(f"{prefix}/") and (_stops(callback) or _saves(callback)):
             by_key.setdefault(key.removeprefix(f"{prefix}/"), []).append(callback)
+    for plan in _plans(trainer, prefix):
+        if plan.strict:  # Otherwise it does nothing where the key is missing.
+            by_key.setdefault(str(plan.monitor).removeprefix(f"{prefix}/"), []).append(plan.scheduler)
     return by_key
 
 
@@ -45,7 +48,7 @@ def stand_in(trainer: Trainer, prefix: str, known: Mapping[str, float]) -> None:
     """
     for name, callbacks in monitors(trainer, prefix).items():
         ranked = any(_saves(callback) and callback.save_top_k not in (0, 1) for callback in callbacks)
-        mode = callbacks[0].mode
+        mode = getattr(callbacks[0], "mode", "min")  # A schedule may be the user's own.
         value = known[name] if name in known and not ranked else _worse_than_any(name, mode)
         for limit in (getattr(callback, "divergence_threshold", None) for callback in callbacks):
             if limit is not None:  # EarlyStopping ends the training beyond it.
@@ -91,8 +94,7 @@ def advice(trainer: Trainer, prefix: str, every_n_epochs: int) -> list[str]:
     texts += [
         f"ReduceLROnPlateau counts validations without a run as ones without progress on {plan.monitor!r}: "
         f"set its patience to {every_n_epochs} times as many."
-        for plan in trainer.lr_scheduler_configs
-        if every_n_epochs > 1 and plan.reduce_on_plateau and str(plan.monitor).startswith(f"{prefix}/")
+        for plan in (_plans(trainer, prefix) if every_n_epochs > 1 else ())
     ]
     if not trainer.enable_validation:
         texts.append(
@@ -100,6 +102,12 @@ def advice(trainer: Trainer, prefix: str, every_n_epochs: int) -> list[str]:
             "validation_step and fit() a validation loader (limit_val_batches above 0)."
         )
     return texts
+
+
+def _plans(trainer: Trainer, prefix: str) -> list[Any]:
+    """Return the schedules of learning rates that follow a key below ``prefix``."""
+    plans = trainer.lr_scheduler_configs
+    return [plan for plan in plans if plan.reduce_on_plateau and str(plan.monitor).startswith(f"{prefix}/")]
 
 
 def _stops(callback: Any) -> bool:

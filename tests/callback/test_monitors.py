@@ -203,6 +203,34 @@ def test_monitors_that_cannot_do_what_is_asked_of_them_are_named_at_the_start(tm
     assert "ReduceLROnPlateau counts validations without a run" in told[1]
 
 
+FAILING = {"method": Broken(), "compare": {}, "on_error": "warn"}
+
+
+@pytest.mark.parametrize(
+    ("key", "strict", "options", "found"),
+    [
+        ("sess/insertion", True, FAILING, -1.0),
+        ("sess/pointing_game", True, {}, -1.0),
+        ("sess/insertion", False, FAILING, None),
+    ],
+    ids=["failing", "no boxes", "not strict"],
+)
+@pytest.mark.filterwarnings("ignore::sess_lightning.types.SESSWarning")
+@pytest.mark.filterwarnings("ignore:ReduceLROnPlateau conditioned on metric")
+def test_a_learning_rate_that_follows_what_no_run_measures_does_not_end_the_training(
+    tmp_path, key, strict, options, found
+):
+    class Following(Plateau):
+        def configure_optimizers(self):
+            plan = super().configure_optimizers()
+            plan["lr_scheduler"] |= {"monitor": key, "strict": strict}
+            return plan
+
+    its = fit(tmp_path, quick(**options), module=Following, max_epochs=2)
+    assert its.current_epoch == 2
+    assert its.callback_metrics.get(key) == found
+
+
 def test_a_run_without_a_finite_score_does_not_stop_training(tmp_path):
     class Blind(Classifier):
         def forward(self, images):
