@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.metrics.sess_metric import NO_TRIAL, OWN, Samples
 from sess_lightning.ops import has_span, min_max, size_of, upsample, wait_for
 from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
-from sess_lightning.reporting.run import display_names
+from sess_lightning.reporting.run import Drawing, display_names
 from sess_lightning.reporting.text import writable
 from sess_lightning.types import Batch, SaliencyMethod
 
@@ -220,7 +221,7 @@ class Gallery:
             row: dict[str, Any] = {"why": why, "sample": self.title(i)}
             row |= sample_row(samples, drifts, i, self.legend.name)
             if self.num_images and sample is not None:
-                row["picture"] = self.legend.picture(sample, samples.small[i])
+                row["picture"] = Drawing(partial(self.legend.picture, sample, samples.small[i]))
             yield row
 
 

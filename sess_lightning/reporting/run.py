@@ -65,7 +65,7 @@ class RunReport:
         names: Key of a compared method -> display name; a missing method is shown under its key.
         curves: Key of a method -> mean insertion curve, mean deletion curve.
         panels: The samples that are shown, the same in every run.
-        tables: Name -> rows of plain values and images; all rows have the same columns.
+        tables: Name -> rows of plain values and drawings; all rows have the same columns.
         settings: How the scores were measured, in words and numbers.
         metrics: What the user's own module logged; known when the run is closed.
         accuracy: Key of the accuracy among ``metrics``, empty if there is none; known when the run is closed.

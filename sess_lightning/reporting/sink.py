@@ -6,9 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from sess_lightning.reporting.run import RunReport
+from sess_lightning.reporting.run import Drawing, RunReport
 from sess_lightning.scores import ENDS, Key, split
 
 SCORE_COLUMNS = ("value", *ENDS, "difference", *(f"difference_{end}" for end in ENDS))
@@ -88,7 +86,7 @@ def score_rows(report: RunReport) -> list[dict[str, Any]]:
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row without its images."""
-    return {name: value for name, value in row.items() if not isinstance(value, np.ndarray)}
+    return {name: value for name, value in row.items() if not isinstance(value, Drawing)}
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:

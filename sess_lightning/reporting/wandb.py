@@ -9,7 +9,7 @@ import numpy as np
 
 from sess_lightning.reporting.dashboard import difference, main_scores, thinned
 from sess_lightning.reporting.panels import Panel
-from sess_lightning.reporting.run import RunReport
+from sess_lightning.reporting.run import Drawing, RunReport
 from sess_lightning.reporting.sink import LoggerSink, cell, plain_row, score_rows
 from sess_lightning.scores import CURVES, FAILED, OVERALL, SCORES, SELECTION, column_label, split
 
@@ -172,11 +172,13 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     table = wandb.Table(columns=list(plain[0]), data=[list(row.values()) for row in plain])
     pictures = [
         wandb.Image(
-            value, caption="\n".join(f"{column_label(k)}: {cell(v)}" for k, v in row.items()), file_type="jpg"
+            value.picture,
+            caption="\n".join(f"{column_label(k)}: {cell(v)}" for k, v in row.items()),
+            file_type="jpg",
         )
         for row, whole in zip(plain, rows, strict=True)
         for value in whole.values()
-        if isinstance(value, np.ndarray)
+        if isinstance(value, Drawing)
     ]
     return {name: table, **({f"{name}_pictures": pictures} if pictures else {})}
 

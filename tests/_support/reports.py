@@ -1,6 +1,7 @@
 """Reports of a run as it could have been, and loggers whose packages are not installed."""
 
 import io
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from sess_lightning.reporting.panels import curve_figure
-from sess_lightning.reporting.run import RunReport
+from sess_lightning.reporting.run import Drawing, RunReport
 
 
 def plain(value):
@@ -16,8 +17,8 @@ def plain(value):
 
 
 ROWS = [
-    {"sample": "a|b", "score": 0.25, "hit": None, "picture": plain(90)},
-    {"sample": "c", "score": 0.5, "hit": "miss", "picture": plain(20)},
+    {"sample": "a|b", "score": 0.25, "hit": None, "picture": Drawing(partial(plain, 90))},
+    {"sample": "c", "score": 0.5, "hit": "miss", "picture": Drawing(partial(plain, 20))},
 ]
 CURVES = {
     "": torch.stack([torch.linspace(0, 1, 5), torch.linspace(1, 0, 5)]),

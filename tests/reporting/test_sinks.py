@@ -2,6 +2,7 @@ import csv
 import io
 import json
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -127,9 +128,14 @@ def test_wandb_holds_every_point_of_the_curves(wandb_logger, tmp_path):
     assert points == [(0.0, 0.5), (0.25, 0.375), (0.5, 0.25), (0.75, 0.125), (1.0, 0.0)]
 
 
+UNDRAWN = [
+    row | {"picture": Drawing(partial(pytest.fail, "a picture that nobody shows is drawn"))} for row in ROWS
+]
+
+
 def test_a_table_goes_to_files_without_its_pictures(tmp_path):
-    FileSink(tmp_path).write(report(tables={"samples": ROWS}))
-    FileSink(tmp_path).write(report(3, 25, tables={"samples": ROWS[:1]}))
+    FileSink(tmp_path).write(report(tables={"samples": UNDRAWN}))
+    FileSink(tmp_path).write(report(3, 25, tables={"samples": UNDRAWN[:1]}))
     told = rows(tmp_path / "sess" / "samples.csv")
     assert told[0] == {"run": "", "epoch": "2", "step": "17", "sample": "a|b", "score": "0.25", "hit": ""}
     assert [row["epoch"] for row in told] == ["2", "2", "3"]
@@ -137,7 +143,7 @@ def test_a_table_goes_to_files_without_its_pictures(tmp_path):
 
 def test_a_table_goes_to_tensorboard_as_text(tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    sink_for(logger, tmp_path).write(report(tables={"samples": ROWS}))
+    sink_for(logger, tmp_path).write(report(tables={"samples": UNDRAWN}))
     logger.experiment.flush()
     (event,) = EventAccumulator(logger.log_dir).Reload().Tensors("sess/samples/text_summary")
     assert event.step == 17
