@@ -212,15 +212,18 @@ class Gallery:
             panels = [exhibit.panel(i, self.legend) for i, exhibit in enumerate(exhibits)]
         with protect("tables are missing"):
             tables["classes"] = class_rows(samples, self.legend.name)
-            tables["samples"] = [*self._rows(samples, drifts)]
+            can_draw = self.num_images > 0 and len(panels) == len(exhibits)
+            tables["samples"] = [*self._rows(samples, drifts, can_draw)]
         return panels, tables
 
-    def _rows(self, samples: Samples, drifts: Mapping[str, Tensor]) -> Iterator[dict[str, Any]]:
+    def _rows(
+        self, samples: Samples, drifts: Mapping[str, Tensor], with_pictures: bool
+    ) -> Iterator[dict[str, Any]]:
         for why, i in standing_out(samples, drifts, self.num_rows):
             sample = self._identified[i]
             row: dict[str, Any] = {"why": why, "sample": self.title(i)}
             row |= sample_row(samples, drifts, i, self.legend.name)
-            if self.num_images and sample is not None:
+            if with_pictures and sample is not None:
                 row["picture"] = Drawing(partial(self.legend.picture, sample, samples.small[i]))
             yield row
 

@@ -26,6 +26,7 @@ from sess_lightning import SESS, SESSCallback
 from sess_lightning.methods import GradCAM
 from sess_lightning.metrics.functional import curve_auc
 from sess_lightning.reporting.panels import displayed
+from sess_lightning.types import SESSWarning
 from wandb_reader import history, offline, run_folder
 
 
@@ -53,6 +54,16 @@ def test_wandb_holds_scalars_panel_and_curves_of_every_epoch(tmp_path, wandb_log
     for row, figures in zip(panels, scalars, strict=True):
         check_panel(folder, row["sess/panel"])
         check_curves(folder, row["Custom Chart Tables/sess/curves_table"], figures)
+
+
+def test_images_that_cannot_be_shown_cost_wandb_the_images_only(tmp_path, wandb_logger):
+    callback = SESSCallback(QUICK, num_samples=4, display_channels=[5])
+    with pytest.warns(SESSWarning, match="display_channels must .* this run's panel is missing"):
+        fit(tmp_path, callback, logger=wandb_logger, max_epochs=1, val=squares(read=boxed))
+    wandb_logger.experiment.finish()
+    (row,) = history(run_folder(tmp_path))
+    assert {"Custom Chart Tables/sess/curves_table", "sess_more/samples"} <= row.keys()
+    assert not {"sess/panel", "sess_more/samples_pictures"} & row.keys()
 
 
 PROMISED = (
