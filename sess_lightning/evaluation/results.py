@@ -151,7 +151,7 @@ class Results:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / "results.txt"]
-        written[0].write_text(self.table(paper) + "\n")
+        written[0].write_text(self.table(paper) + "\n", encoding="utf-8")
         rows = self.rows(paper)
         figures = {column: [row[column] for row in rows] for column in rows[0]}
         written += write_table(folder / "results.csv", figures, parquet)
@@ -170,7 +170,8 @@ class Results:
 def parts(shown: Sequence[str]) -> list[list[str]]:
     """Return scores as the columns of one or two tables, so that none is too wide for a terminal."""
     regions = [key for key in shown if key in (*OF_REGIONS, POINTING_GAME_IMAGES)]
-    first, *others = (part for part in ([key for key in shown if key not in regions], regions) if part)
+    both = [part for part in ([key for key in shown if key not in regions], regions) if part]
+    first, *others = both or [[]]  # Without any score, it is the seconds that are asked for.
     return [[*first, SECONDS], *others]
 
 

@@ -13,6 +13,7 @@ import torch
 from evaluated import FiveClasses, experiment, run, start
 from formula import build
 from layouts import write_own, write_voc
+from sess_lightning.evaluation.comparison import compare
 from sess_lightning.evaluation.datasets import BrokenSampleError, PictureFolder, read_picture
 from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.results import Results, write_table
@@ -131,6 +132,19 @@ def test_pictures_without_regions_are_scored_by_curves_alone(tmp_path):
     figures = evaluate(build("tiny"), PictureFolder(root), experiment(), tmp_path / "out").figures
     assert figures["n"] == 3
     assert "pointing_game" not in figures
+
+
+def test_without_curves_and_regions_it_is_the_seconds_that_are_told(tmp_path):
+    root = write_own(tmp_path / "own")
+    (root / "annotations.json").unlink()
+    made = experiment(curves=False, compare={})  # As in the configs of Table 2.
+    results = evaluate(build("tiny"), PictureFolder(root), made, tmp_path / "out")
+    told = results.table({"seconds_per_image": 0.03}).splitlines()
+    assert [line.split() for line in told[3:5]] == [["Seconds"], ["per", "image"]]
+    assert told[5].split() == ["SESS", f"{results.seconds['']:.3g}"]
+    results.write(tmp_path / "out", {"seconds_per_image": 0.03}, parquet=False)
+    compare([tmp_path / "out"], tmp_path / "compare")
+    assert told[5].split()[1] in (tmp_path / "compare" / "compare.txt").read_text()
 
 
 @pytest.mark.parametrize(
