@@ -39,8 +39,14 @@ def watched(tick: Callable[[int], None]) -> Iterator[None]:
 
 
 def batch_limit(given: int | None, images: Float[Tensor, "B C H W"]) -> int:
-    """Return how many images like these may pass at once: ``given``, or what half the free memory takes."""
+    """Return how many images like these may pass at once: ``given``, or what half the free memory takes.
+
+    Raises:
+        ValueError: If ``given`` is not at least 1.
+    """
     if given is not None:
+        if given < 1:
+            raise ValueError(f"batch_size must be at least 1, got {given}; None takes what memory allows.")
         return given
     free = _free_bytes(images.device)
     if free is None:

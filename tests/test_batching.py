@@ -115,6 +115,12 @@ def test_the_batch_is_halved_whatever_a_backend_calls_it(text, tiny, images):
     assert small.sizes[:3] == [8, 4, 2]
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_none_is_refused_by_name(size, tiny, images, targets):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}; None takes"):
+        deletion_curve(tiny, images, images[:, 0], targets, batch_size=size)
+
+
 def test_a_batch_is_what_was_asked_for_else_a_constant_on_a_cpu():
     images = torch.rand(2, 3, 8, 8)
     assert (batch_limit(5, images), batch_limit(None, images)) == (5, ON_CPU)

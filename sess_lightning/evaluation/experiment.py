@@ -7,6 +7,7 @@ exactly the figures of one.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -52,6 +53,9 @@ class Experiment:
         batch_size: Images that go through the model at once.
         samples: How many images to draw at random; None takes all.
         seed: Seed of the draw.
+
+    Raises:
+        ValueError: If a number cannot be what it is for.
     """
 
     method: SaliencyMethod = SESS(GradCAM())  # noqa: RUF009 (Methods are frozen records.)
@@ -69,6 +73,21 @@ class Experiment:
     batch_size: int = 32
     samples: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "steps", "batch_size", "samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        limits = self.limits.values() if isinstance(self.limits, dict) else (self.limits or 0,)
+        if min(limits, default=0) < 0:
+            raise ValueError(f"limits must not be negative, got {self.limits}; leave them out for no limit.")
+        if not 0 < self.tolerance < math.inf:
+            raise ValueError(f"tolerance must be positive px, got {self.tolerance}.")
+        if not all(0 < deviation < math.inf for deviation in self.std):
+            raise ValueError(f"std must be positive, got {[*self.std]}; [1, 1, 1] leaves pixels in 0..1.")
+        if not all(-1 <= mean <= 1 for mean in self.mean):
+            raise ValueError(f"mean is of pixels in 0..1, got {[*self.mean]}; divide it, and std, by 255.")
 
     def methods(self) -> dict[str, SaliencyMethod]:
         """Return the methods that are scored beside it, by name."""

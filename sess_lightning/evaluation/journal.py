@@ -20,7 +20,7 @@ class Journal:
     """An append-only file: a line with the settings, then one per sample.
 
     Args:
-        path: The file; created if it does not exist.
+        path: The file; created with the first sample, so that a run that fails before leaves no settings.
         settings: What the figures depend on.
 
     Raises:
@@ -28,13 +28,21 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, str]) -> None:
-        self._path = path
+        self._path, self._settings, self._begun = path, settings, False
         read_journal(path, settings)
-        if next(jsonl.read(path), None) is None:
-            jsonl.append(path, {"fingerprint": fingerprint(settings), "settings": settings})
 
     def append(self, sample: int, entry: Mapping[str, Any]) -> None:
-        """Append a sample's scores."""
+        """Append a sample's scores.
+
+        Raises:
+            ValueError: If another run has begun the file under other settings meanwhile.
+        """
+        if not self._begun:
+            read_journal(self._path, self._settings)
+            if next(jsonl.read(self._path), None) is None:
+                head = {"fingerprint": fingerprint(self._settings), "settings": self._settings}
+                jsonl.append(self._path, head)
+            self._begun = True
         jsonl.append(self._path, {"sample": sample, **entry})
 
 

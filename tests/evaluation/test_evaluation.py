@@ -221,6 +221,32 @@ def test_samples_are_drawn_the_same_every_time():
     assert made.chosen(4) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"samples": -1}, "samples must be at least 1, got -1"),
+        ({"size": 0}, "size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"tolerance": -3.0}, "tolerance must be positive px, got -3.0"),
+        ({"tolerance": float("nan")}, "tolerance must be positive px, got nan"),
+        ({"limits": {"base": -1}}, "limits must not be negative, .* leave them out for no limit"),
+        ({"std": (0.2, 0.2, 0.0)}, r"std must be positive, got \[0.2, 0.2, 0.0\]"),
+        ({"mean": (123.0, 117.0, 104.0)}, "mean is of pixels in 0..1, got .*; divide it, and std, by 255"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_number_that_cannot_be_is_refused_before_anything_runs(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        experiment(**wrong)
+
+
+def test_a_run_that_failed_on_its_first_image_leaves_no_settings_behind(voc, whole, tmp_path):
+    with pytest.raises(ValueError, match="target_layer 'none' is unknown"):
+        run(voc, tmp_path, experiment(method=GradCAM("none")))
+    assert run(voc, tmp_path).figures == whole[0].figures
+
+
 def test_settings_tell_options_apart(voc):
     model, benchmark = build("tiny"), FiveClasses(voc)
     assert describe(model, benchmark, experiment()) == describe(model, benchmark, experiment())
