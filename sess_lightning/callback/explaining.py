@@ -207,8 +207,10 @@ class Examiner:
         """
         summary = self.metric(model).summary()
         if not summary.values:
+            watched, loaders = self._settings.dataloader_idx, self._loaders
+            missing = "" if loaders is None else loaders.missing(watched)
             raise RuntimeError(
-                f"loader {self._settings.dataloader_idx} gave no sample with a known class and finite pixels."
+                missing or f"loader {watched} gave no sample with a known class and finite pixels."
             )
         return summary
 

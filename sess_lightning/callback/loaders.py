@@ -94,6 +94,16 @@ class Loaders:
             return self.counts[watched]
         return min(self.counts) if self.mode == "min_size" else max(self.counts)
 
+    def missing(self, watched: int) -> str:
+        """Return what to say of a loader that does not exist; an empty text if it does."""
+        if self.mode != "sequential":
+            return (
+                f"dataloader_idx={watched}: loaders that are read side by side count as one, with the index "
+                "0; choose what is explained by batch_adapter=lambda batch: batch[...]."
+            ) * (watched > 0)
+        last = len(self.all) - 1
+        return f"dataloader_idx={watched}: the last loader has the index {last}." * (watched > last)
+
     def provider(self, watched: int, batch: Any, tensors: Sequence[Any]) -> int | None:
         """Return the index of the loader that the tensors read from a batch come from; None if unknown."""
         if self.mode == "sequential":

@@ -1,7 +1,10 @@
+import re
+
 import pytest
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
-from callbacks import PICKED, spying
+from callbacks import PICKED, quick, spying
 from lightning_models import (
     Classifier,
     fit,
@@ -77,6 +80,25 @@ def test_of_several_loaders_one_is_watched(tmp_path):
     its = fit(tmp_path, callback, module=Two, val=[squares(4), squares(16)])
     assert spy.indices(squares().dataset) == PICKED
     assert its.logger.of("sess/n") == [4]
+
+
+@pytest.mark.parametrize(
+    ("val", "text"),
+    [
+        (lambda: squares(4), "dataloader_idx=1: the last loader has the index 0."),
+        (lambda: CombinedLoader([squares(4), squares(8)], "min_size"), "read side by side count as one"),
+    ],
+    ids=["one", "side by side"],
+)
+def test_a_loader_that_does_not_exist_is_named(tmp_path, val, text):
+    class First(Classifier):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch[0] if isinstance(batch[0], list) else batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        fit(tmp_path, quick(dataloader_idx=1), module=First, val=val())
+    adapter = {"batch_adapter": lambda batch: batch[0] if isinstance(batch[0], list) else batch}
+    assert fit(tmp_path, quick(**adapter), module=First, val=val()).logger.of("sess/n") == [4]
 
 
 def test_epochs_between_are_left_out(tmp_path):
