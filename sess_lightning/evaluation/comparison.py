@@ -17,7 +17,7 @@ from PIL import Image
 from sess_lightning import methods
 from sess_lightning.evaluation.journal import read_settings
 from sess_lightning.evaluation.results import SECONDS, SHOWN, heads, parts, percent, write_table
-from sess_lightning.reporting.panels import Picture
+from sess_lightning.reporting.panels import Picture, without_latex
 from sess_lightning.reporting.text import text_table
 from sess_lightning.scores import SCORES
 
@@ -219,7 +219,8 @@ def compare(paths: Sequence[str | Path], out: str | Path, x: str | None = None) 
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     (out / "compare.txt").write_text(table(label, figures) + "\n", encoding="utf-8")
     written = write_table(out / "compare.csv", columns, parquet=False)
-    Image.fromarray(draw(label, figures)).save(out / "compare.png")
+    with without_latex():
+        Image.fromarray(draw(label, figures)).save(out / "compare.png")
     return [out / "compare.txt", *written, out / "compare.png"]
 
 

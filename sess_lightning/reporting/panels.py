@@ -206,6 +206,18 @@ def _no_cycles_left() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def without_latex() -> Iterator[None]:
+    """Have matplotlib write texts itself: LaTeX, which a style may ask for, stumbles over % and _."""
+    from matplotlib import rcParams
+
+    asked, rcParams["text.usetex"] = rcParams["text.usetex"], False
+    try:
+        yield
+    finally:
+        rcParams["text.usetex"] = asked
+
+
 class _Frame:
     """The axes of the curves, which are drawn once; what a run adds is drawn over them.
 
@@ -263,7 +275,8 @@ class _Frame:
 @lru_cache(maxsize=4)
 def _frame(names: tuple[str, ...], style: str, thread: int) -> _Frame:  # noqa: ARG001
     """Return a frame that is kept, for one style of matplotlib's and one thread."""
-    return _Frame(names)
+    with without_latex():
+        return _Frame(names)
 
 
 def curve_figure(curves: Mapping[str, Float[Tensor, "2 T"]], title: str = "") -> Picture:

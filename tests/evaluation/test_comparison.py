@@ -2,6 +2,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from matplotlib import rc_context
 from PIL import Image
 
 from evaluated import experiment, run
@@ -124,6 +125,11 @@ def colours(monkeypatch, runs):
     monkeypatch.setattr(comparison, "_draw_series", note)
     comparison.draw(*points(runs))
     return drawn
+
+
+def test_a_style_that_asks_for_latex_costs_no_picture(folders, tmp_path):
+    with rc_context({"text.usetex": True}):
+        assert compare(folders, tmp_path)[-1].name == "compare.png"
 
 
 def test_a_method_keeps_its_colour_whatever_stands_beside_it(folders, monkeypatch):

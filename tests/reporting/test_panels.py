@@ -279,6 +279,14 @@ def test_the_axes_are_drawn_once_for_a_style_and_its_methods(monkeypatch):
     assert np.array_equal(curve_figure({"twice": torch.zeros(2, 29)}), plain)
 
 
+def test_a_style_that_asks_for_latex_is_drawn_without_it():
+    curves = {"minus_base, 50 %": torch.zeros(2, 29)}
+    plain = curve_figure(curves, "of_50 %")
+    with rc_context({"text.usetex": True}):
+        assert np.array_equal(curve_figure(curves, "of_50 %"), plain)
+        assert rcParams["text.usetex"]
+
+
 def test_drawing_chooses_no_backend_for_the_user():
     chosen = dict.__getitem__(rcParams, "backend")  # Read in any other way, it is decided.
     try:
