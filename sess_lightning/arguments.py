@@ -149,7 +149,9 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if found := re.search(r"nrecognized arguments: (-\S+)", message):
             shown = [action for action in self._actions if action.help is not SUPPRESS]
-            options = [option for action in shown for option in action.option_strings]
+            options = [
+                option.replace("--experiment.", "--") for action in shown for option in action.option_strings
+            ]
             near = get_close_matches(found[1].partition("=")[0], options, 3)
             message = f"there is no option {found[1]}" + (
                 f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from sess_lightning.errors import is_misuse, one_line
+from sess_lightning.errors import is_misuse, make_folder, one_line
 from sess_lightning.evaluation.comparison import compare
 
 USAGE = """usage: sess-lightning COMMAND ...
@@ -99,6 +99,7 @@ def run_compare(arguments: Sequence[str]) -> None:
         help="folder for compare.csv and compare.png (default: runs/compare)",
     )
     config = parser.parse_args(arguments)
+    make_folder(config.out)
     written = compare(config.runs, config.out, config.x)
     sys.stdout.write(written[0].read_text(encoding="utf-8"))
     sys.stdout.write("".join(f"{path}\n" for path in written))

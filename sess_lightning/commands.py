@@ -32,6 +32,7 @@ from sess_lightning.arguments import (
 from sess_lightning.callback.callback import SESSCallback
 from sess_lightning.callback.names import find_class_names, find_normalisation
 from sess_lightning.cost.measure import Costs, measure_cost
+from sess_lightning.errors import make_folder
 from sess_lightning.evaluation.datasets import Benchmark, PictureFolder, read_pixels
 from sess_lightning.evaluation.datasets.pictures import find_pictures
 from sess_lightning.evaluation.experiment import Experiment
@@ -103,6 +104,7 @@ def run_evaluate(arguments: Sequence[str]) -> Results:
         if config.data is None:
             raise ArgumentError(None, "give a folder of images, or a --config that names a benchmark.")
         find_pictures(config.data)  # Before a model is loaded: errors come at once.
+    make_folder(config.out)
     network = _network(config)
     experiment = _fitted(made.experiment, network, given)
     benchmark = made.benchmark or _folder(config, network, experiment)
@@ -213,11 +215,13 @@ def run_explain(arguments: Sequence[str]) -> None:
     config = parser.parse_args(arguments)
     method = parser.instantiate(config).method
     read_pixels(config.image)  # Before a model is loaded: errors come at once.
+    if Image.registered_extensions().get(config.out.suffix.lower()) not in Image.SAVE:
+        raise ArgumentError(None, f"--out: {config.out} names no kind of image; end it in .png or .jpg.")
+    make_folder(config.out.parent)
     network = _network(config)
-    size = config.size or network.size or SIDE
+    size = (network.size or SIDE) if config.size is None else config.size
     explained = explain_image(config.image, network, method, config.target, size=size, device=config.device)
     panel = explained.panel
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet([panel], side=max(SIDE, panel.image.shape[0]))).save(config.out)
     name = (
         panel.label
@@ -237,6 +241,8 @@ def run_cost(arguments: Sequence[str]) -> Costs:
     if len(config.size) > 2:
         raise ArgumentError(None, f"--size: one side, or height and width, got {config.size}.")
     method = parser.instantiate(config).method
+    if config.out is not None:
+        make_folder(config.out.parent)
     network = _network(config)
     model = folded(network.model) if config.fold else network.model
     model = model.to(config.device).to(memory_format=torch.channels_last)
@@ -254,7 +260,6 @@ def run_cost(arguments: Sequence[str]) -> Costs:
     )
     sys.stdout.write(costs.table() + "\n")
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         costs.to_csv(config.out)
         sys.stdout.write(f"{config.out}\n")
     return costs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from argparse import ArgumentError
+from pathlib import Path
 
 from sess_lightning.evaluation.calls import method_spec
 from sess_lightning.evaluation.datasets import BrokenSampleError
@@ -12,6 +14,20 @@ LONGEST = 600
 """Characters of a line."""
 EXPECTED = (ArgumentError, BrokenSampleError, ImportError, OSError, ValueError)
 """Errors whose text says what to do."""
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of what will be written, before there is anything to write.
+
+    Raises:
+        ArgumentError: If that cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(None, f"--out: {folder} can be no folder ({error.strerror}).") from error
+    if not os.access(folder, os.W_OK):
+        raise ArgumentError(None, f"--out: {folder} may not be written to; choose another folder.")
 
 
 def is_misuse(error: Exception) -> bool:

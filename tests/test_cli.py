@@ -219,6 +219,7 @@ def assert_one_line(capsys, command, *messages):
         ("cat.png", "unicorn", "'unicorn' is none of the 5 class names; give an index"),
         ("cat.png", "aa", "'aa' is none of the 5 class names (similar: a); give an index"),
         ("cat.png", "5", "the model has the classes 0 to 4, got 5"),
+        ("cat.png", "-1", "the model has the classes 0 to 4, got -1"),
         ("dog.png", "0", "dog.png: cannot be read as a picture"),
     ],
 )
@@ -430,6 +431,9 @@ def fails(*arguments):
         cli.main([*arguments])
 
 
+RANDOM = ["--model.name", "squeezenet1_1", "--model.weights", "null"]
+
+
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
@@ -442,6 +446,10 @@ def fails(*arguments):
         (["--method", "SESS(GradCAM("], ["is not a call such as SESS(GradCAM(), num_scales=2)."]),
         (["--size", "big"], ["--size: expected int, got big."]),
         (["--module", "3"], ["'3' names no module; write MODULE.CLASS, such as my_module.Net."]),
+        (["--size", "0", *RANDOM], ["size must be at least 1, got 0."]),
+        (["--model.mean", "[123, 117, 104]", *RANDOM], ["mean is of pixels in 0..1, got [123.0, "]),
+        (["--out", "maps/"], ["--out: maps names no kind of image; end it in .png or .jpg."]),
+        (["--out", f"{__file__}/map.png"], ["--out: ", "test_cli.py can be no folder ("]),
         (["--metod", "CAM"], ["there is no option --metod (did you mean --method", "explain --help."]),
         (["--config", "none.yaml"], ["--config: File does not exist"]),
         (["--model.name", "resnet8"], ["torchvision knows no 'resnet8' (did you mean resnet18", "hf/NAME"]),
@@ -465,6 +473,9 @@ def test_what_is_wrong_is_said_in_one_line_with_a_remedy(cat, capsys, options, m
         (["evaluate", "no_folder"], ["no_folder is no folder of pictures."]),
         (["evaluate", "x", "--benchmark", "VOC7"], ["--benchmark: there is no VOC7."]),
         (["evaluate", "x", "--limits", "few"], ["--limits: expected ", " or ", "int", "dict", ", got few."]),
+        (["evaluate", "x", "--limit", "3"], ["there is no option --limit (did you mean --limits?)."]),
+        (["cost", "--out", "file/costs.csv"], ["--out: file can be no folder ("]),
+        (["compare", "x", "--out", "file"], ["--out: file can be no folder (File exists)."]),
         (["cost", "--method", "GradCm"], ["--method: there is no method 'GradCm' (did you mean GradCAM"]),
         (["cost", "--size", "1", "2", "3"], ["--size: one side, or height and width, got [1, 2, 3]."]),
         (["fit", "--sess.method", "GradCm"], ["--sess.method: there is no method 'GradCm' (did you mean"]),
@@ -483,6 +494,7 @@ def test_what_is_wrong_is_said_in_one_line_with_a_remedy(cat, capsys, options, m
 )  # fmt: skip
 def test_every_command_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, messages):
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     fails(*arguments)
     assert_one_line(capsys, arguments[0], *messages)
 

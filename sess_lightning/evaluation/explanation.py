@@ -99,11 +99,14 @@ def _class_index(target: int | str | None, names: tuple[str, ...], logits: Float
     if (asked := str(target).casefold()) in folded:
         return folded.index(asked)
     count = max(logits.shape[1], 2)  # A single logit tells two classes apart.
-    if not str(target).isdecimal():
+    if not str(target).removeprefix("-").isdecimal():
         near = [name for name, plain in zip(names, folded, strict=True) if asked in plain]
         near = near[:5] or get_close_matches(str(target), names, 3)
         hint = f" (similar: {', '.join(near)})" if near else ""
-        raise ValueError(f"target: {target!r} is none of the {len(names)} class names{hint}; give an index.")
-    if int(target) >= count:
+        raise ValueError(
+            f"target: {target!r} is none of the {len(names)} class names{hint}; give an index, "
+            f"0 to {count - 1}."
+        )
+    if not 0 <= int(target) < count:
         raise ValueError(f"target: the model has the classes 0 to {count - 1}, got {target}.")
     return int(target)
