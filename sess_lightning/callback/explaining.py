@@ -58,6 +58,9 @@ class Examiner:
         self._is_current = False
         self.is_sharded = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaders": None}  # A copy neither has nor needs the data.
+
     def forget(self) -> None:
         """Start again, perhaps with another model."""
         self.plan, self._metric, self._activation = None, None, None

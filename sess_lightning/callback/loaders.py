@@ -58,6 +58,9 @@ class Source:
     batches: float
     holdings: Sequence[Holding]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "loader": None}  # A copy neither has nor needs the data.
+
     @property
     def lengths(self) -> list[int] | None:
         """Number of samples that pass on each rank; None if one of them does not know."""

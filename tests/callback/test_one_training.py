@@ -1,5 +1,8 @@
 """The same training, the same samples: across stages, resumes and loaders that change."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
@@ -176,6 +179,17 @@ def test_one_callback_in_two_trainings_starts_clean(tmp_path, same):
     assert len(callback.history.runs) == 1
     assert its.callback_metrics["sess/failed"] == 0
     assert not {key for key in its.callback_metrics if "drift" in key}
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+def test_a_used_callback_is_copied_without_the_data(tmp_path, copied):
+    data = Squares(16, lambda index, image, label, boxes: (image, label))  # Which no pickle takes.
+    callback = quick()
+    fit(tmp_path, callback, val=DataLoader(data, 4))
+    copy = copied(callback)
+    assert copy.examiner.plan.source.loader is None
+    assert callback.examiner.plan.source.loader.dataset is data
+    assert fit(tmp_path, copy).logger.of("sess/n") == [4]
 
 
 def test_neither_alarm_nor_samples_of_one_training_enter_the_next(tmp_path):
