@@ -85,6 +85,18 @@ def known_labels(labels: Sequence[int], classes: int) -> list[bool]:
     return known
 
 
+def mostly_left_out(scores: Mapping[str, float]) -> str:
+    """Return a warning if a run left out as many samples as it explained; else an empty text."""
+    lost, explained = scores.get("left_out", 0.0), scores.get("n", 0.0)
+    if not lost >= explained > 0:
+        return ""
+    return (
+        f"{lost:.0f} samples are left out, {explained:.0f} explained: their labels are none of the model's "
+        "classes (negative, NaN, 255, ...), or a pixel is not finite. If a negative label is a class, number "
+        "classes from 0, SESSCallback(batch_adapter=lambda batch: (batch[0], (batch[1] > 0).long()))."
+    )
+
+
 def _read_hot(values: Tensor) -> Classes:
     unknown = values.isnan() | torch.isin(values, torch.tensor(UNKNOWN, dtype=values.dtype))
     values = values.masked_fill(unknown, 0)

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from sess_lightning.callback.batches import fit_logits, read_batch
+from sess_lightning.callback.classes import mostly_left_out
 from sess_lightning.callback.guard import UnsafeError
 from sess_lightning.callback.kept import Kept
 from sess_lightning.callback.loaders import Holding, Loaders, Source, is_even, loaders_of, survey
@@ -53,6 +54,7 @@ class Examiner:
         self._metric: SESSMetric | None = None
         self._activation: Activation | None = None
         self._survey: list[list[Holding]] | None = None
+        self._few: str | None = None  # What to say of samples that were left out; None until a run has any.
         self._loaders: Loaders | None = None
         self._provider: int | None = None
         self._is_current = False
@@ -64,7 +66,7 @@ class Examiner:
     def forget(self) -> None:
         """Start again, perhaps with another model."""
         self.plan, self._metric, self._activation = None, None, None
-        self._survey, self._settings = None, self._asked
+        self._survey, self._settings, self._few = None, self._asked, None
         self.watcher.start()
 
     def look_around(self, trainer: Trainer, protect: Callable[[], AbstractContextManager[None]]) -> None:
@@ -110,7 +112,10 @@ class Examiner:
         return self.watcher.text
 
     def disagreement(self, runs: Sequence[Run], key: str) -> str:
-        """Return a warning if the newest run's samples do not agree with the logged accuracy; else ""."""
+        """Return a warning if samples were left out, or do not agree with the logged accuracy; else ""."""
+        if self._few:
+            text, self._few = self._few, ""
+            return text
         # What several labels of an image say together is no share of images.
         metric, several = self._metric, self.watcher.classes != 1
         if not runs or metric is None or (several and metric.methods[OWN].activation == "sigmoid"):
@@ -215,6 +220,8 @@ class Examiner:
             raise RuntimeError(
                 missing or f"loader {watched} gave no sample with a known class and finite pixels."
             )
+        if self._few is None:
+            self._few = mostly_left_out(summary.values)
         return summary
 
     def explain(self, trainer: Trainer, model: LightningModule, kept: Kept) -> tuple[SESSMetric, Kept]:

@@ -193,6 +193,17 @@ class Apart(Module):
         pass
 
 
+def test_negative_labels_that_are_a_class_are_told_of_and_the_remedy_works(tmp_path):
+    plain = run(tmp_path / "plain", labelled(BINARY), Module(classes=1))
+    with pytest.warns(SESSWarning, match="3 samples are left out, 3 explained: .* If a negative") as caught:
+        half = run(tmp_path / "half", labelled(2 * BINARY - 1), Module(classes=1))
+    assert len([each for each in caught if each.category is SESSWarning]) == 1
+    assert half["sess/n"] == half["sess/left_out"] == 3
+    positive = {"batch_adapter": lambda batch: (batch[0], (batch[1] > 0).long())}
+    whole = run(tmp_path / "whole", labelled(2 * BINARY - 1), Module(classes=1), **positive)
+    assert whole == pytest.approx(plain, nan_ok=True)
+
+
 @pytest.mark.parametrize("module", [Module, Apart])
 @pytest.mark.parametrize("unknown", [255, -100, 4000])
 def test_a_label_that_the_model_has_no_logit_for_costs_its_sample(unknown, module, tmp_path):
