@@ -34,7 +34,7 @@ from sess_lightning.callback.names import find_class_names, find_normalisation
 from sess_lightning.cost.measure import Costs, measure_cost
 from sess_lightning.errors import make_folder
 from sess_lightning.evaluation.datasets import Benchmark, PictureFolder, read_pixels
-from sess_lightning.evaluation.datasets.pictures import find_pictures
+from sess_lightning.evaluation.datasets.pictures import find_pictures, is_turned
 from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.explanation import explain_image
 from sess_lightning.evaluation.results import Results
@@ -215,6 +215,11 @@ def run_explain(arguments: Sequence[str]) -> None:
     config = parser.parse_args(arguments)
     method = parser.instantiate(config).method
     read_pixels(config.image)  # Before a model is loaded: errors come at once.
+    if is_turned(config.image):
+        _note(
+            f"{config.image} is explained as it is stored, but viewers turn it as its EXIF says; to explain "
+            "it as they show it, save what PIL.ImageOps.exif_transpose makes of it."
+        )
     if Image.registered_extensions().get(config.out.suffix.lower()) not in Image.SAVE:
         raise ArgumentError(None, f"--out: {config.out} names no kind of image; end it in .png or .jpg.")
     make_folder(config.out.parent)

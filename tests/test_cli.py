@@ -205,6 +205,15 @@ def test_explain_writes_a_picture_of_image_base_and_sess(tmp_path, capsys, tiny_
         assert drawn.width > 3 * 64
 
 
+def test_explain_tells_of_a_picture_that_viewers_turn(tmp_path, capsys, tiny_network):
+    exif, file = Image.Exif(), tmp_path / "phone.jpg"
+    for orientation, is_told in ((1, False), (6, True)):
+        exif[0x0112] = orientation
+        photograph("chelsea").save(file, exif=exif)
+        cli.main(["explain", str(file), "--size", "64", "--out", str(tmp_path / "out.png")])
+        assert ("phone.jpg is explained as it is stored" in capsys.readouterr().err) == is_told
+
+
 def assert_one_line(capsys, command, *messages):
     told = capsys.readouterr()
     (line,) = [line for line in told.err.splitlines() if line.startswith(f"sess-lightning {command}: ")]

@@ -182,6 +182,30 @@ def test_class_folders_are_found_among_the_models_classes(tmp_path, folders, cla
     assert list(benchmark.class_names) == classes
 
 
+def test_numbers_that_sort_otherwise_as_text_are_refused_and_leading_zeros_work(tmp_path):
+    classes = [f"class {i}" for i in range(11)]
+    root = class_folders(tmp_path / "plain", *map(str, range(11)))
+    with pytest.raises(
+        ValueError, match=r"'2' is class 2 by its number, but class 3 as .* zeros, such as 02\."
+    ):
+        PictureFolder(root, classes=classes)
+    root = class_folders(tmp_path / "padded", *(f"{i:02d}" for i in range(11)))
+    benchmark = PictureFolder(root, classes=classes)
+    assert [benchmark[i].trials[0].target for i in range(11)] == [*range(11)]
+
+
+def test_a_folder_is_read_as_by_image_folder_but_for_what_is_hidden(tmp_path):
+    class_folders(tmp_path, "cat", ".ipynb_checkpoints", "cat/.ipynb_checkpoints", "elsewhere/dog")
+    (tmp_path / "cat" / "._a.png").write_bytes(b"of macOS")
+    photograph("coffee").save(tmp_path / "cat" / "b.PPM")
+    (tmp_path / "elsewhere").rename(tmp_path.with_name(f"{tmp_path.name} elsewhere"))
+    (tmp_path / "dog").symlink_to(tmp_path.with_name(f"{tmp_path.name} elsewhere") / "dog")
+    (tmp_path / "dog" / "loop").symlink_to(tmp_path / "dog")
+    benchmark = PictureFolder(tmp_path)
+    assert benchmark.ids == ["cat/a.png", "cat/b.PPM", "dog/a.png"]
+    assert [benchmark[i].trials[0].target for i in range(3)] == [0, 0, 1]
+
+
 def test_a_class_folder_that_is_no_class_of_the_model_is_refused(tmp_path):
     root = class_folders(tmp_path, "taby", "tench")
     with pytest.raises(ValueError, match=r"'taby' is none of the model's 3 classes \(similar: tabby\); name"):

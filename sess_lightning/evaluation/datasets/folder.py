@@ -164,10 +164,11 @@ def _places(folders: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
     unknown = [folder for folder in folders if _plain(folder) not in names]
     if not unknown:
         return {folder: names[_plain(folder)] for folder in folders}
-    if len(folders) == len(classes):
-        return {folder: index for index, folder in enumerate(folders)}
+    places = {folder: index for index, folder in enumerate(folders)} if len(folders) == len(classes) else {}
     if all(folder.isdecimal() and int(folder) < len(classes) for folder in folders):
-        return {folder: int(folder) for folder in folders}
+        return _numbers(folders, places)
+    if places:
+        return places
     near = get_close_matches(_plain(unknown[0]), names, 3)
     hint = f" (similar: {', '.join(classes[names[name]] for name in near)})" if near else ""
     raise ValueError(
@@ -175,6 +176,20 @@ def _places(folders: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
         "class folders as the model's classes or by their indices, or put all images into one folder to "
         "explain what the model predicts."
     )
+
+
+def _numbers(folders: Sequence[str], places: Mapping[str, int]) -> dict[str, int]:
+    """Return the numbers that folders are named by, unless their order as text, ``places``, is another."""
+    numbers = {folder: int(folder) for folder in folders}
+    if odd := [folder for folder in places if places[folder] != numbers[folder]]:
+        first = min(odd, key=int)
+        padded = first.zfill(len(max(odd, key=len)))
+        raise ValueError(
+            f"PictureFolder: the folder {first!r} is class {numbers[first]} by its number, but class "
+            f"{places[first]} as torchvision's ImageFolder counts, which sorts folders as text. Name them by "
+            f"the model's own indices with leading zeros, such as {padded}."
+        )
+    return numbers
 
 
 def _plain(name: str) -> str:

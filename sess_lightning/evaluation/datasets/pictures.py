@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+"""Those that torchvision's ``ImageFolder`` reads."""
+ORIENTATION = 0x0112
+"""EXIF's number for how a picture has to be turned."""
 WHITES = {"F": (1, 255, 65535), "I": (255, 65535)}
 """Values that may stand for white in files of floats or 32-bit integers, whose format does not say."""
 
@@ -23,17 +27,31 @@ class BrokenSampleError(RuntimeError):
 
 
 def find_pictures(root: Path) -> list[Path]:
-    """Return all images in a folder and its sub-folders, sorted.
+    """Return all images in a folder and its sub-folders, linked ones too, sorted.
+
+    What is hidden is left out: copies by Jupyter (``.ipynb_checkpoints``), macOS's ``._cat.jpg``.
 
     Raises:
         FileNotFoundError: If there are none.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder of pictures.")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURES)
+    paths = sorted(path for path in _files(root) if path.suffix.lower() in PICTURES)
     if not paths:
         raise FileNotFoundError(f"{root} holds no pictures.")
     return paths
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(folder, name)]
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def _is_loop(folder: str, name: str) -> bool:
+    """Return whether a sub-folder is a link back to where it lies."""
+    path = Path(folder, name)
+    return path.is_symlink() and path.resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents)
 
 
 @contextmanager
@@ -55,11 +73,21 @@ def size_on_disk(path: Path) -> tuple[int, int]:
         return file.height, file.width
 
 
+def is_turned(path: Path) -> bool:
+    """Return whether viewers turn a picture, as many of those that phones take; False if unknown."""
+    try:
+        with _opened(path) as file:
+            return file.getexif().get(ORIENTATION, 1) in range(2, 9)
+    except BrokenSampleError:  # Damaged EXIF, which no pixel depends on.
+        return False
+
+
 def read_pixels(path: Path) -> Real[Tensor, "3 H W"]:
     """Decode an image as RGB in 0..255: uint8, or float32 where a channel has more than 8 bits.
 
     White is 65535 in 16-bit images. Where the format does not say, as with floats and 32-bit integers, it
-    is the first of 1 (floats only), 255 and 65535 that no pixel exceeds.
+    is the first of 1 (floats only), 255 and 65535 that no pixel exceeds. As torchvision's ``ImageFolder``
+    does, pixels are read as they are stored, however EXIF says that they are turned.
 
     Raises:
         BrokenSampleError: If the file is missing or damaged, or its values fit no such range.
