@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sess_lightning.introspection.outputs import width
 from sess_lightning.introspection.probabilities import Endings
 from sess_lightning.types import Activation
 
@@ -22,8 +24,28 @@ READINGS: dict[str, Activation | None] = {
 """Functions by which predictions are read off logits, and how their first argument becomes probabilities."""
 REGRESSIONS = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"})
 """Loss functions of values that are no logits."""
+EVEN, CERTAIN = 1e-3, 0.75
+"""How far smoothed targets may be apart in half precision, and the least of the right class."""
 Read = tuple[str, Tensor, Any]
 """A loss or a reading, the tensor that it reads, and a loss's targets."""
+
+
+def target_classes(loss: Read) -> Tensor | None:
+    """Return the class of each image that a loss was computed with; None if its targets show none.
+
+    One-hot and smoothed targets show one; those of a teacher, or of images that were mixed, do not.
+    """
+    _, outputs, targets = loss
+    if not isinstance(targets, Tensor) or not targets.is_floating_point():
+        return targets if isinstance(targets, Tensor) else None
+    rows = targets[:, None] if targets.ndim == 1 else targets
+    if rows.ndim != 2 or rows.shape[1] != width(outputs):
+        return None
+    rows = torch.cat([1 - rows, rows], 1) if rows.shape[1] == 1 else rows
+    ranked = rows.sort(1).values
+    others, largest = ranked[:, :-1], ranked[:, -1]
+    are_even = (others - others[:, :1]).abs().max() < EVEN and (rows.sum(1) - 1).abs().max() < EVEN
+    return rows.argmax(1) if are_even and largest.min() >= CERTAIN else None
 
 
 class Readings(Endings):

@@ -22,7 +22,7 @@ from sess_lightning.introspection.calls import calling, hooked
 from sess_lightning.introspection.collectives import collectives
 from sess_lightning.introspection.outputs import Step, agreement, fits, is_named, logits_at, outputs, width
 from sess_lightning.introspection.probabilities import Ending, is_same, noting, to_logits
-from sess_lightning.introspection.readings import LOSSES, READINGS, Read, Readings
+from sess_lightning.introspection.readings import LOSSES, READINGS, Read, Readings, target_classes
 from sess_lightning.types import Activation
 
 MOST_CHANNELS = 16
@@ -259,7 +259,7 @@ class Witness:
     def contradiction(self, call: Call | None, labels: Tensor) -> Tensor | None:
         """Return the targets of the losses computed from a call's logits, if they are not the labels."""
         losses = self._computed_from(call, self._reading.losses)
-        given = {_are_same_classes(loss, labels): loss[2] for loss in losses}
+        given = {_are_same_classes(loss, labels): target_classes(loss) for loss in losses}
         return None if True in given else given.get(False)
 
     def regression(self, call: Call | None) -> str:
@@ -337,11 +337,14 @@ def _is_images(leaf: Any, channels: int | None = None) -> bool:
 
 def _are_same_classes(loss: Read, labels: Tensor) -> bool | None:
     """Return whether a loss's targets are the labels; None if they are no classes of these images."""
-    _, logits, targets = loss
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.shape != labels.shape:
+    targets, classes = target_classes(loss), max(2, width(loss[1]))
+    if targets is None or targets.shape != labels.shape:
         return None
-    is_class = (targets >= 0) & (targets < width(logits))  # Unknown ones may be mapped to -100.
-    return torch.equal(targets[is_class], labels.to(targets)[is_class])
+    labels = labels.to(targets)
+    is_class = (targets >= 0) & (targets < classes)  # Unknown ones may be mapped to -100.
+    if loss[2].is_floating_point() and len(labels[labels >= classes].unique()) == 1:
+        is_class &= labels < classes  # Such as 255, where targets have no number for unknown ones.
+    return torch.equal(targets[is_class], labels[is_class])
 
 
 def is_compiled(root: nn.Module) -> bool:

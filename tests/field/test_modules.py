@@ -628,6 +628,12 @@ class LabelsFromOne(Plain):
         super().validation_step((batch[0], batch[1] - 1), batch_idx)
 
 
+class OneHotFromOne(Plain):
+    def validation_step(self, batch, batch_idx):
+        targets = F.one_hot(batch[1] - 1, 4) * 0.9 + 0.025
+        self.log("val_loss", F.cross_entropy(self(batch[0]), targets))
+
+
 class WithoutUnknown(Plain):
     """The step says by -100 which labels are unknown."""
 
@@ -651,6 +657,10 @@ OTHER_LABELS = {
         LabelsFromOne, [(picture(*SIZE, i), label + 1) for i, label in enumerate(LABELS)],
         lambda batch: (batch[0], batch[1] - 1), "read as 2, 1, 4, .* targets 1, 0, 3",
     ),
+    "counted from one, the loss's targets smoothed": (
+        OneHotFromOne, [(picture(*SIZE, i), label + 1) for i, label in enumerate(LABELS)],
+        lambda batch: (batch[0], batch[1] - 1), "read as 2, 1, 4, .* targets 1, 0, 3",
+    ),
 }  # fmt: skip
 
 
@@ -663,6 +673,38 @@ def test_labels_that_are_not_the_losss_targets_are_refused_and_the_remedy_works(
     callback = SESSCallback(METHOD, num_samples=6, num_images=0, report=False, batch_adapter=adapt)
     its = validate(tmp_path / "b", callback, module=module(), val=DataLoader(data, 3))
     agree({name: value.item() for name, value in its.callback_metrics.items()}, plain)
+
+
+class Defects(Plain):
+    """Any kind of defect is the one class; 0 is none."""
+
+    def __init__(self):
+        super().__init__(filled_net(1))
+
+    def validation_step(self, batch, batch_idx):
+        targets = (batch[1] > 0).float()
+        self.log("val_loss", F.binary_cross_entropy_with_logits(self(batch[0])[:, 0], targets))
+
+
+def defects(tmp_path, kinds, **kwargs):
+    callback = SESSCallback(METHOD, num_samples=6, num_images=0, report=False, on_error="raise", **kwargs)
+    data = [(picture(*SIZE, i), kind) for i, kind in enumerate(kinds)]
+    its = validate(tmp_path, callback, module=Defects(), val=DataLoader(data, 6))
+    return {name: value.item() for name, value in its.callback_metrics.items()}
+
+
+def test_of_kinds_that_the_loss_takes_for_one_class_none_is_left_out(tmp_path):
+    kinds, any_kind = [0, 3, 1, 5, 0, 3], {"batch_adapter": lambda batch: (batch[0], (batch[1] > 0).long())}
+    with pytest.raises(ValueError, match=r"read as 0, 3, 1, 5, .* targets 0, 1, 1, 1"):
+        defects(tmp_path / "a", kinds)
+    values = defects(tmp_path / "b", [0, 1, 1, 1, 0, 1])
+    assert values["sess/n"] == 6
+    agree(defects(tmp_path / "c", kinds, **any_kind), values)
+
+
+def test_a_label_for_unknown_ones_does_not_contradict_a_loss_that_has_no_number_for_them(tmp_path):
+    values = defects(tmp_path, [0, 1, 255, 1, 0, 1])  # Its target is 1; a weight of 0 would leave it out.
+    assert (values["sess/n"], values["sess/left_out"]) == (5, 1)
 
 
 class Flips(Plain):
