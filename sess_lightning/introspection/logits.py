@@ -218,9 +218,10 @@ def check_inputs(speaker: str, images: Tensor, targets: Tensor) -> None:
     if 0 in images.shape:
         raise ValueError(f"{speaker}: images is empty, {tuple(images.shape)}; give at least one image.")
     if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
+        remedy = "targets.long()" if isinstance(targets, Tensor) else "torch.as_tensor(targets)"
         raise TypeError(
             f"{speaker}: targets must be an integer tensor of class indices, one per image, got "
-            f"{_kind(targets)}; use targets.long(), or logits.argmax(1) to explain predictions."
+            f"{_kind(targets)}; use {remedy}, or logits.argmax(1) to explain predictions."
         )
     if targets.shape != images.shape[:1]:
         raise ValueError(

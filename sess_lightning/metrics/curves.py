@@ -252,11 +252,11 @@ def _draw(
     which: Sequence[Sequence[int]] | None = None,
 ) -> Float[Tensor, "M K B {steps}+1"]:
     """Return the target's probability along every curve of every map; batches run across curves."""
+    for start, _ in scenes.ways if len(scenes.pool[0]) else ():
+        check_inputs("Insertion and deletion", scenes.pool[start], scenes.targets)
     count, which = len(scenes.targets), which or [range(len(scenes.targets))] * len(maps)
     for one in maps:
         _check_maps(one, count, size_of(scenes.pool[0]))
-    for start, _ in scenes.ways if count else ():
-        check_inputs("Insertion and deletion", scenes.pool[start], scenes.targets)
     items, places = scenes.laid_out(which, steps)
     device = scenes.targets.device
     with explaining(model), torch.no_grad():

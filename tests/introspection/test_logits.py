@@ -122,7 +122,7 @@ ZERO = torch.zeros(1).long()
             r"targets must be an integer tensor.*got torch.float32; use targets.long",
         ),
         (ONE, ZERO.bool(), TypeError, r"targets must be an integer tensor.*got torch.bool"),
-        (ONE, [0], TypeError, r"targets must be an integer tensor.*got list"),
+        (ONE, [0], TypeError, r"targets must be an integer tensor.*got list; use torch\.as_tensor\("),
         (ONE, ZERO.to("meta"), ValueError, r"targets are on meta, images on cpu; move them together"),
         (ONE * torch.nan, ZERO, ValueError, r"images hold NaN or infinite values; clean the pictures"),
         (ONE - torch.inf, ZERO, ValueError, r"images hold NaN or infinite values"),

@@ -243,6 +243,10 @@ def test_curves_refuse_what_does_not_fit(four, unchecked):
         insertion_curve(Sum(), four * torch.nan, maps, ONE)
     with pytest.raises(ValueError, match=r"targets must be class indices in 0\.\.1"):
         insertion_curve(Sum(), four, maps, ONE + 1)
+    with pytest.raises(ValueError, match=r"targets must have shape \(1,\), .* got \(2,\)"):
+        deletion_curve(Sum(), four, maps, ONE.repeat(2))
+    with pytest.raises(TypeError, match=r"targets must be an integer tensor .* got int"):
+        insertion_curve(Sum(), four, maps, 1)
 
 
 @pytest.mark.parametrize("curve", [insertion_curve, deletion_curve])
