@@ -261,3 +261,19 @@ def coverage(
         start = float(places.mean()) - slope * middle
         spans.append((min(start, start + slope), max(start, start + slope)))
     return spans
+
+
+def seen(features: Float[Tensor, "1 K h w"], image: Float[Tensor, "1 C H W"]) -> list[tuple[float, float]]:
+    """Return the part of the image that a layer depends on: (start, end) of its height and of its width.
+
+    As fractions of the sides. Pixels that are only seen through an image's mean or the like do not count.
+    """
+    mix = torch.randn(features.shape, generator=torch.Generator().manual_seed(0)).to(features)
+    (slope,) = torch.autograd.grad((features * mix).sum(), image, retain_graph=True)
+    power = slope[0].float().nan_to_num(0, 0, 0).square().sum(0)
+    spans = []
+    for other in (1, 0):
+        lines = power.mean(other).sqrt()
+        place = (lines > 0.1 * lines.amax()).nonzero()[:, 0].tolist() or [0, len(lines) - 1]
+        spans.append((place[0] / len(lines), (place[-1] + 1) / len(lines)))
+    return spans

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sess_lightning.introspection.footprints import coverage, read_grid
+from sess_lightning.introspection.footprints import coverage, read_grid, seen
 from sess_lightning.introspection.grids import Grid, find_grid, may_be_grid
 from sess_lightning.introspection.hooks import first_tensor, try_gradient, with_first_tensor
 from sess_lightning.introspection.logits import classify
@@ -258,9 +258,12 @@ class _Reader:
         spans = None if first is None else coverage(first.features, self.image)
         if first is None or spans is None:
             return
-        for (start, end), cells in zip(spans, first.features.shape[2:], strict=True):
+        pixels = seen(first.features, self.image)
+        for (start, end), (low, high), cells in zip(spans, pixels, first.features.shape[2:], strict=True):
             slack = max(1 / 24, 0.5 / cells)  # Small kernels with large strides are off centre.
-            if abs(start) < slack and -2 * slack < end - 1 < slack:
+            # Without padding the outermost cells lie further inside, but see the outermost pixels.
+            left, right = min(start, low), max(end, high)
+            if abs(left) < slack and -2 * slack < right - 1 < slack:
                 continue
             rows, columns = (f"{max(0, start):.0%} to {end:.0%}" for start, end in spans)
             raise ValueError(

@@ -161,6 +161,31 @@ def test_a_model_that_crops_or_pads_inside_is_refused_and_the_remedy_works(view,
     assert GradCAM(OnGrid(layer, grid))(net(view=view), square(), torch.tensor([1])).isfinite().all()
 
 
+def standardised(images):
+    return (images - images.mean((1, 2, 3), keepdim=True)) / images.std((1, 2, 3), keepdim=True)
+
+
+def inner(images):
+    return images[..., 4:-4, 4:-4]
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride", "padding"), [(28, 5, 1, 0), (32, 7, 2, 0), (56, 7, 2, 0), (28, 7, 2, 3)]
+)
+def test_large_kernels_on_small_images_crop_nothing(side, kernel, stride, padding):
+    torch.manual_seed(0)
+    images, targets = picture(side, side, 2)[None], torch.tensor([1])
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, kernel, stride, padding), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 3, padding=1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3),
+    )  # fmt: skip
+    assert find_target_layer(net, images) is net[4]  # LeNet-5 and SqueezeNet 1.0 begin like this.
+    expected = GradCAM()(net, standardised(images), targets)
+    torch.testing.assert_close(GradCAM()(Views(net, standardised), images, targets), expected)
+    with pytest.raises(ValueError, match="crops, pads or moves the image inside"):
+        GradCAM()(Views(net, inner), images, targets)
+
+
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("names", [("value",), ("query", "key", "value"), ("value", "out")])
 def test_an_adapter_without_effect_moves_nothing(names, bare):
