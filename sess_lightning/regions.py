@@ -143,6 +143,32 @@ def check_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int], re
                     f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) of image {i} does not lie in the "
                     f"{height}x{width} image; {remedy}"
                 )
+    _refuse_fractions(boxes, size, remedy)
+
+
+def checked(regions: Regions, size: tuple[int, int]) -> Regions:
+    """Return regions; refuse boxes of another form, where reading them waits for no device.
+
+    Unlike ``check_boxes``, it lets boxes reach beyond the image, as some of data sets do.
+
+    Raises:
+        ValueError: If a box is inside out, or all look like fractions of the sides.
+    """
+    if isinstance(regions, Tensor) or not all(rows.is_cpu for rows in regions):
+        return regions
+    for i, rows in enumerate(regions):
+        for x0, y0, x1, y1 in rows.tolist():
+            if x1 < x0 or y1 < y0:
+                raise ValueError(
+                    f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) of image {i} is inside out; {PIXELS}"
+                )
+    if not all((rows == rows.round()).all() for rows in regions):  # A box may be a single pixel.
+        _refuse_fractions(regions, size, PIXELS)
+    return regions
+
+
+def _refuse_fractions(boxes: Sequence[Tensor], size: tuple[int, int], remedy: str) -> None:
+    height, width = size
     filled = [row for rows in boxes for row in rows.tolist() if row[2] > row[0] and row[3] > row[1]]
     if filled and max(map(max, filled)) <= 1:
         x0, y0, x1, y1 = filled[0]

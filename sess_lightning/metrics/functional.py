@@ -22,7 +22,15 @@ from sess_lightning.metrics.curves import (
     tied_share,
 )
 from sess_lightning.ops import ROUNDING, has_span, sent, size_of, upsample
-from sess_lightning.regions import Regions, box_masks, has_region, have_areas, pad_boxes, read_regions
+from sess_lightning.regions import (
+    Regions,
+    box_masks,
+    checked,
+    has_region,
+    have_areas,
+    pad_boxes,
+    read_regions,
+)
 
 __all__ = [
     "Ends",
@@ -61,7 +69,7 @@ def pointing_hits(
         size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
 
     Raises:
-        ValueError: If there is not one region per map, or the tolerance is not positive.
+        ValueError: If there is not one region per map, the tolerance is not positive, or boxes are shares.
 
     Source: Zhang et al., "Excitation Backprop", IJCV 2018, with TorchRay's rules.
 
@@ -72,7 +80,7 @@ def pointing_hits(
         raise ValueError(f"tolerance must be positive, got {tolerance}; 1 asks for the region itself.")
     if len(regions) != maps.shape[0]:
         raise ValueError(f"regions: got {len(regions)} for {maps.shape[0]} maps; give one per map.")
-    regions = read_regions(regions, size=size_of(maps))
+    regions = checked(read_regions(regions, size=size_of(maps)), size or size_of(maps))
     target = size_of(regions) if isinstance(regions, Tensor) else size
     maps = maps.nan_to_num(0)
     maps = upsample(maps, target) if target is not None else maps
@@ -106,12 +114,15 @@ def relevance_mass(
         regions: Per image a mask, or boxes (x0, y0, x1, y1), half-open pixels (``read_regions``).
         size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
 
+    Raises:
+        ValueError: If boxes on the CPU are of another form.
+
     Source: Arras, Osman, Samek, "CLEVR-XAI", Information Fusion 2022.
 
     >>> relevance_mass(torch.ones(1, 32, 32), [torch.tensor([[0.0, 0.0, 16.0, 32.0]])])
     tensor([0.5000])
     """
-    regions = read_regions(regions, size=size_of(maps))
+    regions = checked(read_regions(regions, size=size_of(maps)), size or size_of(maps))
     target = (size_of(regions) if isinstance(regions, Tensor) else size) or size_of(maps)
     maps = upsample(maps.nan_to_num(0), target)
     masks = regions if isinstance(regions, Tensor) else box_masks(regions, target, maps.device)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torchvision.ops import box_convert
 
 from sess_lightning.metrics.functional import (
     box_masks,
@@ -192,6 +193,33 @@ def test_a_map_with_negative_values_has_no_relevance_mass():
     mass = relevance_mass(maps, [torch.tensor([[0.0, 0, 4, 2]])] * 2)
     assert mass[0] == 0.5
     assert mass[1].isnan()
+
+
+WRITTEN = torch.tensor([[8.0, 20, 24, 30], [1, 1, 31, 5], [-1, -1, -1, -1]])
+OTHERS = {
+    "shares": (WRITTEN[:2] / 32, lambda boxes: boxes * 32, "within one pixel, like fractions of the 32x32"),
+    "x, y, w, h": (
+        torch.tensor([[8.0, 20, 16, 10], [1, 1, 30, 4]]), lambda boxes: box_convert(boxes, "xywh", "xyxy"),
+        r"\(8, 20, 16, 10\) of image 0 is inside out",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", OTHERS)
+@pytest.mark.parametrize(
+    "score", [lambda *args: pointing_hits(*args, tolerance=1.0), relevance_mass], ids=["pointing", "mass"]
+)
+def test_boxes_of_another_form_are_refused_and_the_remedy_works(form, score):
+    boxes, remedy, text = OTHERS[form]
+    maps = peak(32, 32, 9, 21)
+    with pytest.raises(ValueError, match=f"{text}.*boxes are .x0, y0, x1, y1. in pixels"):
+        score(maps, [boxes])
+    assert score(maps, [remedy(boxes)]) == score(maps, [WRITTEN]) == 1
+
+
+def test_boxes_that_reach_beyond_the_image_or_are_a_single_pixel_are_scored():
+    assert pointing_hits(peak(32, 32, 31, 0), [torch.tensor([[30.0, -2, 35, 1]])], 1.0)
+    assert pointing_hits(peak(32, 32, 0, 0), [torch.tensor([[0.0, 0, 1, 1]])], 1.0)
 
 
 def test_relevance_mass_of_an_empty_region_is_nan():
