@@ -25,7 +25,15 @@ def explaining(model: nn.Module) -> Iterator[nn.Module]:
     Inside, Lightning's inference mode is off, so clone tensors made in it before use (``borrowed``). On exit,
     everything that the model holds is as before (``State`` defines what that is), and so are the random
     generators. A model that is lent already, or a part of one, is not borrowed again.
+
+    Raises:
+        TypeError: If it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; wrap it in one whose forward "
+            "calls it."
+        )
     with torch.inference_mode(False), torch.enable_grad():
         if id(model) in _LENT.get():
             yield model

@@ -79,7 +79,8 @@ def trace(model: nn.Module, image: Float[Tensor, "1 C H W"], wanted: nn.Module |
             features = first_tensor(output)
         except TypeError:
             return output
-        if isinstance(module, _PASS_THROUGH) and module is not wanted:
+        # An inference tensor has no graph, nor a version.
+        if isinstance(module, _PASS_THROUGH) and module is not wanted and not features.is_inference():
             passed.append((features, features._version))
             return output
         # If it was written to afterwards, as by an in-place activation, it is features again.
@@ -275,6 +276,12 @@ class _Reader:
 
     def nothing_found(self) -> ValueError:
         """Return why no layer was found, and a remedy."""
+        if not self.passages:
+            return ValueError(
+                "No layer's features reach the logits with a gradient: the module is traced or exported and "
+                "cannot be looked into, or its forward detaches them or runs in inference_mode. Explain the "
+                "module that it was made of, change the forward, or use a method without gradients: RISE()."
+            )
         tried = ", ".join(f"{name} {tuple(features.shape)}" for name, features, _ in self.passages[-6:])
         height, width = size_of(self.image)
         text = (

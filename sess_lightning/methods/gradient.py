@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
@@ -161,6 +162,17 @@ class guided_relu(TorchFunctionMode):  # noqa: N801
         return func(*args, **kwargs)
 
 
+def _hides_relus(module: nn.Module) -> bool:
+    """Return whether a module runs ReLUs where no function mode sees them: scripted, traced or exported."""
+    if isinstance(module, torch.jit.ScriptModule):
+        names = [node.kind() for node in module.inlined_graph.nodes()] if hasattr(module, "forward") else []
+    elif isinstance(module, torch.fx.GraphModule):
+        names = [str(node.target) for node in module.graph.nodes if isinstance(node.target, OpOverload)]
+    else:
+        return False
+    return any("relu" in name or "hardtanh" in name for name in names)
+
+
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any) -> Any:
     return args[place] if len(args) > place else kwargs.get(name, default)
 
@@ -189,8 +201,14 @@ class GuidedBackprop(PixelMethod):
         """Return the sum over channels, and log-scores: one forward pass, one backward pass to the pixels.
 
         Raises:
-            RuntimeError: If no gradient flows from the logits back to the pixels, or the model checkpoints.
+            RuntimeError: If no gradient flows from the logits back to the pixels, or the model checkpoints,
+                or is scripted, traced or exported.
         """
+        if any(map(_hides_relus, model.modules())):
+            raise RuntimeError(
+                "GuidedBackprop: the model is scripted, traced or exported, and its ReLUs cannot be guided; "
+                "explain the module that it was made of, or use Gradient()."
+            )
         pixels = images.detach().requires_grad_()
         with guided_relu():
             logits = classify(model, pixels.clone())

@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sess_lightning.introspection.hooks import recording
 from sess_lightning.introspection.logits import score
-from sess_lightning.methods import CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
+from sess_lightning.methods import RISE, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
 from small_nets import Answer, Named, Net, made, maps_of, method_cases, same
 
 
@@ -52,6 +52,8 @@ def test_a_backbone_inside_its_own_inference_mode_is_refused(images):
 
     with pytest.raises(RuntimeError, match=r"target layer in its own inference_mode.*use no_grad there"):
         maps_of(made(Inferring), images)
+    with pytest.raises(ValueError, match="No layer with spatial features reaches the logits"):
+        maps_of(made(Inferring), images, GradCAM())
 
 
 def test_features_that_are_detached_are_refused(images):
@@ -179,3 +181,36 @@ def test_a_traced_model_says_that_the_layer_did_not_run(images):
     traced = torch.jit.trace(made(Net), images)
     with pytest.raises(RuntimeError, match=r"did not run.*traced|hook"):
         maps_of(traced, images)
+    with pytest.raises(ValueError, match=r"the module is traced or exported.*Explain the module that it was"):
+        maps_of(traced, images, GradCAM())
+    assert maps_of(traced, images, RISE(num_masks=4)).maps.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda net, _: torch.jit.script(net),
+        lambda net, images: torch.jit.trace(net, images),
+        lambda net, images: torch.export.export(net, (images,)).module(),
+        lambda net, _: nn.Sequential(torch.jit.script(net.features), nn.Flatten(), nn.LazyLinear(5)),
+    ],
+    ids=["scripted", "traced", "exported", "a part scripted"],
+)
+def test_relus_that_cannot_be_guided_are_refused(hide, images):
+    with pytest.raises(RuntimeError, match=r"its ReLUs cannot be guided; explain the module .* Gradient\(\)"):
+        maps_of(hide(made(Net), images), images, GuidedBackprop())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_scripted_part_without_relus_is_no_obstacle(images):
+    net = made(Net)
+    same(
+        maps_of(nn.Sequential(torch.jit.script(nn.BatchNorm2d(3).eval()), net), images, GuidedBackprop()),
+        maps_of(nn.Sequential(nn.BatchNorm2d(3).eval(), net), images, GuidedBackprop()),
+    )
+
+
+def test_what_is_no_module_is_refused(images, unchecked):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function; wrap it in one"):
+        maps_of(lambda images: made(Net)(images), images)
