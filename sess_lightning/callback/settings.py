@@ -70,6 +70,10 @@ class Settings:
                     f"SESSCallback: {name} must be a whole number of at least {least}, got {value!r}."
                 )
         _check_prefix(self.prefix)
+        for name, (is_one, expected) in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None and not is_one(value):
+                raise TypeError(f"SESSCallback: {name} must be {expected}; got {value!r}.")
         if self.tolerance is not None and not self.tolerance > 0:
             raise ValueError(f"SESSCallback: tolerance must be positive px, got {self.tolerance!r}.")
         if self.target not in ("label", "predicted"):
@@ -158,6 +162,36 @@ class Settings:
         resized = batch.size is None if batch.masks is None else size_of(batch.masks) == size
         scale = min(size) / LITERATURE_SIDE if resized else 1
         return self.tolerance or LITERATURE_TOLERANCE * scale
+
+
+def _are_texts(value: Any) -> bool:
+    texts = value.values() if isinstance(value, Mapping) else value
+    return isinstance(value, (list, tuple, Mapping)) and all(isinstance(text, str) for text in texts)
+
+
+def _are_two_lists(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_list, value))
+
+
+def _is_list(value: Any) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, (str, Mapping))
+
+
+def _are_methods(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(one, SaliencyMethod) for one in value.values())
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "batch_adapter": (callable, "a function, such as lambda batch: (images, labels)"),
+    "compare": (_are_methods, 'a dict of saliency methods by name, such as {"plain": GradCAM()}'),
+    "class_names": (_are_texts, "a list of texts, one for each class, such as [*map(str, names)]"),
+    "normalisation": (
+        _are_two_lists, "(mean, std), each a list of a value per channel, or of one for all: ([0.5], [0.5])",
+    ),
+    "display_channels": (_is_list, "a list of one or three channels, such as [0]"),
+    "accuracy": (lambda value: isinstance(value, str), 'the key of a logged metric, such as "val_acc"'),
+}  # fmt: skip
+"""Optional arguments: what they have to be, as a test and in words."""
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 
 from callbacks import quick, spying
 from lightning_models import (
@@ -36,12 +38,42 @@ from sess_lightning.methods import GradCAM
             ValueError,
             "cannot be told from 'SESS', the name of the explained",
         ),
+        ({"compare": [GradCAM()]}, TypeError, r"compare must be a dict of saliency methods by name"),
+        (
+            {"compare": {"plain": GradCAM}},
+            TypeError,
+            r"such as {\"plain\": GradCAM\(\)}; got {'plain': <class",
+        ),
+        ({"batch_adapter": "adapt"}, TypeError, "batch_adapter must be a function, .*; got 'adapt'"),
+        ({"class_names": "cat"}, TypeError, "class_names must be a list of texts, .*; got 'cat'"),
+        ({"class_names": [0, 1]}, TypeError, r"such as \[\*map\(str, names\)\]; got \[0, 1\]"),
+        ({"class_names": np.array(["cat", "owl"])}, TypeError, "class_names must be a list of texts"),
+        ({"normalisation": (0.5, 0.25)}, TypeError, r"one for all: \(\[0.5\], \[0.5\]\); got \(0.5, 0.25\)"),
+        ({"normalisation": [0.5, 0.5, 0.5]}, TypeError, r"normalisation must be \(mean, std\)"),
+        ({"display_channels": 0}, TypeError, r"display_channels must be a list .*, such as \[0\]; got 0"),
+        ({"accuracy": 0.9}, TypeError, 'accuracy must be the key of a logged metric, .*"val_acc"; got 0.9'),
         ({"on_error": "ignore"}, ValueError, 'on_error must be "warn" or "raise", got \'ignore\''),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments, error, told, unchecked):
     with pytest.raises(error, match=told):
         SESSCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"class_names": [*map(str, np.array(["cat", "owl", "ant", "bee"]))]},
+        {"class_names": dict(enumerate(("cat", "owl", "ant", "bee")))},
+        {"normalisation": ([0.5], [0.5])},
+        {"normalisation": (torch.full((3,), 0.5), np.full(3, 0.5))},
+        {"display_channels": [0]},
+        {"display_channels": (2, 1, 0)},
+    ],
+)
+def test_arguments_of_many_kinds_are_taken(tmp_path, arguments, unchecked):
+    its = fit(tmp_path, quick(num_images=4, **arguments))
+    assert its.logger.of("sess/failed") == [0]
 
 
 def test_two_callbacks_with_prefixes_of_their_own_stand_side_by_side(tmp_path):
