@@ -89,8 +89,10 @@ class PointingGame(PlotsValues, WholeCounts):
             size: (height, width) that boxes refer to, if not the maps'.
 
         Raises:
+            TypeError: If maps or targets are no tensors, or there are no regions.
             ValueError: If shapes do not fit, or a target on the CPU is none of the classes.
         """
+        _check_kinds(maps, regions, targets)
         values = targets.tolist() if targets.is_cpu else []
         if not all(0 <= value < self.num_classes for value in values):
             raise ValueError(
@@ -114,3 +116,14 @@ class PointingGame(PlotsValues, WholeCounts):
     def per_class(self) -> Float[Tensor, " K"]:
         """Return each class's accuracy; NaN for classes without a trial."""
         return self.hits / (self.hits + self.misses)
+
+
+def _check_kinds(maps: Any, regions: Any, targets: Any) -> None:
+    for name, value in (("maps", maps), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"PointingGame: {name} must be a tensor, got {type(value).__name__}; "
+                f"torch.as_tensor({name}) makes one of an array or a list of numbers."
+            )
+    if regions is None:
+        raise TypeError("PointingGame: regions is None; give masks, or boxes per image.")

@@ -274,6 +274,20 @@ def test_the_pointing_game_refuses_to_have_no_classes():
         PointingGame(0)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_the_pointing_game_names_what_is_no_tensor_and_the_remedy_works():
+    maps, boxes, targets = torch.eye(8)[None], [torch.tensor([[0.0, 0, 4, 4]])], torch.tensor([0])
+    game = PointingGame(1, tolerance=2.0)
+    with pytest.raises(TypeError, match=r"maps must be a tensor, got ndarray; torch.as_tensor\(maps\) makes"):
+        game.update(maps.numpy(), boxes, targets)
+    with pytest.raises(TypeError, match=r"targets must be a tensor, got list; torch.as_tensor\(targets\)"):
+        game.update(maps, boxes, [0])
+    with pytest.raises(TypeError, match="regions is None; give masks, or boxes per image"):
+        game.update(maps, None, targets)
+    game.update(torch.as_tensor(maps.numpy()), boxes, torch.as_tensor([0]))
+    assert game.compute() == 1
+
+
 def test_a_class_that_the_pointing_game_does_not_have_is_refused():
     metric = PointingGame(2)
     with pytest.raises(ValueError, match=r"targets must be class indices in 0\.\.1, got \[2\]"):
