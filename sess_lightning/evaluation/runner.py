@@ -236,7 +236,12 @@ def _regions(
 def summarise(
     folder: str | Path, settings: Mapping[str, str], benchmark: Benchmark, experiment: Experiment
 ) -> Results:
-    """Compute all figures from the records in ``folder``, whichever process wrote them."""
+    """Compute all figures from the records in ``folder``, whichever process wrote them.
+
+    Raises:
+        BrokenSampleError: If no image can be read.
+        ValueError: If no image has a class to explain.
+    """
     entries = read_journals(Path(folder), settings)
     chosen = experiment.chosen(len(benchmark))
     broken = [entry["broken"] for entry in entries.values() if "broken" in entry]
@@ -244,6 +249,11 @@ def summarise(
         raise BrokenSampleError(f"None of the {len(chosen)} pictures can be read; the first: {broken[0]}")
     metric = experiment.metric()
     scored = {number: entry for number, entry in entries.items() if entry.get("rows")}
+    if entries and not scored and len(entries) == len(chosen):
+        raise ValueError(
+            f"None of the {len(chosen)} images has a class to explain. Give each an annotation or a class "
+            "folder, or images alone, which are explained for what the model predicts."
+        )
     for entry in scored.values():
         metric.load_rows(entry["rows"])
     rows, others = metric.gather(), tuple(experiment.methods())

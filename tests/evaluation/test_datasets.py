@@ -235,6 +235,38 @@ def write_json(root, image, categories, annotations):
     return root
 
 
+BOX = {"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}
+CAT = {"id": 3, "name": "cat"}
+
+
+@pytest.mark.parametrize(
+    ("coco", "told"),
+    [
+        ([], r"annotations\.json: is not in COCO's format, \{\"images\": \["),
+        ({"images": [{"id": 1}]}, "one of its images has no 'file_name'"),
+        ({"annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}, "annotations has no 'category_id'"),
+        ({"annotations": [BOX | {"image_id": "1"}]}, "no annotation's image_id, such as '1', is the id"),
+        ({"categories": []}, "no annotation's category_id, such as 3, is the id of one of its categories"),
+        ({"images": [{"id": 1, "file_name": "a.jpg", "class_index": "cat"}]},
+         "class_index of a.jpg must be a whole number, the model's class, got 'cat'"),
+    ],
+)  # fmt: skip
+def test_a_json_whose_parts_do_not_fit_is_refused(tmp_path, coco, told):
+    root = write_json(tmp_path, {}, [CAT], [BOX])
+    whole = json.loads((root / "annotations.json").read_text())
+    assert len(PictureFolder(root)[0].trials) == 1
+    (root / "annotations.json").write_text(json.dumps(whole | coco if coco else coco))
+    with pytest.raises(ValueError, match=told):
+        PictureFolder(root)
+
+
+@pytest.mark.parametrize("box", [None, [], [1, 2, 3]])
+def test_an_annotation_without_a_box_is_named(tmp_path, box):
+    root = write_json(tmp_path, {}, [CAT], [BOX | {"bbox": box}])
+    with pytest.raises(BrokenSampleError, match=r"a\.jpg: an annotation's bbox must be \[x, y, w, h\], px"):
+        PictureFolder(root)[0]
+
+
 def test_an_image_that_carries_its_class_is_explained_for_that_class_alone(tmp_path):
     boxes = [{"image_id": 1, "category_id": 281, "bbox": [1, 2, 3, 4]},
              {"image_id": 1, "category_id": 9, "bbox": [0, 0, 9, 9]}]  # fmt: skip

@@ -213,6 +213,17 @@ def test_a_data_set_without_any_picture_that_can_be_read_is_an_error(tmp_path):
         run(root, tmp_path / "out")
 
 
+def test_a_data_set_without_any_class_to_explain_is_an_error(tmp_path):
+    root = write_own(tmp_path / "own")
+    for name in ("animal", "thing"):
+        for path in (root / name).iterdir():
+            path.rename(root / path.name)
+    images = [{"id": i, "file_name": path.name} for i, path in enumerate(root.glob("*.png"))]
+    (root / "annotations.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(ValueError, match=r"None of the 3 images has a class to explain\. Give"):
+        evaluate(build("tiny"), PictureFolder(root), experiment(), tmp_path / "out")
+
+
 def test_samples_are_drawn_the_same_every_time():
     made = Experiment(GradCAM(), samples=5, seed=3)
     assert made.chosen(100) == made.chosen(100)

@@ -96,6 +96,15 @@ class COCO14(Benchmark):
 
 
 def coco_boxes(annotations: Iterable[Mapping[str, Any]]) -> Float[Tensor, "N 4"]:
-    """Read boxes given as (x, y, width, height)."""
-    corners = [[x, y, x + w, y + h] for x, y, w, h in (annotation["bbox"] for annotation in annotations)]
+    """Read boxes given as (x, y, width, height).
+
+    Raises:
+        ValueError: If one is not.
+    """
+    corners = []
+    for annotation in annotations:
+        box = annotation.get("bbox")
+        if not isinstance(box, list) or len(box) != 4:
+            raise ValueError(f"an annotation's bbox must be [x, y, w, h], px, got {box!r}.")
+        corners.append([*box[:2], box[0] + box[2], box[1] + box[3]])
     return torch.tensor(corners, dtype=torch.float32).view(-1, 4)

@@ -24,6 +24,13 @@ from sess_lightning.evaluation.datasets.samples import (
 )
 from sess_lightning.regions import check_boxes
 
+COCO = {
+    "images": ("id", "file_name"),
+    "annotations": ("image_id", "category_id"),
+    "categories": ("id", "name"),
+}
+"""What each entry of a JSON in COCO's format has."""
+
 
 class PictureFolder(Benchmark):
     """Your own images: a folder of images, a folder per class, a COCO-style JSON, or class folders with JSON.
@@ -102,6 +109,12 @@ class PictureFolder(Benchmark):
         categories = sorted(coco.get("categories", []), key=lambda category: category["id"])
         names = {category["id"]: str(category["name"]) for category in categories}
         if any("class_index" in image for image in self._images):
+            for image in self._images:
+                if not isinstance(image.get("class_index", 0), int):
+                    raise ValueError(
+                        f"PictureFolder: class_index of {image['file_name']} must be a whole number, the "
+                        f"model's class, got {image['class_index']!r}."
+                    )
             self._category_of = {category: category for category in names}
             last = max([*names, *(image.get("class_index", 0) for image in self._images)], default=0)
             self.class_names = [names.get(index, f"class {index}") for index in range(last + 1)]
@@ -151,11 +164,29 @@ class PictureFolder(Benchmark):
         return sorted(target for target in present if target is not None)
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> Mapping[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        coco = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: is not valid JSON ({error}).") from error
+    if not isinstance(coco, dict) or "images" not in coco:
+        form = '{"images": [...], "annotations": [...], "categories": [...]}'
+        raise ValueError(f"{path}: is not in COCO's format, {form}.")
+    ids: dict[str, set[Any]] = {}
+    for part, keys in COCO.items():
+        entries = coco.get(part, [])
+        if lacking := [key for key in keys if any(key not in entry for entry in entries)]:
+            raise ValueError(f"{path}: one of its {part} has no {lacking[0]!r}.")
+        ids |= {f"{part} {key}": {entry[key] for entry in entries} for key in keys if "id" in key}
+    for key, part in (("image_id", "images"), ("category_id", "categories")):
+        asked, known = ids[f"annotations {key}"], ids[f"{part} id"]
+        if asked and not asked & known:
+            first = next(iter(asked))
+            raise ValueError(
+                f"{path}: no annotation's {key}, such as {first!r}, is the id of one of its {part}; "
+                'a number and a text are not the same: 1, "1".'
+            )
+    return coco
 
 
 def _places(folders: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
@@ -197,7 +228,7 @@ def _plain(name: str) -> str:
 
 
 def _refuse_shares(annotations: Sequence[Mapping[str, Any]], root: Path) -> None:
-    sides = [side for annotation in annotations for side in annotation.get("bbox", ())]
+    sides = [side for annotation in annotations for side in annotation.get("bbox") or ()]
     if any(sides) and all(0 <= side <= 1 for side in sides):
         raise ValueError(
             f"PictureFolder: all boxes of {root} lie in 0..1, as shares of the sides; write (x, y, w, h) in "
