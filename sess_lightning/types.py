@@ -73,6 +73,16 @@ class SaliencyMethod(ABC):
     activation: Activation = "softmax"
 
     @property
+    def only_passes(self) -> bool:
+        """Whether images pass through the model, and nothing else is known to be done to it."""
+        return False
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is of this package, and no subclass that somebody else wrote."""
+        return type(self).__module__.startswith("sess_lightning.")
+
+    @property
     def shares_classes(self) -> bool:
         """Whether maps of several classes of one image cost the forward passes of a single one."""
         return False

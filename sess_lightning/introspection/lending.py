@@ -12,19 +12,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sess_lightning.introspection.pure import pure_modules
 from sess_lightning.introspection.state import State
 
 _LENT: ContextVar[frozenset[int]] = ContextVar("_LENT", default=frozenset())
 """The ids of the modules that are lent right now."""
+_NOTED: ContextVar[frozenset[int]] = ContextVar("_NOTED", default=frozenset())
+"""The ids of those whose state is noted, and will be put back."""
 
 
 @contextmanager
-def explaining(model: nn.Module) -> Iterator[nn.Module]:
+def explaining(model: nn.Module, only_passes: bool = False) -> Iterator[nn.Module]:
     """Borrow a model: evaluation mode, gradients on, inference mode off, eager; then restore everything.
 
     Inside, Lightning's inference mode is off, so clone tensors made in it before use (``borrowed``). On exit,
     everything that the model holds is as before (``State`` defines what that is), and so are the random
     generators. A model that is lent already, or a part of one, is not borrowed again.
+
+    Args:
+        model: The model.
+        only_passes: Whether images pass through it and nothing else is done to it: then there is nothing to
+            note of a model that is known to change nothing by itself (``pure_modules``).
 
     Raises:
         TypeError: If it is no module.
@@ -35,21 +43,23 @@ def explaining(model: nn.Module) -> Iterator[nn.Module]:
             "calls it."
         )
     with torch.inference_mode(False), torch.enable_grad():
-        if id(model) in _LENT.get():
+        if id(model) in (_LENT if only_passes else _NOTED).get():
             yield model
             return
         with ExitStack() as stack:
-            state = State()
-            stack.callback(state.put_back)
-            modules = state.note_model(model)
-            stack.enter_context(keep_rng(state.devices))
+            modules = pure_modules(model) if only_passes else None
+            if modules is None:
+                state = State()
+                stack.callback(state.put_back)
+                modules = state.note_model(model)
+                stack.enter_context(keep_rng(state.devices))
+                stack.callback(_NOTED.reset, _NOTED.set(_NOTED.get().union(map(id, modules))))
             stack.enter_context(_evaluating(modules))
             stack.enter_context(_unwrapped(modules))
             stack.enter_context(_plain_attention())
             stack.enter_context(_no_autocast_cache())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            token = _LENT.set(_LENT.get().union(map(id, modules)))
-            stack.callback(_LENT.reset, token)
+            stack.callback(_LENT.reset, _LENT.set(_LENT.get().union(map(id, modules))))
             yield model
 
 

@@ -85,7 +85,7 @@ class _FromFeatures(ExtractingMethod):
     def _combined(
         self, model: nn.Module, images: Tensor, targets: Tensor
     ) -> tuple[Float[Tensor, "B h w"], Float[Tensor, "B N"]]:
-        with explaining(model):
+        with explaining(model, self.only_passes):
             features, gradients, logits = layer_evidence(
                 model, self.target_layer, images, targets, self._evidence
             )
@@ -98,7 +98,7 @@ class _FromFeatures(ExtractingMethod):
         """Return ``extract`` of all images for each of ``targets``, from one forward pass."""
         if not self._extracts_by_itself:
             return super().extract_classes(model, images, targets)
-        with explaining(model):
+        with explaining(model, self.only_passes):
             of_images = [target.repeat(len(images)) for target in targets]
             evidence = class_evidence(model, self.target_layer, images, of_images, self._evidence)
             extractions = []
@@ -107,6 +107,11 @@ class _FromFeatures(ExtractingMethod):
                     maps = self.combine(features, gradients)
                 extractions.append(self._extraction(maps, logits, target, size_of(images)))
             return extractions
+
+    @property
+    def only_passes(self) -> bool:
+        """True for the family."""
+        return self.is_own
 
     @property
     def _extracts_by_itself(self) -> bool:
@@ -163,7 +168,7 @@ class CAM(_FromFeatures):
         Raises:
             ValueError: If the head is not a single linear layer after global average pooling.
         """
-        with explaining(model):
+        with explaining(model, self.only_passes):
             check_linear_head(model, self.target_layer, borrowed(images[:1]))
             return super().extract(model, images, targets)
 
@@ -256,7 +261,7 @@ class SmoothGradCAMPlusPlus(GradCAMPlusPlus):
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Extraction:
         """Return maps on the layer's grid, and log-scores."""
-        with explaining(model):
+        with explaining(model, self.only_passes):
             features, _, logits = layer_evidence(model, self.target_layer, images, targets, self._evidence)
             powers = [torch.zeros_like(features) for _ in range(3)]
             for noisy in self._noisy(images):

@@ -18,6 +18,11 @@ from sess_lightning.types import Activation, Explanation, SaliencyMethod
 class _Blind(MapMethod):
     forwards: ClassVar[int] = 0
 
+    @property
+    def only_passes(self) -> bool:
+        """Not even that."""
+        return self.is_own
+
     @abstractmethod
     def draw(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
         """Draw a map for each image."""

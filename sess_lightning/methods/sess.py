@@ -241,7 +241,7 @@ class SESS(WrappingMethod):
         self, model: nn.Module, images: Tensor, targets: Tensor
     ) -> tuple[Explanation, Float[Tensor, "T h w"] | None]:
         plan = self.plan(model, size_of(images))
-        with explaining(model):
+        with explaining(model, self.only_passes):
             maps, logs, first = self.fused(model, borrowed(images), borrowed(targets), plan)
         maps = min_max(maps)
         scores = (logs[:, 0] if plan.begins_whole else logs.amax(1)).exp()

@@ -71,7 +71,7 @@ class ExtractingMethod(SaliencyMethod):
             RuntimeError: If no gradient flows back to the target layer, or to the pixels.
         """
         check_inputs(type(self).__name__, images, targets)
-        with explaining(model):
+        with explaining(model, self.only_passes):
             maps, logs, _ = self._extracted(model, images, borrowed(targets))
         return Explanation(self.draw(maps, size_of(images)), logs.exp())
 
@@ -119,6 +119,11 @@ class WrappingMethod(SaliencyMethod):
             raise TypeError(
                 f"{type(self).__name__}: base must be a saliency method such as {example}, got {self.base!r}."
             )
+
+    @property
+    def only_passes(self) -> bool:
+        """As for the base."""
+        return self.is_own and self.base.only_passes
 
     @property
     def activation(self) -> Activation:  # type: ignore[override]

@@ -259,7 +259,7 @@ def _draw(
         _check_maps(one, count, size_of(scenes.pool[0]))
     items, places = scenes.laid_out(which, steps)
     device = scenes.targets.device
-    with explaining(model), torch.no_grad():
+    with explaining(model, only_passes=True), torch.no_grad():
         measured = [
             one if len(some) == count else one[sent(some, device)]
             for one, some in zip(maps, which, strict=True)

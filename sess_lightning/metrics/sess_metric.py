@@ -167,7 +167,8 @@ class SESSMetric(PerSample):
         # Contiguous: the layout of a copy of an expanded tensor depends on the number of targets.
         trials = images.expand(len(targets), -1, -1, -1).contiguous() if shared else images
         check_inputs("SESSMetric", trials, targets)
-        with explaining(model), torch.no_grad():
+        only_passes = all(method.only_passes for method in self.methods.values())
+        with explaining(model, only_passes), torch.no_grad():
             scene = self._scene(model, trials, targets, regions, size)
             numbers = self._numbers(numbers, len(targets), shared)
             self.latest, share = self._assessed(model, images if shared else scene.images, scene, numbers)
