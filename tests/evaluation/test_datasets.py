@@ -1,6 +1,7 @@
 import json
 import pickle
 import re
+import shutil
 
 import pytest
 import torch
@@ -257,6 +258,23 @@ def test_a_json_whose_parts_do_not_fit_is_refused(tmp_path, coco, told):
     assert len(PictureFolder(root)[0].trials) == 1
     (root / "annotations.json").write_text(json.dumps(whole | coco if coco else coco))
     with pytest.raises(ValueError, match=told):
+        PictureFolder(root)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "{root}/a.jpg", "images/a.jpg", "{root}/images/a.jpg"])
+def test_files_of_a_json_may_be_absolute_or_lie_in_a_folder_that_is_no_class(tmp_path, name):
+    root = write_json(tmp_path, {"file_name": name.format(root=tmp_path)}, [CAT], [BOX])
+    (root / "images").mkdir()
+    shutil.copy(root / "a.jpg", root / "images")
+    benchmark = PictureFolder(root)
+    assert benchmark.ids == [name.removeprefix("{root}/")]
+    (trial,) = benchmark[0].trials
+    assert (trial.target, trial.region.tolist()) == (0, [[1, 2, 4, 6]])
+
+
+def test_a_file_of_a_json_that_lies_elsewhere_is_named(tmp_path):
+    root = write_json(tmp_path, {"file_name": "/elsewhere/a.jpg"}, [CAT], [BOX])
+    with pytest.raises(ValueError, match=r"/elsewhere/a\.jpg does not lie in .*; give the folder"):
         PictureFolder(root)
 
 

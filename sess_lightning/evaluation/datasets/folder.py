@@ -41,7 +41,8 @@ class PictureFolder(Benchmark):
     With JSON, boxes (x, y, w, h in pixels of the file) are the regions. Which classes are explained:
 
     - an image with ``class_index``: that one, with the boxes of the category of this id;
-    - an image in a class folder: the folder's, with the boxes of the category of this name;
+    - an image in a class folder: the folder's, with the boxes of the category of this name (a single
+      sub-folder that no category is named by is none);
     - else every category on the image, a trial each; its class index is what the category carries under
       ``index_key`` (of a list the first; categories without one are not explained, but count as other
       classes), else its place among the rising category ids.
@@ -100,7 +101,9 @@ class PictureFolder(Benchmark):
         self._target_of = _places(sorted(names), self.class_names)
 
     def _read(self, coco: Mapping[str, Any], index_key: str) -> None:
-        self._images = list(coco["images"])
+        self._images = [
+            {**image, "file_name": _below(self._root, image["file_name"])} for image in coco["images"]
+        ]
         self._paths = [self._root / image["file_name"] for image in self._images]
         self._boxes: dict[Any, list[dict[str, Any]]] = {}
         for annotation in coco.get("annotations", []):
@@ -118,7 +121,7 @@ class PictureFolder(Benchmark):
             self._category_of = {category: category for category in names}
             last = max([*names, *(image.get("class_index", 0) for image in self._images)], default=0)
             self.class_names = [names.get(index, f"class {index}") for index in range(last + 1)]
-        elif all(len(Path(image["file_name"]).parts) > 1 for image in self._images):
+        elif self._has_class_folders(names.values()):
             self._folders()
             places = self._target_of
             self._category_of = {key: places[name] for key, name in names.items() if name in places}
@@ -127,6 +130,12 @@ class PictureFolder(Benchmark):
             last = max(self._category_of.values(), default=0)
             known = {index: names[key] for key, index in self._category_of.items()}
             self.class_names = [known.get(index, f"class {index}") for index in range(last + 1)]
+
+    def _has_class_folders(self, categories: Iterable[str]) -> bool:
+        """Return whether all images lie in sub-folders, other than a single one that names no category."""
+        folders = [Path(image["file_name"]).parts[:-1][:1] for image in self._images]
+        first, *others = {*folders} or {()}
+        return all(folders) and (bool(others) or _plain(first[0]) in map(_plain, categories))
 
     def __getitem__(self, index: int) -> Sample:
         """Read a sample's annotations."""
@@ -162,6 +171,16 @@ class PictureFolder(Benchmark):
             return [self._target_of[folder]]
         present = {self._category_of.get(item["category_id"]) for item in objects}
         return sorted(target for target in present if target is not None)
+
+
+def _below(root: Path, name: str) -> str:
+    """Return a file's name from the root on, of one that may be absolute."""
+    try:
+        return (root.absolute() / name).relative_to(root.absolute()).as_posix()
+    except ValueError as error:
+        raise ValueError(
+            f"PictureFolder: {name} does not lie in {root}; give the folder that it lies in."
+        ) from error
 
 
 def _load(path: Path) -> Mapping[str, Any]:
