@@ -261,6 +261,27 @@ def test_a_json_whose_parts_do_not_fit_is_refused(tmp_path, coco, told):
         PictureFolder(root)
 
 
+@pytest.mark.parametrize(
+    ("classes", "target"),
+    [(["dog", "big Cat", "cat"], 2), (["dog"], 0), (None, 0)],
+    ids=["by name", "by place", "by place, of a model that nothing is known of"],
+)
+def test_a_category_is_the_class_of_its_name(tmp_path, classes, target):
+    benchmark = PictureFolder(write_json(tmp_path, {}, [CAT], [BOX]), classes=classes)
+    assert [trial.target for trial in benchmark[0].trials] == [target]
+
+
+def test_a_category_that_is_no_class_of_the_model_is_refused_and_the_remedy_works(tmp_path):
+    classes = ["dog", "Cats", "owl"]
+    with pytest.raises(
+        ValueError, match=r"'cat' is none of the model's 3 classes \(similar: Cats\); name cat"
+    ):
+        PictureFolder(write_json(tmp_path, {}, [CAT], [BOX]), classes=classes)
+    root = write_json(tmp_path, {}, [CAT | {"class_index": 1}], [BOX])
+    (trial,) = PictureFolder(root, classes=classes)[0].trials
+    assert trial.target == 1
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "{root}/a.jpg", "images/a.jpg", "{root}/images/a.jpg"])
 def test_files_of_a_json_may_be_absolute_or_lie_in_a_folder_that_is_no_class(tmp_path, name):
     root = write_json(tmp_path, {"file_name": name.format(root=tmp_path)}, [CAT], [BOX])

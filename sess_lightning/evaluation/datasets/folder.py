@@ -45,7 +45,8 @@ class PictureFolder(Benchmark):
       sub-folder that no category is named by is none);
     - else every category on the image, a trial each; its class index is what the category carries under
       ``index_key`` (of a list the first; categories without one are not explained, but count as other
-      classes), else its place among the rising category ids.
+      classes), else that of its name among ``classes``; else, if there are as many categories as classes or
+      ``classes`` is None, its place among the rising category ids.
 
     An image with ``hard`` says itself whether it is difficult.
 
@@ -55,13 +56,14 @@ class PictureFolder(Benchmark):
         index_key: The categories' key that holds the model's class indices.
         difficult_list: As for ``VOC07``, by the images' file names without suffix.
         classes: Names of the model's classes, in order: class folders are found among them by name (case,
-            "_" and "-" do not matter) or number, else there must be as many folders as classes. None takes a
+            "_" and "-" do not matter) or number, else there must be as many folders as classes, and a JSON's
+            categories by name likewise. None takes a
             folder's place among the sorted folders, as torchvision's ``ImageFolder`` does.
 
     Raises:
         FileNotFoundError: If there is nothing to read.
-        ValueError: If a class folder is none of the model's classes, if images lie beside class folders, or
-            if boxes are fractions of the sides.
+        ValueError: If a class folder or a category is none of the model's classes, if images lie beside
+            class folders, if boxes are fractions of the sides, or if the JSON's parts do not fit.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class PictureFolder(Benchmark):
             places = self._target_of
             self._category_of = {key: places[name] for key, name in names.items() if name in places}
         else:
-            self._category_of = _indices(categories, index_key)
+            self._category_of = _indices(categories, index_key, self._classes)
             last = max(self._category_of.values(), default=0)
             known = {index: names[key] for key, index in self._category_of.items()}
             self.class_names = [known.get(index, f"class {index}") for index in range(last + 1)]
@@ -219,8 +221,7 @@ def _places(folders: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
         return _numbers(folders, places)
     if places:
         return places
-    near = get_close_matches(_plain(unknown[0]), names, 3)
-    hint = f" (similar: {', '.join(classes[names[name]] for name in near)})" if near else ""
+    hint = _similar(unknown[0], names, classes)
     raise ValueError(
         f"PictureFolder: the folder {unknown[0]!r} is none of the model's {len(classes)} classes{hint}; name "
         "class folders as the model's classes or by their indices, or put all images into one folder to "
@@ -266,12 +267,36 @@ def _checked(
     return boxes
 
 
-def _indices(categories: Sequence[Mapping[str, Any]], index_key: str) -> dict[Any, int]:
+def _indices(
+    categories: Sequence[Mapping[str, Any]], index_key: str, classes: Sequence[str] | None
+) -> dict[Any, int]:
+    """Return each category's class index; ``categories`` by rising ids."""
     if not any(index_key in category for category in categories):
-        return {category["id"]: place for place, category in enumerate(categories)}
+        places = {category["id"]: place for place, category in enumerate(categories)}
+        return places if classes is None else _by_name(categories, classes) or places
     indices = {category["id"]: category.get(index_key) for category in categories}
     firsts = {
         key: (value[0] if value else None) if isinstance(value, list) else value
         for key, value in indices.items()
     }
     return {key: int(value) for key, value in firsts.items() if value is not None}
+
+
+def _by_name(categories: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> dict[Any, int]:
+    """Return the class indices of categories by their names; none if their places have to do."""
+    names = {_plain(name): index for index, name in reversed([*enumerate(classes)])}
+    unknown = [str(category["name"]) for category in categories if _plain(str(category["name"])) not in names]
+    if not unknown:
+        return {category["id"]: names[_plain(str(category["name"]))] for category in categories}
+    if len(categories) == len(classes):
+        return {}
+    raise ValueError(
+        f"PictureFolder: the category {unknown[0]!r} is none of the model's {len(classes)} classes"
+        f"{_similar(unknown[0], names, classes)}; name categories as the model's classes, or give each its "
+        'index: {"id": ..., "name": ..., "class_index": 5}.'
+    )
+
+
+def _similar(name: str, names: Mapping[str, int], classes: Sequence[str]) -> str:
+    near = get_close_matches(_plain(name), names, 3)
+    return f" (similar: {', '.join(classes[names[one]] for one in near)})" if near else ""
