@@ -31,8 +31,13 @@ def input_size(model: nn.Module, size: Size) -> Size:
         model: Any classifier.
         size: (height, width) of the images.
     """
-    stated = stated_size(model)
-    return size if stated is None or stated == size or _takes(model, size) else stated
+    known = _TAKES.setdefault(model, {})
+    if not known.get(size):
+        stated = stated_size(model)  # A walk through all modules, which is not repeated.
+        if stated is not None and stated != size and not _takes(model, size):
+            return stated
+        known[size] = True
+    return size
 
 
 def _takes(model: nn.Module, size: Size) -> bool:
