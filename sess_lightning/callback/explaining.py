@@ -143,8 +143,8 @@ class Examiner:
         if self._loaders is not None:
             tensors, watched = (samples.images, samples.labels), self._settings.dataloader_idx
             self._provider = self._loaders.provider(watched, batch, tensors)
-        labels, adapter = samples.labels if samples.items is None else None, self._settings.batch_adapter
-        self.watcher.settle(model, labels, are_read=adapter is None)
+        are_read = self._settings.batch_adapter is None
+        self.watcher.settle(model, samples.labels, samples.items, are_read)
         activation = self.watcher.activation(samples.activation)
         if self.plan is None and activation is not None:
             self._metric, self._activation = None, activation

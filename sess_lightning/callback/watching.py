@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -36,6 +36,12 @@ NO_CLASS = (
     "batch_adapter=lambda batch: (images, (values > threshold).long()))."
 )
 """Why an output is no logit."""
+
+OTHERS = (
+    "labels are read as {}, ..., but validation's loss has {}: other classes would be explained. Pass "
+    "batch_adapter=lambda batch: (images, labels)."
+)
+"""Why labels are refused."""
 
 MOVED = (
     "the images that the model gets do not show what the batch's images show at the same places (correlation "
@@ -125,19 +131,24 @@ class Watcher:
             return "sigmoid" if self._ending.kind == "sigmoid" else "softmax"
         return labels or (None if self._call is None else self._call.activation)
 
-    def settle(self, model: nn.Module, labels: Tensor | None, are_read: bool = True) -> None:
+    def settle(
+        self, model: nn.Module, labels: Tensor, items: list[int] | None = None, are_read: bool = True
+    ) -> None:
         """After the first step, decide which call is explained.
 
         Args:
             model: The watched module.
-            labels: Class of each image; None if images have several or none.
+            labels: Classes of the images.
+            items: Image of each class; None if each has one.
             are_read: Whether they were read off the batch, and not chosen by the user.
         """
         if self._witness is not None:
-            self._call = self._witness.call(labels)
+            self._call = self._witness.call(labels if items is None else None)
             self._seen, self._widths = self._witness.seen(self._call), self._witness.widths()
-            if labels is not None and are_read:
+            if are_read and items is None:
                 self._compare(labels, self._witness.contradiction(self._call, labels))
+            elif are_read and items is not None and self._witness.denies(self._call, labels, items):
+                self._refusal = OTHERS.format(_by_image(labels, items), "other targets")
             regression = self._witness.regression(self._call)
             self._witness = None
             if self._call is not None and self._seen.logits is not None:
@@ -151,10 +162,7 @@ class Watcher:
     def _compare(self, labels: Tensor, targets: Tensor | None) -> None:
         if targets is not None:
             read, given = (", ".join(map(str, classes[:4].tolist())) for classes in (labels, targets))
-            self._refusal = (
-                f"labels are read as {read}, ..., but validation's loss has the targets {given}, ...: other "
-                "classes would be explained. Pass batch_adapter=lambda batch: (images, labels)."
-            )
+            self._refusal = OTHERS.format(read, f"the targets {given}, ...")
 
     def _read(self, model: nn.Module, outputs: Float[Tensor, "B N"], noted: Ending | None) -> None:
         """Decide, once, which ending the outputs have."""
@@ -279,6 +287,13 @@ class Watcher:
             f"the model that is explained gives an image a probability {away:.3f} away from validation's: "
             f"{self.text}. Say what is validated, SESSCallback(forward=lambda module, images: logits)."
         )
+
+
+def _by_image(labels: Tensor, items: Sequence[int]) -> str:
+    classes: dict[int, list[str]] = {}
+    for item, label in zip(items, labels.tolist(), strict=True):
+        classes.setdefault(item, []).append(str(label))
+    return ", ".join(" and ".join(of_image) for of_image in [*classes.values()][:4])
 
 
 def _alike(width: int) -> tuple[int, ...]:

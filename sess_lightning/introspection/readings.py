@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,28 @@ def target_classes(loss: Read) -> Tensor | None:
     others, largest = ranked[:, :-1], ranked[:, -1]
     are_even = (others - others[:, :1]).abs().max() < EVEN and (rows.sum(1) - 1).abs().max() < EVEN
     return rows.argmax(1) if are_even and largest.min() >= CERTAIN else None
+
+
+def denies(loss: Read, labels: Tensor, items: Sequence[int]) -> bool | None:
+    """Return whether a loss's targets are other classes; None if they show none.
+
+    Args:
+        loss: The loss.
+        labels: Classes of images, perhaps several of one.
+        items: Which image each is of.
+    """
+    targets, classes = target_classes(loss), max(2, width(loss[1]))
+    rows = loss[2]
+    which = labels.new_tensor(items)
+    if not isinstance(rows, Tensor) or not rows.ndim or not len(which) or len(rows) <= int(which.max()):
+        return None
+    labels, which = (one[labels < classes].to(rows.device) for one in (labels, which))
+    if targets is not None and targets.ndim == 1:
+        shown = targets[which]
+        return bool(((shown != labels) & (shown >= 0) & (shown < classes)).any())
+    if not rows.is_floating_point() or rows.shape[1:] != (classes,) or ((rows - 0.5).abs() < 0.25).any():
+        return None
+    return bool((rows[which, labels] < 0.5).any())
 
 
 class Readings(Endings):

@@ -6,7 +6,7 @@ reads. From then on the same call is replayed, so that what is explained is what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,14 @@ from sess_lightning.introspection.calls import calling, hooked
 from sess_lightning.introspection.collectives import collectives
 from sess_lightning.introspection.outputs import Step, agreement, fits, is_named, logits_at, outputs, width
 from sess_lightning.introspection.probabilities import Ending, is_same, noting, to_logits
-from sess_lightning.introspection.readings import LOSSES, READINGS, Read, Readings, target_classes
+from sess_lightning.introspection.readings import (
+    LOSSES,
+    READINGS,
+    Read,
+    Readings,
+    denies,
+    target_classes,
+)
 from sess_lightning.types import Activation
 
 MOST_CHANNELS = 16
@@ -261,6 +268,11 @@ class Witness:
         losses = self._computed_from(call, self._reading.losses)
         given = {_are_same_classes(loss, labels): target_classes(loss) for loss in losses}
         return None if True in given else given.get(False)
+
+    def denies(self, call: Call | None, labels: Tensor, items: Sequence[int]) -> bool:
+        """Return whether losses computed from a call's logits have other targets than images' classes."""
+        losses = self._computed_from(call, self._reading.losses)
+        return {denies(loss, labels, items) for loss in losses} - {None} == {True}
 
     def regression(self, call: Call | None) -> str:
         """Return the name of a loss for regressions that is computed from a call's logits; else ""."""

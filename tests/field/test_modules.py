@@ -653,6 +653,15 @@ OTHER_LABELS = {
         LabelsLast, [(picture(*SIZE, i), i % 4, label) for i, label in enumerate(LABELS)],
         lambda batch: (batch[0], batch[2]), "read as 0, 1, 2, .* targets 1, 0, 3",
     ),
+    "attributes before the label": (
+        LabelsLast,
+        [(picture(*SIZE, i), torch.tensor([1.0, i % 2, i % 3 == 0]), k) for i, k in enumerate(LABELS)],
+        lambda batch: (batch[0], batch[2]), "read as 0 and 2, 0 and 1, 0, .* has other targets",
+    ),
+    "boxes in 0..1 before the label": (
+        LabelsLast, [(picture(*SIZE, i), torch.tensor([0.1, 0.6, 0.6, 1]), k) for i, k in enumerate(LABELS)],
+        lambda batch: (batch[0], batch[2]), "read as 1 and 2 and 3, .* has other targets",
+    ),
     "counted from one": (
         LabelsFromOne, [(picture(*SIZE, i), label + 1) for i, label in enumerate(LABELS)],
         lambda batch: (batch[0], batch[1] - 1), "read as 2, 1, 4, .* targets 1, 0, 3",
