@@ -34,6 +34,8 @@ COMPARE = """Show finished evaluations side by side: as a table, as compare.csv 
 examples:
   sess-lightning compare runs/gradcam runs/rise
   sess-lightning compare runs/figure5_n* --x num_scales --out runs/figure5"""
+INTERRUPTED = 130
+"""What shells expect of a process that Ctrl-C has stopped."""
 COMMANDS = ("evaluate", "compare", "explain", "cost", *LIGHTNING)
 
 
@@ -44,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command and what follows it; None reads this process's.
 
     Raises:
-        SystemExit: With code 2 if something is wrong: one line says what, a traceback is shown with
-            ``--traceback`` or if the environment's ``SESS_LIGHTNING_TRACEBACK`` is not empty.
+        SystemExit: With code 2 if something is wrong, 130 after Ctrl-C: one line says what, a traceback is
+            shown with ``--traceback`` or if the environment's ``SESS_LIGHTNING_TRACEBACK`` is not empty.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     shows = "--traceback" in given or bool(os.environ.get("SESS_LIGHTNING_TRACEBACK"))
@@ -64,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.argv[1:] = given
     try:
         _run(command, given, is_own=arguments is None)
+    except KeyboardInterrupt:
+        if shows or command in LIGHTNING:
+            raise
+        resumes = "; the same command continues where it stopped" if command == "evaluate" else ""
+        _stop(f"\nsess-lightning {command}: interrupted{resumes}.\n", INTERRUPTED)
     except Exception as error:
         # What a training raises is its author's to read.
         if shows or (command in LIGHTNING and not is_misuse(error)):
@@ -117,6 +124,6 @@ def _commands(command: str) -> ModuleType:
         )
 
 
-def _stop(text: str) -> NoReturn:
+def _stop(text: str, code: int = 2) -> NoReturn:
     sys.stderr.write(text)
-    sys.exit(2)
+    sys.exit(code)

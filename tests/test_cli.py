@@ -532,6 +532,18 @@ def test_an_error_that_nobody_foresaw_is_a_line_and_a_traceback_where_it_is_aske
         cli.main(["explain", cat])
 
 
+def test_ctrl_c_is_a_line_that_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run_evaluate", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main(["evaluate", str(tmp_path)])
+    assert_one_line(capsys, "evaluate", "interrupted; the same command continues where it stopped.")
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["evaluate", str(tmp_path), "--traceback"])
+
+
 @pytest.mark.parametrize(
     ("command", "example"),
     [
