@@ -132,6 +132,13 @@ def test_patience_ends_after_as_many_runs_without_progress(tmp_path):
     assert its.current_epoch == 5  # Runs in epochs 0, 2 and 4.
 
 
+@pytest.mark.parametrize(("at_the_end", "epochs"), [(False, 3), (True, 5)])
+def test_patience_ends_though_an_epoch_is_validated_several_times(tmp_path, at_the_end, epochs):
+    stopping = EarlyStopping("sess/n", mode="max", patience=2, check_on_train_epoch_end=at_the_end)
+    its = fit(tmp_path, quick(every_n_epochs=2), stopping, max_epochs=12, val_check_interval=0.5)
+    assert its.current_epoch == epochs  # Runs in the epochs 0, 2 and 4, with two turns in each, or one.
+
+
 def test_a_threshold_for_divergence_is_not_crossed_by_what_was_never_measured(tmp_path):
     stopping = EarlyStopping("sess/overall", mode="max", divergence_threshold=-0.9)
     with pytest.warns(SESSWarning):
