@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from PIL import Image
@@ -85,6 +85,19 @@ class ExplainedCLI(LightningCLI):
         # Lightning 2.6 takes the checkpoint's hyper-parameters for arguments, which only works if the same
         # command had written it. Here a checkpoint brings weights; --model.* says how the model is made.
         pass
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("callbacks") or []
+        own = (
+            {one.state_key for one in given if isinstance(one, SESSCallback)}
+            if isinstance(given, list)
+            else ()
+        )
+        rest = [one for one in callbacks if not (isinstance(one, SESSCallback) and one.state_key in own)]
+        if len(rest) < len(callbacks):
+            _note("the SESSCallback under trainer.callbacks is the one that runs; --sess.* are not read.")
+        return super()._instantiate_trainer(config, rest)
 
     @override
     def before_instantiate_classes(self) -> None:

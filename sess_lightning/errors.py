@@ -32,8 +32,9 @@ def make_folder(folder: Path) -> None:
 
 def is_misuse(error: Exception) -> bool:
     """Return whether an error of Lightning's commands is about how they were called, not of a training."""
+    is_ours = isinstance(error, (TypeError, ValueError)) and str(error).startswith("SESSCallback: ")
     is_lightnings = type(error).__name__ == "MisconfigurationException" or "SaveConfigCallback" in str(error)
-    return is_lightnings or isinstance(error, ArgumentError)
+    return is_lightnings or is_ours or isinstance(error, ArgumentError)
 
 
 def one_line(command: str, error: Exception) -> str:

@@ -421,6 +421,21 @@ def test_the_accuracys_key_may_be_given_on_the_command_line(name):
     assert callback.settings.accuracy_key == "val/top1"
 
 
+def test_a_config_with_the_callback_among_the_trainers_is_taken_as_it_is(tmp_path, capsys):
+    path = tmp_path / "own.yaml"  # As in the README, under "From YAML".
+    path.write_text(
+        "trainer: {callbacks: [{class_path: sess_lightning.SESSCallback, init_args: {num_samples: 7}}]}\n"
+    )
+    made = commands.ExplainedCLI(args=["--config", str(path), *ANY], run=False)
+    (callback,) = [each for each in made.trainer.callbacks if isinstance(each, commands.SESSCallback)]
+    assert callback.settings.num_samples == 7
+    assert "the SESSCallback under trainer.callbacks is the one that runs" in capsys.readouterr().err
+    path.write_text(path.read_text().replace("num_samples: 7", "prefix: other"))
+    made = commands.ExplainedCLI(args=["--config", str(path), *ANY], run=False)
+    callbacks = [each for each in made.trainer.callbacks if isinstance(each, commands.SESSCallback)]
+    assert [each.settings.prefix for each in callbacks] == ["other", "sess"]
+
+
 def test_print_config_is_readable(capsys):
     with pytest.raises(SystemExit):
         cli.main(["fit", "--config", str(LIGHTNING[0]), *ANY, "--print_config"])
@@ -487,6 +502,8 @@ def test_what_is_wrong_is_said_in_one_line_with_a_remedy(cat, capsys, options, m
         (["compare", "x", "--out", "file"], ["--out: file can be no folder (File exists)."]),
         (["cost", "--method", "GradCm"], ["--method: there is no method 'GradCm' (did you mean GradCAM"]),
         (["cost", "--size", "1", "2", "3"], ["--size: one side, or height and width, got [1, 2, 3]."]),
+        (["fit", *ANY, "--sess.num_samples", "-1"],
+         ["SESSCallback: num_samples must be a whole number of at least 1, got -1."]),
         (["fit", "--sess.method", "GradCm"], ["--sess.method: there is no method 'GradCm' (did you mean"]),
         (["fit", "--model", "lightning_models.Nett"],
          ["--model: module 'lightning_models' has no attribute 'Nett'. See sess-lightning fit --help."]),
