@@ -167,6 +167,11 @@ def _named(model: nn.Module, target_layer: TargetLayer) -> tuple[str | None, Gri
             f"target_layer {type(target_layer).__name__} is not a part of this model; give one of its own "
             'modules, or a dotted name such as "layer4".'
         )
+    if not isinstance(target_layer, str):
+        raise TypeError(
+            'target_layer must be one of the model\'s modules, its name such as "layer4.1", or OnGrid, got '
+            f"{type(target_layer).__name__}; name a single layer, of a Sequential by its number as text."
+        )
     names = {_plain(name): name for name in modules}
     if not target_layer or _plain(target_layer) not in names:
         raise ValueError(_unknown(target_layer, [name for name in names if name]))

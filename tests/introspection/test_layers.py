@@ -94,6 +94,12 @@ def test_the_search_costs_one_forward_once_per_image_size(images):
     assert forwards_of(model, lambda: find_target_layer(model, images[..., :24])) == 1
 
 
+@pytest.mark.parametrize("layer", [3, ["features"], ("features", "head"), True])
+def test_a_layer_is_named_by_a_text_or_is_a_module(layer, images, unchecked):
+    with pytest.raises(TypeError, match=f"target_layer must be .* got {type(layer).__name__}; name a single"):
+        maps_of(made(Net), images, GradCAM(layer))
+
+
 def test_what_is_remembered_of_a_model_does_not_keep_it_alive(images):
     model = made(Net)
     find_target_layer(model, images)
