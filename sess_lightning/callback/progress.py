@@ -105,7 +105,7 @@ class Progress:
             done, total = self._passed + self._laps.done, max(1, plan.forwards)
             if self._before + pace.now() - self._began >= LONG:
                 self._show(trainer, min(done, total), total)
-            enough = not self._is_said and self._laps.done >= min(MANY, total / 4)
+            enough = not self._is_said and self._laps.done >= min(MANY, total / 4) and all_pass(plan)
             rate = self._laps.rate(MEASURED) if enough else None
             if rate is not None and rate * total >= LONG:
                 self._is_said = True
@@ -141,6 +141,12 @@ class Progress:
             if comes_from_signal(error):
                 raise
             self._is_off = True
+
+
+def all_pass(plan: RunPlan) -> bool:
+    """Return whether each forward pass of a run is seen; a method of many passes shows none of its own."""
+    bases = [method.base if isinstance(method, SESS) else method for method in plan.legend.methods.values()]
+    return all(base.forwards <= 1 and not hasattr(base, "batch_size") for base in bases)
 
 
 def remedies(plan: RunPlan, settings: Settings, ratio: float) -> str:

@@ -20,7 +20,7 @@ from sess_lightning.callback.guard import SESSWarning
 from sess_lightning.callback.pace import Laps, TrainingClock
 from sess_lightning.callback.plan import RunPlan
 from sess_lightning.callback.progress import in_words, remedies
-from sess_lightning.methods import GradCAM
+from sess_lightning.methods import RISE, GradCAM, IntegratedGradients
 
 
 class Clock:
@@ -115,6 +115,25 @@ def test_seconds_are_said_while_the_first_run_goes_on_and_once_only(tmp_path, cl
     assert line.startswith("SESSCallback: a run takes about ")
     done, total = (int(text.replace(",", "")) for text in re.findall(r"first ([\d,]+) of ([\d,]+)", line)[0])
     assert done >= min(64, total / 4)  # A few slow ones at the start say nothing.
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        {"method": IntegratedGradients(steps=20)},
+        {"method": SESS(IntegratedGradients(steps=20), num_scales=1)},
+        {"method": RISE(num_masks=40)},
+        {"compare": {"slow": IntegratedGradients(steps=20)}},
+    ],
+    ids=["many passes", "many in a window", "masks", "beside it"],
+)
+def test_where_passes_are_not_seen_a_run_is_said_when_it_is_over(tmp_path, clock, told, methods):
+    clock.step = 0.5
+    validate(tmp_path, quick(num_samples=4, **methods), module=Timed)
+    (line,) = [line for line in told() if "a run takes" in line]
+    assert "about" not in line
+    # The validation itself passes four batches.
+    assert float(re.findall(r"takes ([\d.]+) s", line)[0]) == pytest.approx(clock.seconds - 2, abs=0.1)
 
 
 def test_a_short_run_is_said_when_it_is_over_with_what_it_took(tmp_path, clock, told):
