@@ -21,6 +21,13 @@ FURTHER = 2 * (28 - 1)
 """Forward passes of the two curves of one more map, whose ends are known."""
 
 
+NO_SAMPLE = (
+    "max_forwards={} does not pay for a single sample, which costs {} forwards of {}x{} px; raise it to {} "
+    "or more, or use fewer scales, masks or steps."
+)
+"""Why there are no samples."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a validation run will do: on all ranks together where the loader's order is known, else on each.
@@ -70,10 +77,8 @@ def afford(
     here = max_forwards // shares - SHARED
     samples = int(min(-(-num_samples // shares), available, (here - CONTROL_SAMPLES * controls) // price))
     if samples < 1:
-        raise ValueError(
-            f"max_forwards={max_forwards} does not pay for a single sample, which costs {price} "
-            f"forwards of {size[0]}x{size[1]} px; raise it, or use fewer scales."
-        )
+        least = shares * (SHARED + price + CONTROL_SAMPLES * controls)
+        raise ValueError(NO_SAMPLE.format(max_forwards, price, *size, least))
     on_controls = min(samples, (here - samples * price) // controls) if controls else 0
     return Budget(samples, on_controls, shares * (SHARED + samples * price + on_controls * controls))
 

@@ -1,3 +1,4 @@
+import re
 from collections import Counter
 
 import pytest
@@ -149,3 +150,13 @@ def test_a_budget_for_nothing_says_what_a_sample_costs():
         ValueError, match=r"max_forwards=200 does not pay .* costs 115 forwards of 224x224 px"
     ):
         budget(max_forwards=200)
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+def test_the_budget_that_is_named_as_the_least_pays_for_one_sample(shares):
+    with pytest.raises(ValueError, match=r"raise it to [0-9]+ or more") as caught:
+        budget(max_forwards=9, shares=shares)
+    least = int(re.findall("to ([0-9]+) or more", str(caught.value))[0])
+    assert budget(max_forwards=least, shares=shares).samples == 1
+    with pytest.raises(ValueError, match="does not pay"):
+        budget(max_forwards=least - 1, shares=shares)
