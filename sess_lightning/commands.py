@@ -186,6 +186,10 @@ def _trainer(accelerator: str, devices: int, nodes: int) -> Trainer:
 def _network(config: Namespace) -> Network:
     """Return the model that the options name; its weights are drawn by ``--seed`` where they are random."""
     torch.manual_seed(config.seed)
+    return _per_channel(_named_network(config))
+
+
+def _named_network(config: Namespace) -> Network:
     options = config.model.as_dict()
     if config.module is not None:
         module = own_module(_plain(config.module), config.checkpoint, config.module_arguments)
@@ -204,6 +208,19 @@ def _network(config: Namespace) -> Network:
     return load_network(**options)
 
 
+def _is_grey(model: nn.Module) -> bool:
+    """Return whether a model's first convolution takes one channel."""
+    first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
+    return first is not None and first.in_channels == 1
+
+
+def _per_channel(network: Network) -> Network:
+    """Return a network of colour images with a mean and a deviation per channel; one value stands for all."""
+    if len(network.mean) > 1 or _is_grey(network.model):
+        return network
+    return network._replace(mean=tuple(network.mean) * 3, std=tuple(network.std) * 3)
+
+
 def _plain(given: Any) -> Any:
     return given.as_dict() if isinstance(given, Namespace) else given
 
@@ -212,7 +229,8 @@ def _own(module: nn.Module, options: dict[str, Any], sees_images: bool) -> Netwo
     found = find_normalisation(module)
     if found is None and options["mean"] is None and sees_images:
         _note("images are normalised as ImageNet's; if yours are not, give --model.mean and --model.std.")
-    mean, std = found or IMAGENET
+    grey = [(sum(values) / len(values),) for values in IMAGENET]
+    mean, std = found or (grey if _is_grey(module) else IMAGENET)
     names = tuple(find_class_names(module) or ())
     size = input_window(module)
     return Network(module, tuple(options["mean"] or mean), tuple(options["std"] or std), names, size)

@@ -47,6 +47,8 @@ def one_line(command: str, error: Exception) -> str:
     text = _of_option(" ".join(str(error).split()))
     if found := re.search(r"SaveConfigCallback expected (\S+) to NOT exist", text):
         text = f"{found[1]} is an earlier run's; move it, or use another --trainer.default_root_dir."
+    if "mat1 and mat2 shapes cannot be multiplied" in text:
+        text += " The model may take images of one size only; give it by --size."
     is_expected = isinstance(error, EXPECTED) or is_misuse(error)
     if not is_expected:
         text = f"{type(error).__name__}: {text}"

@@ -698,6 +698,19 @@ class ByHand(nn.Module):
         return self.head(self.conv(images).relu().mean((2, 3)))
 
 
+def test_a_model_of_grey_squares_is_explained_and_evaluated(tmp_path, capsys):
+    root = write_own(tmp_path / "own")  # 96 x 64 px and the like, in colour.
+    (root / "annotations.json").unlink()
+    asked = ["--module", "small_nets.LeNet", "--size", "28"]
+    cli.main(["explain", str(root / "animal" / "chelsea.png"), *asked, "--out", str(tmp_path / "out.png")])
+    assert re.search(r"probability 0\.\d{3}", capsys.readouterr().out)
+    more = ["--out", str(tmp_path / "out"), "--steps", "2", "--accelerator", "cpu", "--parquet", "false"]
+    cli.main(["evaluate", str(root / "thing"), *asked, *more])
+    assert "2 explained" in capsys.readouterr().out
+    fails("explain", str(root / "animal" / "chelsea.png"), *asked[:2])
+    assert_one_line(capsys, "explain", "The model may take images of one size only; give it by --size.")
+
+
 def test_the_seed_draws_random_weights():
     def weights_of(seed):
         parser = commands.explain_parser()

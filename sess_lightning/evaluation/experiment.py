@@ -17,7 +17,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from sess_lightning.engine.windows import scaled_size
-from sess_lightning.introspection.sizes import input_size
+from sess_lightning.introspection.sizes import input_size, takes
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.methods.controls import controls
 from sess_lightning.metrics import SESSMetric
@@ -26,6 +26,9 @@ from sess_lightning.types import SaliencyMethod
 
 FORMAT = 3
 """Version of the records: 2 marks where a new image begins, 3 has all methods in one column."""
+
+GREY = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in grey, as Pillow and torchvision have them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Experiment:
         framing: ``"short"`` resizes the shorter side to ``size`` and floors the longer one (Pointing Game);
             ``"square"`` warps the image to a square (insertion and deletion); ``"stored"`` leaves it as is.
         antialias: Antialias when the image is downsampled; the Pointing Game's literature does not.
-        mean: Mean per channel, of pixels in [0, 1].
+        mean: Mean per channel, of pixels in [0, 1]; a single one makes images grey.
         std: Standard deviation per channel.
         curves: Whether to draw insertion and deletion curves.
         limits: For how many images, drawn at random, curves are measured; the Pointing Game covers all. A
@@ -121,7 +124,7 @@ class Experiment:
             for image, place in zip(chosen, order, strict=True)
         }
 
-    def images(self, picture: Real[Tensor, "3 H W"]) -> Float[Tensor, "1 3 h w"]:
+    def images(self, picture: Real[Tensor, "3 H W"]) -> Float[Tensor, "1 C h w"]:
         """Return an image with pixels in 0..255 as the model takes it."""
         size = size_of(picture)
         if self.framing == "short":
@@ -129,13 +132,19 @@ class Experiment:
         elif self.framing == "square":
             size = self.size, self.size
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        if len(self.mean) == 1:
+            picture = (torch.tensor(GREY).view(3, 1, 1) * picture).sum(0, keepdim=True)
         return resize(((picture / 255 - mean) / std)[None], size, self.antialias)
 
     def framed_for(self, model: nn.Module) -> Experiment:
-        """Return the experiment with squares of the model's size, if the model takes nothing else."""
+        """Return the experiment with squares, of the size that a model states, if it takes nothing else."""
         size = (self.size, self.size + 32)
+        if takes(model, size):
+            return self
         taken = input_size(model, size)
-        return self if taken == size else replace(self, framing="square", size=min(taken))
+        if taken == size and not takes(model, (self.size, self.size)):
+            return self
+        return replace(self, framing="square", size=min(taken))
 
     def chosen(self, count: int) -> list[int]:
         """Return the indices of the images to take out of ``count``, in rising order."""

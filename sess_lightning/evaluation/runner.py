@@ -192,7 +192,7 @@ def _entry(
     return entry
 
 
-def as_predicted(sample: Sample, model: nn.Module, images: Float[Tensor, "1 3 h w"]) -> Sample:
+def as_predicted(sample: Sample, model: nn.Module, images: Float[Tensor, "1 C h w"]) -> Sample:
     """Return a sample whose only trial is the predicted class, with its region if a label agrees."""
     with explaining(model), torch.no_grad():
         predicted = int(predict(classify(model, images.clone())))
@@ -201,7 +201,7 @@ def as_predicted(sample: Sample, model: nn.Module, images: Float[Tensor, "1 3 h 
 
 
 def assess(
-    model: nn.Module, sample: Sample, images: Float[Tensor, "1 3 h w"], metric: SESSMetric
+    model: nn.Module, sample: Sample, images: Float[Tensor, "1 C h w"], metric: SESSMetric
 ) -> dict[str, list[Any]]:
     """Score a sample's trials, and return the metric's rows as plain lists; None stands for NaN."""
     device = _device(model)

@@ -34,13 +34,14 @@ def input_size(model: nn.Module, size: Size) -> Size:
     known = _TAKES.setdefault(model, {})
     if not known.get(size):
         stated = stated_size(model)  # A walk through all modules, which is not repeated.
-        if stated is not None and stated != size and not _takes(model, size):
+        if stated is not None and stated != size and not takes(model, size):
             return stated
         known[size] = True
     return size
 
 
-def _takes(model: nn.Module, size: Size) -> bool:
+def takes(model: nn.Module, size: Size) -> bool:
+    """Return whether a model takes images of a size, by a forward pass of zeros, once per model and size."""
     known = _TAKES.setdefault(model, {})
     if size not in known:
         first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)

@@ -61,3 +61,13 @@ def maps_of(model, images, method=None):
 def same(got, expected, tolerance=0.0):
     torch.testing.assert_close(got.maps, expected.maps, atol=tolerance, rtol=0)
     torch.testing.assert_close(got.scores, expected.scores, atol=tolerance, rtol=0)
+
+
+class LeNet(nn.Sequential):
+    """Grey squares of 28 px, and nothing else."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(256, 10),
+        )  # fmt: skip

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from evaluated import FiveClasses, experiment, run, start
 from formula import build
@@ -118,6 +120,14 @@ def test_pictures_are_fed_with_their_shorter_side_at_the_models_size():
         64,
         64,
     )
+
+
+def test_a_single_mean_makes_images_grey_as_pillow_does():
+    made = Experiment(GradCAM(), framing="stored", mean=(0.5,), std=(0.25,))
+    picture = Image.fromarray(torch.arange(192, dtype=torch.uint8).view(8, 8, 3).numpy())
+    grey = pil_to_tensor(picture.convert("L"))[None]
+    images = made.images(torch.arange(192, dtype=torch.uint8).view(8, 8, 3).permute(2, 0, 1))
+    torch.testing.assert_close(images, (grey / 255 - 0.5) / 0.25, atol=0.51 / 255 / 0.25, rtol=0)
 
 
 def test_without_curves_only_the_pointing_game_is_played(voc, tmp_path):
