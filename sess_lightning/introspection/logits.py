@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int, Real
@@ -81,9 +81,14 @@ class TargetScores:
     Args:
         targets: Class indices of all batches.
         activation: How logits become probabilities, as for ``log_scores``.
+
+    Raises:
+        ValueError: If it is none that is known.
     """
 
     def __init__(self, targets: Int[Tensor, " B"], activation: Activation = "softmax") -> None:
+        if activation not in get_args(Activation):
+            raise ValueError(f'activation must be "softmax" or "sigmoid", got {activation!r}.')
         self._targets, self._activation = targets, activation
         self._index: Tensor | None = None
 

@@ -69,25 +69,36 @@ def pointing_hits(
         size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
 
     Raises:
-        ValueError: If there is not one region per map, the tolerance is not positive, or boxes are shares.
+        ValueError: If there is not one region per map, maps are not (B, h, w), the tolerance is not positive,
+            or boxes are shares.
 
     Source: Zhang et al., "Excitation Backprop", IJCV 2018, with TorchRay's rules.
 
     >>> pointing_hits(torch.eye(32)[None], [torch.tensor([[0.0, 0.0, 4.0, 4.0]])], tolerance=2.0)
     tensor([True])
     """
+    maps = _as_maps(maps, regions)
     if tolerance <= 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}; 1 asks for the region itself.")
-    if len(regions) != maps.shape[0]:
-        raise ValueError(f"regions: got {len(regions)} for {maps.shape[0]} maps; give one per map.")
     regions = checked(read_regions(regions, size=size_of(maps)), size or size_of(maps))
     target = size_of(regions) if isinstance(regions, Tensor) else size
-    maps = maps.nan_to_num(0)
     maps = upsample(maps, target) if target is not None else maps
     u, v, has_peak = _highest(maps)
     if isinstance(regions, Tensor):
         return _near_mask(regions, u, v, tolerance) & has_peak
     return _near_box(regions, u, v, tolerance) & has_peak
+
+
+def _as_maps(maps: Real[Tensor, "B h w"], regions: Regions) -> Float[Tensor, "B h w"]:
+    """Return maps as floats, with 0 for NaN; refuse those that are not one per region."""
+    if maps.ndim != 3:
+        raise ValueError(
+            f"maps must be (B, h, w), got {tuple(maps.shape)}; use maps[:, 0] for maps with a channel, "
+            "maps[None] for a single one."
+        )
+    if len(regions) != len(maps):
+        raise ValueError(f"regions: got {len(regions)} for {len(maps)} maps; give one per map.")
+    return maps.nan_to_num(0) if maps.is_floating_point() else maps.float()
 
 
 def _highest(maps: Float[Tensor, "B H W"]) -> tuple[Tensor, Tensor, Bool[Tensor, " B"]]:
@@ -115,16 +126,18 @@ def relevance_mass(
         size: (height, width) that the boxes refer to; None is the maps'. Masks bring their own.
 
     Raises:
-        ValueError: If boxes on the CPU are of another form.
+        ValueError: If there is not one region per map, maps are not (B, h, w), or boxes on the CPU are of
+            another form.
 
     Source: Arras, Osman, Samek, "CLEVR-XAI", Information Fusion 2022.
 
     >>> relevance_mass(torch.ones(1, 32, 32), [torch.tensor([[0.0, 0.0, 16.0, 32.0]])])
     tensor([0.5000])
     """
+    maps = _as_maps(maps, regions)
     regions = checked(read_regions(regions, size=size_of(maps)), size or size_of(maps))
     target = (size_of(regions) if isinstance(regions, Tensor) else size) or size_of(maps)
-    maps = upsample(maps.nan_to_num(0), target)
+    maps = upsample(maps, target)
     masks = regions if isinstance(regions, Tensor) else box_masks(regions, target, maps.device)
     inside, all_of_it = (maps * masks).sum((1, 2)), maps.sum((1, 2))
     low, high = maps.flatten(1).aminmax(dim=1)

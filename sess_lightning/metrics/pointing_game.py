@@ -93,6 +93,11 @@ class PointingGame(PlotsValues, WholeCounts):
             ValueError: If shapes do not fit, or a target on the CPU is none of the classes.
         """
         _check_kinds(maps, regions, targets)
+        if targets.shape != maps.shape[:1]:
+            raise ValueError(
+                f"PointingGame: targets must have shape ({len(maps)},), one class index per map, got "
+                f"{tuple(targets.shape)}."
+            )
         values = targets.tolist() if targets.is_cpu else []
         if not all(0 <= value < self.num_classes for value in values):
             raise ValueError(

@@ -212,3 +212,9 @@ def test_a_model_that_squeezes_its_logits_gives_those_of_its_plain_twin(classes,
     net, squeezing = filled_net(classes), Squeezing(filled_net(classes))
     images = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(classify(squeezing, images), net(images))
+
+
+@pytest.mark.parametrize("activation", ["sigmoids", "Sigmoid", None])
+def test_an_activation_that_is_unknown_is_no_softmax(activation, unchecked):
+    with pytest.raises(ValueError, match='activation must be "softmax" or "sigmoid", got'):
+        log_scores(torch.zeros(1, 3), torch.tensor([1]), activation)

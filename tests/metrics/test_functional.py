@@ -159,6 +159,19 @@ def test_pointing_refuses_what_does_not_fit(unchecked):
         pointing_hits(maps, torch.ones(1, 5))
 
 
+@pytest.mark.parametrize("score", [pointing_hits, relevance_mass])
+def test_maps_of_another_form_are_refused_or_read(score, unchecked):
+    maps, masks = torch.rand(3, 4, 9), torch.rand(3, 4, 9) > 0.5
+    with pytest.raises(ValueError, match=r"maps must be \(B, h, w\), got \(3, 1, 4, 9\); use maps\[:, 0\]"):
+        score(maps[:, None], masks)
+    with pytest.raises(ValueError, match=r"maps must be \(B, h, w\), got \(4, 9\); .*maps\[None\]"):
+        score(maps[0], masks[:1])
+    with pytest.raises(ValueError, match="regions: got 1 for 3 maps; give one per map"):
+        score(maps, masks[:1])
+    grey = (maps * 255).byte()
+    torch.testing.assert_close(score(grey, masks, size=(8, 18)), score(grey.float(), masks, size=(8, 18)))
+
+
 def test_class_means_are_over_classes_seen_or_over_all_as_torchray_has_it():
     results = torch.tensor(AGGREGATE["results"])
     hits, misses = (

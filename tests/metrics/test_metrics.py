@@ -292,3 +292,9 @@ def test_a_class_that_the_pointing_game_does_not_have_is_refused():
     metric = PointingGame(2)
     with pytest.raises(ValueError, match=r"targets must be class indices in 0\.\.1, got \[2\]"):
         metric.update(torch.ones(1, 4, 4), [torch.ones(1, 4)], torch.tensor([2]))
+
+
+def test_targets_that_are_not_one_per_map_are_refused(unchecked):
+    for targets in (torch.tensor([0, 1]), torch.tensor([[0], [1], [2]]), torch.tensor(1)):
+        with pytest.raises(ValueError, match=r"PointingGame: targets must have shape \(3,\), one class"):
+            PointingGame(4).update(torch.rand(3, 5, 5), torch.ones(3, 5, 5).bool(), targets)
