@@ -102,10 +102,7 @@ class SESSMetric(PerSample):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(method, SaliencyMethod):
-            raise TypeError(
-                f"SESSMetric: method must be a saliency method such as SESS(GradCAM()), got {method!r}."
-            )
+        _check_methods(method, compare)
         if compare is None:
             base = getattr(method, "base", None)
             compare = {"base": base} if isinstance(base, SaliencyMethod) else {}
@@ -345,3 +342,16 @@ def _logits(model: nn.Module, images: Tensor, batch_size: int | None) -> Float[T
 def _drawn(numbers: Sequence[int], limit: int | None) -> Sequence[int]:
     """Return the places of the images whose curves are measured."""
     return [i for i, number in enumerate(numbers) if limit is None or number < limit]
+
+
+def _check_methods(method: Any, compare: Any) -> None:
+    if not isinstance(compare, Mapping | None):
+        raise TypeError(
+            'SESSMetric: compare must be methods by names such as {"cam": GradCAM()}, got '
+            f"{type(compare).__name__}."
+        )
+    for name, one in {"method": method, **(compare or {})}.items():
+        if not isinstance(one, SaliencyMethod):
+            raise TypeError(
+                f"SESSMetric: {name} must be a saliency method such as SESS(GradCAM()), got {one!r}."
+            )

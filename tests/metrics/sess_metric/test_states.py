@@ -240,6 +240,15 @@ def test_an_update_that_fails_leaves_no_row_behind(model, images, monkeypatch):
     assert {name: len(metric.rows(name)) for name in metric.states} == dict.fromkeys(metric.states, 6)
 
 
+def test_what_is_compared_is_methods_by_names(unchecked):
+    with pytest.raises(TypeError, match=r"compare must be methods by names such as .* got list"):
+        SESSMetric(Channel(0), compare=[Channel(1)])
+    with pytest.raises(
+        TypeError, match=r"cam must be a saliency method such as SESS\(GradCAM\(\)\), got <class"
+    ):
+        SESSMetric(Channel(0), compare={"cam": Channel})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "names"),
     [
