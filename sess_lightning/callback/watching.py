@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -26,6 +27,8 @@ from sess_lightning.types import Activation, Batch
 
 LARGEST = 0.02
 """How far the replayed call's probabilities may be from validation's: bfloat16's rounding."""
+ROUNDED = 0.01
+"""How far an image may be from another one that it is, as a share of the brightest image's norm."""
 LEAST = 0.9
 """Correlation of 16 x 16 px: of ten photographs 0.94 if resized to 32 px without antialias or shown by one of
 their channels, 0.80 if cropped to 7/8, 0.55 if padded to 9/8, below 0.5 if flipped."""
@@ -36,6 +39,13 @@ NO_CLASS = (
     "batch_adapter=lambda batch: (images, (values > threshold).long()))."
 )
 """Why an output is no logit."""
+
+STRANGE = (
+    "a call of validation's takes {} images, none of which is one of its batch's own, as where a step "
+    "normalises them: those of the batch are explained as they are ({}). Give them as the model gets them, "
+    "SESSCallback(batch_adapter=lambda batch: (normalised(batch[0]), batch[1]))."
+)
+"""What is wrong where the images that a model gets cannot be assigned to those of a batch."""
 
 OTHERS = (
     "labels are read as {}, ..., but validation's loss has {}: other classes would be explained. Pass "
@@ -74,6 +84,7 @@ class Watcher:
         self._widths: set[int] = set()  # Per image, where the step computes a loss; empty if unknown.
         self._refusal = ""
         self._likeness: float | None = None  # Of the images in batches with regions to what the model gets.
+        self._strangers: int | None = None  # In a call that is no batch, if they are not the batch's own.
         self._is_missed: bool | None = None  # In some step, the call that is explained; None until it was.
 
     @property
@@ -92,7 +103,8 @@ class Watcher:
         self.leave()
         self._call, self._is_settled, self._is_proven = None, False, False
         self._ending, self._outputs, self._has_disagreed = None, 0, False
-        self._widths, self._refusal, self._likeness, self._is_missed = set(), "", None, None
+        self._widths, self._refusal = set(), ""
+        self._likeness, self._strangers, self._is_missed = None, None, None
 
     def look(self, model: nn.Module) -> None:
         """Watch the next step."""
@@ -181,7 +193,11 @@ class Watcher:
         count = len(batch) if batch.count is None else batch.count
         if seen is not None and seen.images is None and self._call is not None and self._is_missed is None:
             self._is_missed = True
-        if seen is None or seen.images is None or len(seen.images) != count:
+        if seen is None or seen.images is None:
+            return batch
+        if len(seen.images) != count:
+            if self._strangers is None:
+                self._strangers = len(seen.images) if _are_others(seen.images, batch.images) else 0
             return batch
         items = list(range(count)) if batch.items is None else batch.items
         context = [[row[item] for row in seen.rows] for item in items] if seen.rows else None
@@ -266,6 +282,9 @@ class Watcher:
                 f"validation did not make the call that is explained in each step: {self.text}. Say what is "
                 "validated, SESSCallback(forward=lambda module, images: logits)."
             )
+        if self._strangers:
+            strangers, self._strangers = self._strangers, 0
+            return STRANGE.format(strangers, self.text)
         if self._likeness is not None and self._likeness < LEAST:
             likeness, self._likeness = self._likeness, 1.0
             return MOVED.format(likeness)
@@ -298,6 +317,15 @@ def _by_image(labels: Tensor, items: Sequence[int]) -> str:
 
 def _alike(width: int) -> tuple[int, ...]:
     return (1, 2) if width < 3 else (width,)  # A single logit may be written as two.
+
+
+def _are_others(images: Tensor, own: Tensor) -> bool:
+    """Return whether no image is one of a batch's own, but for rounding."""
+    if images.shape[1:] != own.shape[1:]:
+        return True
+    one, other = (values.float().nan_to_num(0).flatten(1).to(images.device) for values in (images, own))
+    away = torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").min()
+    return bool(away > ROUNDED * other.norm(dim=1).max())
 
 
 def _likeness(one: Tensor, other: Tensor) -> float:

@@ -716,6 +716,45 @@ def test_a_label_for_unknown_ones_does_not_contradict_a_loss_that_has_no_number_
     assert (values["sess/n"], values["sess/left_out"]) == (5, 1)
 
 
+class Parts(Plain):
+    """Gives the model a batch in parts, which it changes before."""
+
+    def scores(self, batch):
+        return torch.cat([self(4 * part) for part in batch[0].split(2)])
+
+
+class Known(Plain):
+    """Leaves out of a batch, which it changes, what it does not know."""
+
+    def validation_step(self, batch, batch_idx):
+        known = batch[1] != 3
+        self.log("val_loss", F.cross_entropy(self(4 * batch[0][known]), batch[1][known]))
+
+
+@pytest.mark.parametrize("module", [Parts, Known])
+def test_images_of_a_call_that_are_none_of_the_batchs_are_told_of_and_the_remedy_works(
+    tmp_path, plain, module, recwarn
+):
+    dark = {"change": lambda image: image / 4}
+    as_it_is = figures(tmp_path / "a", module(), **dark)
+    assert as_it_is["sess/insertion"] != pytest.approx(plain["sess/insertion"])
+    (text,) = [str(each.message) for each in recwarn if each.category is SESSWarning]
+    assert "none of which is one of its batch's own, as where a step normalises them" in text
+    adapter = {"batch_adapter": lambda batch: (4 * batch[0], batch[1])}
+    agree(figures(tmp_path / "b", module(), **dark, **adapter), plain)
+    assert len([each for each in recwarn if each.category is SESSWarning]) == 1
+
+
+class PartsAsTheyAre(Plain):
+    def scores(self, batch):
+        return torch.cat([self(part.half().float()) for part in batch[0].split(2)])
+
+
+def test_images_of_a_call_that_differ_by_rounding_are_the_batchs_own(tmp_path, plain, recwarn):
+    agree(figures(tmp_path, PartsAsTheyAre()), plain)
+    assert [each for each in recwarn if each.category is SESSWarning] == []
+
+
 class Flips(Plain):
     """Test-time augmentation in the step: the answer is of two calls."""
 
