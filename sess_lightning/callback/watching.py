@@ -323,7 +323,9 @@ def _are_others(images: Tensor, own: Tensor) -> bool:
     """Return whether no image is one of a batch's own, but for rounding."""
     if images.shape[1:] != own.shape[1:]:
         return True
-    one, other = (values.float().nan_to_num(0).flatten(1).to(images.device) for values in (images, own))
+    # Small, since a batch may be large.
+    small = (F.adaptive_avg_pool2d(values.float(), 16).nan_to_num(0) for values in (images, own))
+    one, other = (values.flatten(1).to(images.device) for values in small)
     away = torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").min()
     return bool(away > ROUNDED * other.norm(dim=1).max())
 
