@@ -132,7 +132,7 @@ class SESSCallback(Remembering, RunHooks):
             normalisation=normalisation, display_channels=display_channels, dataloader_idx=dataloader_idx,
             report=report, alarm=alarm, accuracy=accuracy, num_rows=num_rows, show_names=show_names,
         )  # fmt: skip
-        self.guard = RunGuard(on_error)
+        self.guard = RunGuard(on_error, prefix)
         self.keeper = SampleKeeper()
         self.examiner = Examiner(self.settings)
         self.gallery = Gallery(num_images, num_rows, self.settings.legend({}))
@@ -246,7 +246,7 @@ class SESSCallback(Remembering, RunHooks):
         self.gallery.legend = plan.legend
         self.guard.warn(text)
         if before is None or before.line != plan.line:
-            rank_zero_info(f"SESSCallback: {plan.line}; {self.examiner.text}; {self.publisher.text}.")
+            rank_zero_info(f"{self.guard.name}: {plan.line}; {self.examiner.text}; {self.publisher.text}.")
 
     def _explain(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for kept in self.keeper.waiting():

@@ -35,14 +35,18 @@ class RunGuard:
 
     Args:
         on_error: ``"warn"``, or ``"raise"`` what went wrong.
+        prefix: The callback's, which its name mentions where it is not the usual one.
 
     Attributes:
+        name: What the callback is called in warnings.
         failed: Runs of this training in which something failed.
         seconds: Time the run has taken so far.
     """
 
-    def __init__(self, on_error: Literal["warn", "raise"] = "warn") -> None:
+    def __init__(self, on_error: Literal["warn", "raise"] = "warn", prefix: str = "sess") -> None:
         self.on_error = on_error
+        # Several callbacks of a training have prefixes of their own.
+        self.name = "SESSCallback" if prefix == "sess" else f"SESSCallback(prefix={prefix!r})"
         self.failed, self.seconds = 0, 0.0
         self._in_a_row, self._broken, self._flawed, self._is_unsafe = 0, False, False, False
         self._place = "process 0, epoch 0"
@@ -119,7 +123,7 @@ class RunGuard:
         if not text or (once and text in self._told):
             return
         self._told.add(text)
-        text = f"SESSCallback ({self._place}): {text}"
+        text = f"{self.name} ({self._place}): {text}"
         try:
             warnings.warn(text, SESSWarning, stacklevel=4)
         except SESSWarning:  # Warnings may be errors in this process; the run goes on anyway.

@@ -92,7 +92,7 @@ class Progress:
             self._runs += 1
             if not self._is_said:
                 self._is_said = True
-                rank_zero_info(f"SESSCallback: a run takes {in_words(self._guard.seconds)}.")
+                rank_zero_info(f"{self._guard.name}: a run takes {in_words(self._guard.seconds)}.")
             if self._runs > 1:  # The first one imports, compiles and connects, too.
                 self._seconds += self._guard.seconds
                 self._compare(trainer, self._plan, self._seconds / (self._runs - 1), self._runs)
@@ -110,7 +110,7 @@ class Progress:
             if rate is not None and rate * total >= LONG:
                 self._is_said = True
                 seconds, first = in_words(rate * total), f"its first {done:,} of {total:,} forward passes"
-                rank_zero_info(f"SESSCallback: a run takes about {seconds}, judging by {first}.")
+                rank_zero_info(f"{self._guard.name}: a run takes about {seconds}, judging by {first}.")
                 self._compare(trainer, plan, rate * total, 1)
 
     def _show(self, trainer: Trainer, done: int, total: int) -> None:

@@ -41,6 +41,16 @@ def test_a_run_that_fails_warns_once_and_three_in_a_row_switch_the_callback_off(
     assert its.current_epoch == 5
 
 
+def test_of_two_callbacks_it_is_said_which_one_fails(tmp_path, told):
+    callback = SESSCallback(Broken(), num_samples=4, prefix="other")
+    with pytest.warns(SESSWarning, match=r"^SESSCallback\(prefix='other'\) \(process 0, epoch 0\): Runtime"):
+        fit(tmp_path, quick(), callback)
+    lines = [line for line in told() if "each run explains" in line or "a run takes" in line]
+    assert sorted(line.split(": ", 1)[0] for line in lines) == [
+        "SESSCallback", "SESSCallback", "SESSCallback(prefix='other')"
+    ]  # fmt: skip
+
+
 def test_the_next_start_gives_the_callback_another_chance(tmp_path):
     callback = SESSCallback(Broken(until=3), num_samples=4)
     with pytest.warns(SESSWarning) as caught:
