@@ -265,22 +265,23 @@ def rivals(bench):
     method = SESS(GradCAM("layer4"), window=bench.side)
     cut = torch.cat(forwards_of(model, lambda: method(model, images, targets)).batches).contiguous()
     runs = {"SESS": lambda: method(model, images, targets), "bare forward": bare_forward(model, [cut])}
+    other = bench.model("resnet50")  # Theirs keep hooks on it, which would cost ours time.
     try:
         import pytorch_grad_cam as foreign
 
         target = [foreign.utils.model_targets.ClassifierOutputTarget(0)]
-        theirs = foreign.GradCAM(model, [model.layer4[-1]])
+        theirs = foreign.GradCAM(other, [other.layer4[-1]])
         runs["grad-cam's GradCAM, a window at a time"] = lambda: [theirs(one, target) for one in cut.split(1)]
         runs["grad-cam's GradCAM, all windows at once"] = lambda: theirs(cut, target * len(cut))
         if hasattr(foreign, "SESS"):
-            rival = foreign.SESS(model, [model.layer4[-1]])
+            rival = foreign.SESS(other, [other.layer4[-1]])
             runs["grad-cam's SESS, its defaults"] = lambda: rival(images, target)
     except Exception as error:  # noqa: BLE001
         print(f"grad-cam: {error!r}")
     try:
         from captum.attr import LayerGradCam
 
-        captum = LayerGradCam(model, model.layer4[-1])
+        captum = LayerGradCam(other, other.layer4[-1])
         runs["captum's LayerGradCam, all windows at once"] = lambda: captum.attribute(cut, target=0)
     except ImportError as error:
         print(f"captum: {error!r}")
