@@ -13,14 +13,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sess_lightning.ops import is_out_of_memory
+from sess_lightning.ops import is_out_of_memory, size_of
 from sess_lightning.types import SESSWarning
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-ON_CPU = 8
-"""Batch size where free memory is unknown. Larger batches are slower on a CPU: they overflow its caches."""
+ON_CPU, ON_CPU_PIXELS, MOST_ON_CPU = 8, 8 * 128 * 128, 64
+"""Batch size where free memory is unknown: 8, or as many small images as have so many pixels, at most 64.
+
+Larger batches overflow a CPU's caches; in smaller ones a convolution lays out its weights for few pixels.
+ResNet-18 takes .37 of the time in batches of 64 instead of 8 at 32 px, .67 in batches of 32 at 64 px.
+"""
 MOST = 128
 BYTES_PER_BYTE = 64
 """Peak memory of a forward pass without gradients, as a multiple of its images: VGG-16 45, ResNet-50 25."""
@@ -38,8 +42,15 @@ def watched(tick: Callable[[int], None]) -> Iterator[None]:
         _WATCHER.reset(token)
 
 
-def batch_limit(given: int | None, images: Float[Tensor, "B C H W"]) -> int:
+def batch_limit(
+    given: int | None, images: Float[Tensor, "B C H W"], size: tuple[int, int] | None = None
+) -> int:
     """Return how many images like these may pass at once: ``given``, or what half the free memory takes.
+
+    Args:
+        given: What the user asked for; None if nothing.
+        images: Images.
+        size: (height, width) of what passes, if not that of the images.
 
     Raises:
         ValueError: If ``given`` is not at least 1.
@@ -48,10 +59,10 @@ def batch_limit(given: int | None, images: Float[Tensor, "B C H W"]) -> int:
         if given < 1:
             raise ValueError(f"batch_size must be at least 1, got {given}; None takes what memory allows.")
         return given
-    free = _free_bytes(images.device)
+    free, (height, width) = _free_bytes(images.device), size or size_of(images)
     if free is None:
-        return ON_CPU
-    bytes_each = BYTES_PER_BYTE * images[0].numel() * images.element_size()
+        return max(ON_CPU, min(MOST_ON_CPU, ON_CPU_PIXELS // (height * width)))
+    bytes_each = BYTES_PER_BYTE * images.shape[1] * height * width * images.element_size()
     return max(1, min(MOST, free // 2 // bytes_each))
 
 

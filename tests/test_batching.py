@@ -121,19 +121,20 @@ def test_a_batch_of_none_is_refused_by_name(size, tiny, images, targets):
         deletion_curve(tiny, images, images[:, 0], targets, batch_size=size)
 
 
-def test_a_batch_is_what_was_asked_for_else_a_constant_on_a_cpu():
-    images = torch.rand(2, 3, 8, 8)
-    assert (batch_limit(5, images), batch_limit(None, images)) == (5, ON_CPU)
+@pytest.mark.parametrize(
+    ("side", "size", "expected"),
+    [(8, None, 64), (32, None, 64), (64, None, 32), (128, None, 8), (224, None, 8), (64, (224, 224), 8)],
+)
+def test_a_batch_is_what_was_asked_for_else_what_suits_a_cpus_caches(side, size, expected):
+    images = torch.empty(2, 3, side, side)
+    assert (batch_limit(5, images, size), batch_limit(None, images, size)) == (5, expected)
 
 
 class Image:
     """What ``batch_limit`` reads of a tensor on an accelerator."""
 
     def __init__(self, kind):
-        self.device = torch.device(kind, 0)
-
-    def __getitem__(self, _):
-        return torch.rand(3, 224, 224)
+        self.device, self.shape = torch.device(kind, 0), (1, 3)
 
     def element_size(self):
         return 4
@@ -169,9 +170,9 @@ def test_on_an_accelerator_half_of_the_free_memory_is_counted_on(kind, monkeypat
     functions, expected = BACKENDS[kind]
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(**functions))
-    assert batch_limit.__wrapped__(None, Image(kind)) == expected
+    assert batch_limit.__wrapped__(None, Image(kind), (224, 224)) == expected
 
 
 def test_no_memory_is_asked_for_where_torch_sees_no_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert batch_limit.__wrapped__(None, Image("cuda")) == ON_CPU
+    assert batch_limit.__wrapped__(None, Image("cuda"), (224, 224)) == ON_CPU

@@ -127,7 +127,7 @@ class WindowExtractor:
 
     def _some(self, explain: Callable[[Tensor, Tensor], Part], which: Int[Tensor, "T K"]) -> Iterator[Part]:
         of_window = self.targets.repeat_interleave(which.shape[1])
-        limit = batch_limit(self.batch_size, self.images)
+        limit = self._limit
         return in_batches(
             lambda part, place: explain(stacked(part), of_window[place]), self._cut(which, limit), limit
         )
@@ -136,8 +136,12 @@ class WindowExtractor:
         """Return the maps, stretched or in their own strength."""
         return extraction.maps if self.stretch else extraction.unscaled
 
+    @property
+    def _limit(self) -> int:
+        return batch_limit(self.batch_size, self.images, self.plan.window_size)
+
     def _stream(self) -> tuple[WindowStream, int]:
-        limit = batch_limit(self.batch_size, self.images)
+        limit = self._limit
         return WindowStream(self.images, self.plan, self.antialias, limit), limit
 
     def _cut(self, which: Int[Tensor, "T K"], limit: int) -> Iterator[Float[Tensor, "C h w"]]:

@@ -9,7 +9,7 @@ from typing import ClassVar, TypeVar
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sess_lightning.batching import ON_CPU, in_batches, stacked
+from sess_lightning.batching import batch_limit, in_batches, stacked
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, score
 from sess_lightning.ops import size_of, upsample
@@ -94,14 +94,15 @@ class ExtractingMethod(SaliencyMethod):
 
 def is_small(images: Tensor) -> bool:
     """Return whether images pass through a model best as they lie."""
-    return len(images) <= ON_CPU or not images.is_cpu
+    return not images.is_cpu or len(images) <= batch_limit(None, images)
 
 
 def in_parts(
     explain: Callable[[Float[Tensor, "b C H W"], slice], Part], images: Float[Tensor, "B C H W"]
 ) -> list[Part]:
     """Explain images in parts with their channels last: on a CPU, they take less time and memory than all."""
-    return [*in_batches(lambda rows, which: explain(stacked(rows), which), images.detach(), ON_CPU)]
+    limit = batch_limit(None, images)
+    return [*in_batches(lambda rows, which: explain(stacked(rows), which), images.detach(), limit)]
 
 
 class WrappingMethod(SaliencyMethod):

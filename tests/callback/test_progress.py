@@ -38,6 +38,7 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(pace, "now", clock)
     monkeypatch.setattr(Timed, "clock", clock)
+    monkeypatch.setattr("sess_lightning.batching.MOST_ON_CPU", 8)  # Many batches, as of large images.
     return clock
 
 

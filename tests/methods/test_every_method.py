@@ -290,7 +290,8 @@ def test_the_device_needs_no_float64(name, images, targets, model, without_float
 @pytest.mark.parametrize(
     "name", [name for name in methods.__all__ if issubclass(getattr(methods, name), ExtractingMethod)]
 )
-def test_a_large_batch_passes_in_parts_and_gives_the_same_maps(name, model, images):
+def test_a_large_batch_passes_in_parts_and_gives_the_same_maps(name, model, images, monkeypatch):
+    monkeypatch.setattr("sess_lightning.batching.MOST_ON_CPU", ON_CPU)
     method, many = made(name), images.repeat(10, 1, 1, 1)[:19]
     targets = torch.arange(len(many)) % 3
     maps = []
