@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from sess_lightning.introspection.pure import pure_modules
 from sess_lightning.introspection.state import State
 
+_TURN = RLock()
+"""Held while a model is lent: its modes and hooks, and torch's flags and generators, are there once only."""
 _LENT: ContextVar[frozenset[int]] = ContextVar("_LENT", default=frozenset())
 """The ids of the modules that are lent right now."""
 _NOTED: ContextVar[frozenset[int]] = ContextVar("_NOTED", default=frozenset())
@@ -27,7 +30,7 @@ def explaining(model: nn.Module, only_passes: bool = False) -> Iterator[nn.Modul
 
     Inside, Lightning's inference mode is off, so clone tensors made in it before use (``borrowed``). On exit,
     everything that the model holds is as before (``State`` defines what that is), and so are the random
-    generators. A model that is lent already, or a part of one, is not borrowed again.
+    generators. A model that is lent already, or a part of one, is not borrowed again. Threads take turns.
 
     Args:
         model: The model.
@@ -42,7 +45,7 @@ def explaining(model: nn.Module, only_passes: bool = False) -> Iterator[nn.Modul
             f"model must be a torch.nn.Module, got {type(model).__name__}; wrap it in one whose forward "
             "calls it."
         )
-    with torch.inference_mode(False), torch.enable_grad():
+    with _TURN, torch.inference_mode(False), torch.enable_grad():
         if id(model) in (_LENT if only_passes else _NOTED).get():
             yield model
             return

@@ -1,5 +1,7 @@
 import contextlib
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
 
 import pytest
@@ -11,7 +13,7 @@ from precision import precision_flags
 from sess_lightning import SESSMetric
 from sess_lightning.introspection.layers import find_target_layer
 from sess_lightning.introspection.lending import borrowed, explaining
-from sess_lightning.methods import SESS, GradCAM, GroupCAM, GuidedBackprop
+from sess_lightning.methods import RISE, SESS, GradCAM, GroupCAM, GuidedBackprop
 from small_nets import METHODS, Net, made, maps_of, method_cases, same
 
 
@@ -164,6 +166,26 @@ def test_lending_what_is_lent_already_changes_nothing(restless):
             pass
         assert not restless.training
     assert restless.training
+
+
+@pytest.mark.parametrize("method", [GradCAM(), RISE(num_masks=4)], ids=repr)
+def test_threads_take_turns_with_a_model(method, images):
+    class Slow(Net):
+        running = 0
+
+        def forward(self, images):
+            Slow.running += 1
+            time.sleep(0.002)  # Another thread would come in between.
+            alone, Slow.running = Slow.running == 1, Slow.running - 1
+            return super().forward(images) if alone else None
+
+    model = made(Slow).train()
+    expected = method(model, images, torch.tensor([0, 1]))
+    with ThreadPoolExecutor(4) as pool:
+        maps = list(pool.map(lambda _: method(model, images, torch.tensor([0, 1])), range(12)))
+    assert all(torch.equal(one, expected) for one in maps)
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_borrowed_tensor_is_a_copy_that_autograd_takes(images):
