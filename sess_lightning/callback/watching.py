@@ -27,6 +27,8 @@ from sess_lightning.types import Activation, Batch
 
 LARGEST = 0.02
 """How far the replayed call's probabilities may be from validation's: bfloat16's rounding."""
+SAME = 0.999
+"""Correlation, channel by channel, from which on two images are one, normalised or not."""
 ROUNDED = 0.01
 """How far an image may be from another one that it is, as a share of the brightest image's norm."""
 LEAST = 0.9
@@ -46,6 +48,13 @@ STRANGE = (
     "SESSCallback(batch_adapter=lambda batch: (normalised(batch[0]), batch[1]))."
 )
 """What is wrong where the images that a model gets cannot be assigned to those of a batch."""
+
+PERMUTED = (
+    "the step gives a batch's images to the model in another order: they would be explained with other "
+    "images' labels. Say what is validated, then the batch's own are taken, "
+    "SESSCallback(forward=lambda module, images: logits)."
+)
+"""What is wrong where a step sorts or shuffles a batch."""
 
 OTHERS = (
     "labels are read as {}, ..., but validation's loss has {}: other classes would be explained. Pass "
@@ -199,6 +208,11 @@ class Watcher:
             if self._strangers is None:
                 self._strangers = len(seen.images) if _are_others(seen.images, batch.images) else 0
             return batch
+        if self._strangers is None:
+            self._strangers = 0
+            if batch.items is None and _are_permuted(seen.images, batch.images):
+                self._refusal = PERMUTED
+                raise ValueError(PERMUTED)
         items = list(range(count)) if batch.items is None else batch.items
         context = [[row[item] for row in seen.rows] for item in items] if seen.rows else None
         resized = size_of(seen.images) != size_of(batch.images) and batch.size is None
@@ -328,6 +342,18 @@ def _are_others(images: Tensor, own: Tensor) -> bool:
     one, other = (values.flatten(1).to(images.device) for values in small)
     away = torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").min()
     return bool(away > ROUNDED * other.norm(dim=1).max())
+
+
+def _are_permuted(images: Tensor, own: Tensor) -> bool:
+    """Return whether all images are a batch's own in another order, perhaps normalised."""
+    if images.shape[1] != own.shape[1]:
+        return False
+    pooled = (F.adaptive_avg_pool2d(values.float(), 16) for values in (images, own))
+    small = (values.flatten(2).to(images.device) for values in pooled)
+    one, other = (F.normalize(values - values.mean(2, keepdim=True), dim=2).flatten(1) for values in small)
+    likeness = one @ other.mT / images.shape[1]
+    best, itself = likeness.amax(1), likeness.diagonal()
+    return bool((best > SAME).all() and (best - itself > 1 - SAME).any())
 
 
 def _likeness(one: Tensor, other: Tensor) -> float:

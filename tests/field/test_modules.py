@@ -745,6 +745,32 @@ def test_images_of_a_call_that_are_none_of_the_batchs_are_told_of_and_the_remedy
     assert len([each for each in recwarn if each.category is SESSWarning]) == 1
 
 
+class Sorted(Plain):
+    """Gives the model a batch in another order, normalised, and restores it afterwards."""
+
+    def scores(self, batch):
+        return self((batch[0].flip(0) - 0.5) / 0.25).flip(0)
+
+
+class Normalised(Plain):
+    def scores(self, batch):
+        return self((batch[0] - 0.5) / 0.25)
+
+
+def test_a_step_that_gives_images_in_another_order_is_refused_and_the_remedy_works(tmp_path):
+    with pytest.raises(ValueError, match="another order: they would be explained with other images' labels"):
+        figures(tmp_path / "a", Sorted())
+    stated = {"forward": lambda module, images: module((images - 0.5) / 0.25)}
+    agree(figures(tmp_path / "b", Sorted(), **stated), figures(tmp_path / "c", Normalised(), **stated))
+
+
+def test_images_of_a_batch_that_are_all_alike_are_in_their_own_order(tmp_path):
+    alike = [(picture(*SIZE, 0), label) for label in LABELS]
+    callback = SESSCallback(METHOD, num_samples=6, num_images=0, report=False, on_error="raise")
+    its = validate(tmp_path, callback, module=Normalised(), val=DataLoader(alike, 3))
+    assert its.callback_metrics["sess/n"] == 6
+
+
 class PartsAsTheyAre(Plain):
     def scores(self, batch):
         return torch.cat([self(part.half().float()) for part in batch[0].split(2)])
