@@ -12,22 +12,18 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from sess_lightning.introspection.copies import PLAIN_TENSORS
 
-_TORCHS = frozenset(
-    f"torch.nn.modules.{name}" for name in (
-        "activation", "batchnorm", "channelshuffle", "container", "conv", "dropout", "flatten", "fold",
-        "instancenorm", "linear", "normalization", "padding", "pixelshuffle", "pooling", "upsampling",
-    )
+_TORCHS = (
+    "activation", "batchnorm", "channelshuffle", "container", "conv", "dropout", "flatten", "fold",
+    "instancenorm", "linear", "module", "normalization", "padding", "pixelshuffle", "pooling", "upsampling",
 )  # fmt: skip
-"""Not among them: embeddings may scale their weights, recurrent layers lay theirs out anew."""
-_TORCHVISIONS = frozenset(
-    f"torchvision.{name}" for name in (
-        "models.alexnet", "models.convnext", "models.densenet", "models.efficientnet", "models.googlenet",
-        "models.inception", "models.maxvit", "models.mnasnet", "models.mobilenetv2", "models.mobilenetv3",
-        "models.regnet", "models.resnet", "models.shufflenetv2", "models.squeezenet",
-        "models.swin_transformer", "models.vgg", "models.vision_transformer", "ops.misc",
-        "ops.stochastic_depth",
-    )
+"""Files of torch's layers. Embeddings may scale their weights, recurrent layers lay theirs out anew."""
+_TORCHVISIONS = (
+    "models.alexnet", "models.convnext", "models.densenet", "models.efficientnet", "models.googlenet",
+    "models.inception", "models.maxvit", "models.mnasnet", "models.mobilenetv2", "models.mobilenetv3",
+    "models.regnet", "models.resnet", "models.shufflenetv2", "models.squeezenet", "models.swin_transformer",
+    "models.vgg", "models.vision_transformer", "ops.misc", "ops.stochastic_depth",
 )  # fmt: skip
+_KNOWN = {f"torch.nn.modules.{name}" for name in _TORCHS} | {f"torchvision.{name}" for name in _TORCHVISIONS}
 _EXCEPT = (LazyModuleMixin, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 """Those that change, and those that pool at random."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -56,5 +52,5 @@ def pure_modules(model: nn.Module) -> list[nn.Module] | None:
 @cache
 def _methods(kind: Any) -> frozenset[str] | None:
     """Return the names that no instance may have of its own, those of its class; None if it is not known."""
-    is_known = kind.__module__ in _TORCHS or kind.__module__ in _TORCHVISIONS
-    return frozenset(dir(kind)) if is_known and not issubclass(kind, _EXCEPT) else None
+    written_in = {kind.__module__, getattr(kind.forward, "__module__", "")}  # A forward may be patched.
+    return frozenset(dir(kind)) if written_in <= _KNOWN and not issubclass(kind, _EXCEPT) else None

@@ -168,6 +168,12 @@ def test_whatever_may_change_is_noted(change):
     assert pure_modules(model) is None
 
 
+def test_a_class_whose_forward_was_patched_is_not_known(monkeypatch):
+    monkeypatch.setattr(models.resnet.Bottleneck, "forward", lambda _, images: images)
+    assert pure_modules(models.resnet50(num_classes=5)) is None
+    assert pure_modules(network()) is not None
+
+
 def test_a_hook_on_all_modules_may_change_them():
     handle = register_module_forward_hook(lambda *_: None)
     try:
