@@ -52,5 +52,6 @@ def pure_modules(model: nn.Module) -> list[nn.Module] | None:
 @cache
 def _methods(kind: Any) -> frozenset[str] | None:
     """Return the names that no instance may have of its own, those of its class; None if it is not known."""
-    written_in = {kind.__module__, getattr(kind.forward, "__module__", "")}  # A forward may be patched.
-    return frozenset(dir(kind)) if written_in <= _KNOWN and not issubclass(kind, _EXCEPT) else None
+    if kind.__module__ not in _KNOWN or issubclass(kind, _EXCEPT):
+        return None
+    return frozenset(dir(kind)) if kind.forward.__module__ in _KNOWN else None  # It may have been patched.

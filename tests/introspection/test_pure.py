@@ -168,6 +168,18 @@ def test_whatever_may_change_is_noted(change):
     assert pure_modules(model) is None
 
 
+WRAPPERS = {
+    "scripted": torch.jit.script, "fx": torch.fx.symbolic_trace, "DataParallel": nn.DataParallel,
+    "compiled": torch.compile,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_what_wraps_it_is_not_known(wrap):
+    assert pure_modules(wrap(network().eval())) is None
+
+
 def test_a_class_whose_forward_was_patched_is_not_known(monkeypatch):
     monkeypatch.setattr(models.resnet.Bottleneck, "forward", lambda _, images: images)
     assert pure_modules(models.resnet50(num_classes=5)) is None
