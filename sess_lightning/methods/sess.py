@@ -240,8 +240,8 @@ class SESS(WrappingMethod):
     def _finished(
         self, model: nn.Module, images: Tensor, targets: Tensor
     ) -> tuple[Explanation, Float[Tensor, "T h w"] | None]:
-        plan = self.plan(model, size_of(images))
         with explaining(model, self.only_passes):
+            plan = self.plan(model, size_of(images))
             maps, logs, first = self.fused(model, borrowed(images), borrowed(targets), plan)
         maps = min_max(maps)
         scores = (logs[:, 0] if plan.begins_whole else logs.amax(1)).exp()

@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sess_lightning.introspection.hooks import recording
 from sess_lightning.introspection.logits import score
-from sess_lightning.methods import RISE, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
+from sess_lightning.methods import RISE, SESS, CentreGaussian, GradCAM, GroupCAM, GuidedBackprop
 from small_nets import Answer, Named, Net, made, maps_of, method_cases, same
 
 
@@ -211,6 +211,7 @@ def test_a_scripted_part_without_relus_is_no_obstacle(images):
     )
 
 
-def test_what_is_no_module_is_refused(images, unchecked):
+@pytest.mark.parametrize("method", [GradCAM(), SESS(GradCAM(), num_scales=2)], ids=str)
+def test_what_is_no_module_is_refused(images, unchecked, method):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function; wrap it in one"):
-        maps_of(lambda images: made(Net)(images), images)
+        maps_of(lambda images: made(Net)(images), images, method)
