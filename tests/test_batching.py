@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sess_lightning.batching import ON_CPU, batch_limit, by_image, in_batches, stacked
+from sess_lightning.cost.measuring import forwards_of
 from sess_lightning.methods import SESS, GradCAM, GroupCAM, GuidedBackprop
 from sess_lightning.metrics.functional import deletion_curve
 from sess_lightning.types import SESSWarning
@@ -128,6 +129,20 @@ def test_a_batch_of_none_is_refused_by_name(size, tiny, images, targets):
 def test_a_batch_is_what_was_asked_for_else_what_suits_a_cpus_caches(side, size, expected):
     images = torch.empty(2, 3, side, side)
     assert (batch_limit(5, images, size), batch_limit(None, images, size)) == (5, expected)
+
+
+PASSING = {
+    "small images at once": (GradCAM("features.5"), 64, 20, [20]),
+    "large ones in parts": (GradCAM("features.5"), 160, 20, [8, 8, 4]),
+    "windows by their own size": (SESS(GradCAM("features.5"), num_scales=3, window=160), 32, 1, [8, 1]),
+}
+
+
+@pytest.mark.parametrize(("method", "side", "count", "expected"), PASSING.values(), ids=PASSING)
+def test_images_pass_in_batches_that_suit_their_size(method, side, count, expected, tiny):
+    images, targets = torch.rand(count, 3, side, side), torch.zeros(count, dtype=torch.long)
+    seen = forwards_of(tiny, lambda: method(tiny, images, targets))
+    assert [len(batch) for batch in seen.batches] == expected
 
 
 class Image:

@@ -61,7 +61,7 @@ DEFECTS = (
     ),
     Defect(
         "deletion begins with the least salient pixels", "metrics/curves.py",
-        "flat[:, order].sort(dim=1, descending=True", "flat[:, order].sort(dim=1, descending=False",
+        "flat.sort(dim=1, descending=True", "flat.sort(dim=1, descending=False",
         "tests/metrics/test_curves.py::test_deletion_takes_the_highest_pixels_first",
     ),
     Defect(
