@@ -204,11 +204,12 @@ class Watcher:
             self._is_missed = True
         if seen is None or seen.images is None:
             return batch
+        is_first = self._strangers is None and len(batch)
         if len(seen.images) != count:
-            if self._strangers is None:
+            if is_first:
                 self._strangers = len(seen.images) if _are_others(seen.images, batch.images) else 0
             return batch
-        if self._strangers is None:
+        if is_first:
             self._strangers = 0
             if batch.items is None and _are_permuted(seen.images, batch.images):
                 self._refusal = PERMUTED

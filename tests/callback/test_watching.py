@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks import numbers, quick
 from lightning_models import Classifier, boxed, filled_net, fit, squares, validate
@@ -199,3 +200,20 @@ def test_two_callbacks_watch_one_step_and_leave_nothing(shape, tmp_path):
     assert found["other/overall"] == pytest.approx(found["sess/overall"], abs=1e-6)
     assert "forward" not in vars(module)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+class InParts(Classifier):
+    """Several classes an image, or none; the model gets a batch's images changed, in parts."""
+
+    def validation_step(self, batch, batch_idx):
+        logits = torch.cat([self(4 * part) for part in batch[0].split(2)])
+        self.log("val_loss", F.binary_cross_entropy_with_logits(logits, batch[1]), batch_size=len(logits))
+
+
+def test_a_first_batch_without_any_class_says_nothing_of_whose_images_a_call_takes(tmp_path):
+    images, labels = torch.rand(8, 3, 32, 32), torch.zeros(8, 4)
+    labels[4:, :2] = 1
+    callback, data = quick(num_samples=4), DataLoader(TensorDataset(images, labels), 4)
+    with pytest.warns(SESSWarning, match="none of which is one of its batch's own"):
+        its = validate(tmp_path, callback, module=InParts(), val=data)
+    assert its.callback_metrics["sess/n"] > 0
