@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from lightning.pytorch import Trainer
@@ -75,20 +75,21 @@ def spare_patience(trainer: Trainer, prefix: str, measured: Iterable[str]) -> No
     """
     for name, callbacks in monitors(trainer, prefix).items():
         for callback in callbacks if name not in measured else ():
-            if _stops(callback) and not _is_spared(callback, trainer.current_epoch):
+            if _stops(callback) and not _is_spared(callback, trainer):
                 callback.wait_count -= 1
 
 
-_SPARED: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-"""The last epoch in which an EarlyStopping was spared that has one turn an epoch."""
+_SPARED: WeakKeyDictionary[Any, tuple[ref[Trainer], int]] = WeakKeyDictionary()
+"""Trainer and epoch in which an EarlyStopping was spared last that has one turn an epoch."""
 
 
-def _is_spared(callback: Any, epoch: int) -> bool:
+def _is_spared(callback: Any, trainer: Trainer) -> bool:
     """Return whether an EarlyStopping was spared in this epoch, and has no turn but at its end."""
     if not getattr(callback, "_check_on_train_epoch_end", False):
         return False
-    before, _SPARED[callback] = _SPARED.get(callback), epoch
-    return before == epoch
+    before, now = _SPARED.get(callback), (ref(trainer), trainer.current_epoch)
+    _SPARED[callback] = now
+    return before == now
 
 
 def advice(trainer: Trainer, prefix: str, every_n_epochs: int) -> list[str]:

@@ -139,6 +139,15 @@ def test_patience_ends_though_an_epoch_is_validated_several_times(tmp_path, at_t
     assert its.current_epoch == epochs  # Runs in the epochs 0, 2 and 4, with two turns in each, or one.
 
 
+@pytest.mark.filterwarnings("ignore::sess_lightning.types.SESSWarning")
+def test_patience_is_spared_in_the_same_epoch_of_another_training_too(tmp_path):
+    stopping, counts = EarlyStopping("sess/n", mode="max", check_on_train_epoch_end=True), []
+    for _ in range(3):
+        fit(tmp_path, quick(method=Broken(), compare={}, on_error="warn"), stopping, max_epochs=1)
+        counts.append(stopping.wait_count)
+    assert counts == [0, 0, 0]
+
+
 def test_a_threshold_for_divergence_is_not_crossed_by_what_was_never_measured(tmp_path):
     stopping = EarlyStopping("sess/overall", mode="max", divergence_threshold=-0.9)
     with pytest.warns(SESSWarning):
