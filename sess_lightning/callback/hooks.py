@@ -82,34 +82,7 @@ class RunHooks(Callback):
             self._look(pl_module)
 
     @override
-    def on_test_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Get ready to see a step."""
-        if self._wants(trainer, dataloader_idx):
-            self._look(pl_module)
-
-    @override
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Look at a batch."""
-        if self._wants(trainer, dataloader_idx):
-            self._watch(trainer, pl_module, batch, batch_idx)
-
-    @override
-    def on_test_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -128,21 +101,16 @@ class RunHooks(Callback):
         self._finish(trainer, pl_module)
 
     @override
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the run."""
-        self._finish(trainer, pl_module)
-
-    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the run."""
         self._close(trainer)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.clock.resume()
 
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the run."""
-        self._close(trainer)
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
