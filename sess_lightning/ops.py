@@ -109,31 +109,24 @@ def min_max_upsampled(
     corners = maps
     if maps.shape[-2:] != size:
         # Between two lines of the coarse grid the surface is bilinear, with its extremes next to lines.
-        corners = _next_to_lines(_next_to_lines(maps.mT, size[0]).mT, size[1])
+        rows, columns = (_next_to_lines(maps.shape[i], size[i], maps.device).to(maps.dtype) for i in (-2, -1))
+        with full_precision(maps.device):
+            corners = (maps @ columns).mT @ rows
     low, high = corners.flatten(1).aminmax(dim=1)
     return _stretch(maps, low[:, None, None], high[:, None, None]), torch.stack([low, high], 1)
 
 
-def _next_to_lines(maps: Float[Tensor, "B h w"], target: int) -> Float[Tensor, "B h n"]:
-    """Upsample rows to ``target`` samples, and return only those next to the source's samples."""
-    cells, share = _neighbours(maps.shape[-1], target, maps.device)
-    lower, upper = maps[..., cells].unbind(-2)
-    # A lerp leaves a flat map exactly flat.
-    return lower.lerp(upper, share.to(maps.dtype))
-
-
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _neighbours(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _next_to_lines(source: int, target: int, device: torch.device) -> Float[Tensor, "{source} n"]:
+    """Return the columns of ``resize_matrix``'s transpose whose samples lie next to one of the source's."""
     # In units of 1 / (2 * target) of a source sample, as in `resize_matrix`.
-    unit, last = 2 * target, source - 1
-    places = [min(max(0, (2 * j + 1) * source - target), last * unit) for j in range(target)]
-    cells = [place // unit for place in places]
-    chosen = [j for j in range(target) if {cells[max(j - 1, 0)], cells[min(j + 1, target - 1)]} != {cells[j]}]
-    chosen = sorted({0, *chosen, target - 1})
-    between = [[min(cells[j] + up, last) for j in chosen] for up in (0, 1)]
-    share = torch.tensor([places[j] % unit / unit for j in chosen], device=device, dtype=torch.float32)
-    return torch.tensor(between, device=device), share
+    unit = 2 * target
+    cells = [min(max(0, (2 * j + 1) * source - target), (source - 1) * unit) // unit for j in range(target)]
+    turns = [j for j in range(1, target) if cells[j - 1] != cells[j]]
+    chosen = sorted({0, *turns, *(j - 1 for j in turns), target - 1})
+    rows = resize_matrix(source, target, device)
+    return torch.stack([rows[j] for j in chosen], 1)
 
 
 def _stretch(maps: Tensor, low: Tensor, high: Tensor) -> Tensor:

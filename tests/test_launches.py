@@ -12,7 +12,7 @@ from torchvision.models import resnet50
 from sess_lightning import SESS, GradCAM, SESSMetric
 from sess_lightning.methods import CentreGaussian, RandomMap
 
-# The counts are those of torch 2.14; 2.6 to 2.9 split some operations in two: 168 for 152.
+# The counts are those of torch 2.14; 2.6 to 2.9 split some operations in two, about a tenth more.
 OLDER = 1.0 if torch.__version__ >= TorchVersion("2.14") else 1.15
 NOT_LAUNCHED = {
     "alias", "detach", "empty", "empty_like", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided",
@@ -72,7 +72,7 @@ def counted(model, run):
 
 
 @pytest.mark.parametrize(
-    ("count", "scales", "batches", "most"), [(1, 6, 1, 72), (8, 6, 2, 86), (8, 12, 8, 152)]
+    ("count", "scales", "batches", "most"), [(1, 6, 1, 69), (8, 6, 2, 83), (8, 12, 8, 149)]
 )
 def test_sess_launches_little_beside_the_model(model, count, scales, batches, most):
     images, targets, _ = given(count)

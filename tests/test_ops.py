@@ -50,6 +50,8 @@ def test_min_max_upsampled_then_upsample_is_upsample_then_min_max(size):
     maps = torch.randn(4, 7, 7, generator=torch.Generator().manual_seed(0))
     drawn = upsample(min_max_upsampled(maps, size)[0], size)
     torch.testing.assert_close(drawn, min_max(upsample(maps, size)), atol=1e-6, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(upsample(min_max_upsampled(maps, size)[0], size), drawn)
 
 
 @pytest.mark.parametrize("antialias", [False, True])

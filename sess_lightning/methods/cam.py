@@ -119,7 +119,7 @@ class _FromFeatures(ExtractingMethod):
         return type(self).extract is _FromFeatures.extract
 
     def _extraction(self, maps: Tensor, logits: Tensor, targets: Tensor, size: tuple[int, int]) -> Extraction:
-        with torch.no_grad(), full_precision(maps.device):
+        with torch.no_grad():
             maps, ends = min_max_upsampled(maps, size)
             return Extraction(maps, log_scores(logits, targets, self.activation), ends)
 

@@ -242,7 +242,7 @@ class SESS(WrappingMethod):
     ) -> tuple[Explanation, Float[Tensor, "T h w"] | None]:
         with explaining(model, self.only_passes):
             plan = self.plan(model, size_of(images))
-            maps, logs, first = self.fused(model, borrowed(images), borrowed(targets), plan)
+            maps, logs, first = self.fused(model, images, borrowed(targets), plan)  # Windows are copies.
         maps = min_max(maps)
         scores = (logs[:, 0] if plan.begins_whole else logs.amax(1)).exp()
         return Explanation(smooth(maps) if self.smoothing else maps, scores), first
