@@ -44,7 +44,7 @@ from sess_lightning.evaluation.weights import IMAGENET, Network, is_file, load_n
 from sess_lightning.introspection.folding import folded
 from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import classify
-from sess_lightning.introspection.sizes import input_window
+from sess_lightning.introspection.sizes import blank_image, input_window
 from sess_lightning.reporting.panels import sheet
 
 SIDE = 224
@@ -210,8 +210,7 @@ def _named_network(config: Namespace) -> Network:
 
 def _is_grey(model: nn.Module) -> bool:
     """Return whether a model's first convolution takes one channel."""
-    first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
-    return first is not None and first.in_channels == 1
+    return blank_image(model, (1, 1)).shape[1] == 1
 
 
 def _per_channel(network: Network) -> Network:

@@ -7,7 +7,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from sess_lightning.introspection.lending import explaining
 
@@ -44,17 +45,21 @@ def takes(model: nn.Module, size: Size) -> bool:
     """Return whether a model takes images of a size, by a forward pass of zeros, once per model and size."""
     known = _TAKES.setdefault(model, {})
     if size not in known:
-        first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
-        weight = next(model.parameters(), torch.zeros(0)) if first is None else first.weight
-        channels = 3 if first is None else first.in_channels
-        zeros = torch.zeros(1, channels, *size, dtype=weight.dtype, device=weight.device)
         try:
             with explaining(model), torch.no_grad():
-                model(zeros)
+                model(blank_image(model, size))
             known[size] = True
         except Exception:  # noqa: BLE001 (Models refuse with anything; that they do is the answer.)
             known[size] = False
     return known[size]
+
+
+def blank_image(model: nn.Module, size: Size) -> Float[Tensor, "1 C H W"]:
+    """Return zeros with as many channels as a model's first convolution takes, of its type and device."""
+    first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
+    weight = next(model.parameters(), torch.zeros(0)) if first is None else first.weight
+    channels = 3 if first is None else first.in_channels
+    return torch.zeros(1, channels, *size, dtype=weight.dtype, device=weight.device)
 
 
 def input_window(model: nn.Module) -> int | None:

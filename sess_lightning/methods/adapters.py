@@ -20,6 +20,7 @@ from sess_lightning.introspection.hooks import first_tensor, with_first_tensor
 from sess_lightning.introspection.layers import Site, TargetLayer, read_features
 from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import check_targets, classify
+from sess_lightning.introspection.sizes import blank_image
 from sess_lightning.methods.templates import MapMethod
 from sess_lightning.ops import min_max, size_of, upsample
 from sess_lightning.types import Activation
@@ -83,10 +84,9 @@ class Adapter(MapMethod):
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return how many forward passes one map costs, counted on an empty image: only the package knows."""
-        weight = next((p for p in model.parameters() if p.ndim == 4), torch.zeros(1, 3, 1, 1))
-        image = torch.zeros(1, weight.shape[1], *size, dtype=weight.dtype, device=weight.device)
+        image = blank_image(model, size)
         with explaining(model):
-            return self._run(model, image, torch.zeros(1, dtype=torch.long, device=weight.device))[1]
+            return self._run(model, image, torch.zeros(1, dtype=torch.long, device=image.device))[1]
 
     def _run(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Float[Tensor, "B H W"], int]:
         """Return maps, and forward passes of an image."""

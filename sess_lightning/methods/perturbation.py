@@ -12,6 +12,7 @@ from sess_lightning.batching import batch_limit, blank_batch, by_image, in_batch
 from sess_lightning.introspection.layers import TargetLayer
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores, score, target_logits
+from sess_lightning.introspection.sizes import blank_image
 from sess_lightning.methods.evidence import layer_evidence
 from sess_lightning.methods.extremal import Bumps as Bumps  # Under its own name: defined here once.
 from sess_lightning.methods.extremal import ExtremalPerturbation as ExtremalPerturbation
@@ -150,7 +151,7 @@ class ScoreCAM(SaliencyMethod):
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return one more than the layer's channels, which a forward pass of one image shows."""
-        image = _blank(model, size)
+        image = blank_image(model, size)
         target = torch.zeros(1, dtype=torch.long, device=image.device)
         with explaining(model):
             return 1 + layer_evidence(model, self.target_layer, image, target)[0].shape[1]
@@ -279,10 +280,3 @@ def rise_masks(
 
     with full_precision(grids.device):
         return strips(0) @ grids @ strips(1).mT
-
-
-def _blank(model: nn.Module, size: tuple[int, int]) -> Float[Tensor, "1 C H W"]:
-    """Return an image that the model takes: as many channels as its first convolution has."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    like = next(model.parameters(), torch.zeros(()))
-    return torch.zeros(1, first.in_channels if first else 3, *size, device=like.device, dtype=like.dtype)
