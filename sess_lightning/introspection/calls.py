@@ -88,43 +88,36 @@ def _listened(root: nn.Module) -> tuple[list[tuple[Before, After]], ExitStack]:
                 after(output)
         return output
 
-    stack.enter_context(_attribute(root, "forward", heard))
+    stack.enter_context(_forward(root, heard))
     return listeners, stack
 
 
 @contextmanager
 def calling(root: nn.Module, call: Callable[[nn.Module, Tensor], Any]) -> Iterator[None]:
     """Make ``root(images)`` return ``call(root, images)``; inside the call, ``root`` is unchanged."""
+    before = vars(root).get("forward")
 
     def forward(images: Tensor) -> Any:
-        with _attribute(root, "forward", before) if had else _without(root, "forward"):
+        with _forward(root, before):
             return call(root, images)
 
-    had, before = "forward" in vars(root), vars(root).get("forward")
-    with _attribute(root, "forward", forward):
+    with _forward(root, forward):
         yield
-
-
-_MISSING = object()
 
 
 @contextmanager
-def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    before = vars(module).get(name, _MISSING)
-    vars(module)[name] = value
+def _forward(root: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Give a module a ``forward`` of its own; None leaves it that of its class."""
+    before = vars(root).get("forward")
+    _set_forward(root, forward)
     try:
         yield
     finally:
-        if before is _MISSING:
-            vars(module).pop(name, None)
-        else:
-            vars(module)[name] = before
+        _set_forward(root, before)
 
 
-@contextmanager
-def _without(module: nn.Module, name: str) -> Iterator[None]:
-    before = vars(module).pop(name)
-    try:
-        yield
-    finally:
-        vars(module)[name] = before
+def _set_forward(root: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        vars(root).pop("forward", None)
+    else:
+        vars(root)["forward"] = forward

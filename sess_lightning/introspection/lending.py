@@ -59,9 +59,7 @@ def explaining(model: nn.Module, only_passes: bool = False) -> Iterator[nn.Modul
                 stack.callback(_NOTED.reset, _NOTED.set(_NOTED.get().union(map(id, modules))))
             stack.enter_context(_evaluating(modules))
             stack.enter_context(_unwrapped(modules))
-            stack.enter_context(_plain_attention())
-            stack.enter_context(_no_autocast_cache())
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_plainly_run())
             stack.callback(_LENT.reset, _LENT.set(_LENT.get().union(map(id, modules))))
             yield model
 
@@ -147,25 +145,26 @@ def keep_rng(devices: Iterable[torch.device] = ()) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    # Without gradients, attention takes a fused path that skips hooks and differs in the last digits.
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+def _plainly_run() -> Iterator[None]:
+    attention = torch.backends.mha
+    with (
+        # Without gradients, attention takes a fused path that skips hooks and differs in the last digits.
+        _switched_off(attention.get_fastpath_enabled, attention.set_fastpath_enabled),
+        # Before torch 2.11, weights cast without gradients stay so in later forwards (pytorch issue 158232).
+        _switched_off(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+        torch.compiler.set_stance("force_eager"),
+    ):
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    # Before torch 2.11, weights cast without gradients stayed so in a later forward (pytorch issue 158232).
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+def _switched_off(is_on: Callable[[], bool], switch: Callable[[bool], None]) -> Iterator[None]:
+    before = is_on()
+    switch(False)
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
+        switch(before)
 
 
 @contextmanager
