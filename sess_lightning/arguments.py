@@ -7,7 +7,6 @@ import re
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_dumper, set_loader
 from typing_extensions import override
 
-from sess_lightning.evaluation.calls import method_spec
+from sess_lightning.evaluation.calls import did_you_mean, method_spec
 from sess_lightning.evaluation.datasets import Benchmark
 from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.sources import LOCAL
@@ -152,10 +151,7 @@ class Parser(ArgumentParser):
             options = [
                 option.replace("--experiment.", "--") for action in shown for option in action.option_strings
             ]
-            near = get_close_matches(found[1].partition("=")[0], options, 3)
-            message = f"there is no option {found[1]}" + (
-                f" (did you mean {' or '.join(near)}?)" if near else ""
-            )
+            message = f"there is no option {found[1]}{did_you_mean(found[1].partition('=')[0], options)}"
         super().error(message, ex)
 
     def describe(self, title: str, texts: Mapping[str, str], prefix: str) -> None:

@@ -58,7 +58,7 @@ def imported(path: str) -> Any:
             "the installed packages."
         ) from error
     if not hasattr(module, attribute):
-        raise ValueError(f"{name} has no {attribute!r}{_similar(attribute, vars(module))}.")
+        raise ValueError(f"{name} has no {attribute!r}{did_you_mean(attribute, vars(module))}.")
     return getattr(module, attribute)
 
 
@@ -88,7 +88,7 @@ def _method(path: str) -> type[SaliencyMethod]:
     if isinstance(found, type) and issubclass(found, SaliencyMethod):
         return found
     raise ValueError(
-        f"there is no method {name!r}{_similar(name, known) or '; there are ' + ', '.join(known)}."
+        f"there is no method {name!r}{did_you_mean(name, known) or '; there are ' + ', '.join(known)}."
     )
 
 
@@ -106,7 +106,7 @@ def _arguments(found: Callable[..., Any], call: ast.Call) -> dict[str, Any]:
         name = keyword.arg or "**"
         if name in given or (name not in named and not (takes_all and keyword.arg)):
             problem = "is given twice" if name in given else "is no argument"
-            others = _similar(name, named) or f"; it takes {', '.join(named)}"
+            others = did_you_mean(name, named) or f"; it takes {', '.join(named)}"
             raise ValueError(f"{title}: {name!r} {problem}{others}.")
         given[name] = keyword.value
     values = {name: _value(node) for name, node in given.items()}
@@ -127,7 +127,8 @@ def _value(node: ast.expr) -> Any:
         raise ValueError(f"{ast.unparse(node)!r} is neither a plain value nor a method.") from error
 
 
-def _similar(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question that names what is similar among ``known``, in brackets; empty if nothing is."""
     folded = {other.casefold(): other for other in known}
     near = [folded[other] for other in get_close_matches(name.casefold(), folded, 3)]
     return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sess_lightning.evaluation.calls import imported_call
+from sess_lightning.evaluation.calls import did_you_mean, imported_call
 from sess_lightning.evaluation.weights import IMAGENET, Network, from_file, is_file, loaded, read_state
 
 LOCAL = "local"
@@ -54,7 +53,7 @@ def of_torchvision(name: str, weights: str | Path | None, num_classes: int | Non
 
     if name not in (known := models.list_models(module=models)):
         raise ValueError(
-            f"model: torchvision knows no {name!r}{_similar(name, known)}; timm's models are timm/NAME, "
+            f"model: torchvision knows no {name!r}{did_you_mean(name, known)}; timm's models are timm/NAME, "
             "those of Hugging Face hf/NAME, your own --module MODULE.CLASS."
         )
 
@@ -126,7 +125,7 @@ def of_timm(name: str, weights: str | Path | None, num_classes: int | None) -> N
     timm = _required("timm")
     if not timm.is_model(name):
         known = timm.list_models()
-        raise ValueError(f"model: timm knows no {name!r}{_similar(name, known)}; see timm.list_models().")
+        raise ValueError(f"model: timm knows no {name!r}{did_you_mean(name, known)}; see timm.list_models().")
     build = partial(_build_timm, timm, name)
     if weights is None:
         model = build(num_classes)
@@ -316,8 +315,3 @@ def _not_here(name: str, remark: str = "") -> ValueError:
 
 def _classes(count: int | None) -> dict[str, int]:
     return {} if count is None else {"num_classes": count}
-
-
-def _similar(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, 3)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
