@@ -60,10 +60,6 @@ class PixelMethod(ExtractingMethod):
         """Turn raw maps into final ones."""
         return min_max(maps)
 
-    def draw(self, maps: Float[Tensor, "B H W"], size: tuple[int, int]) -> Float[Tensor, "B H W"]:  # noqa: ARG002
-        """Return maps, which have the images' resolution already."""
-        return maps
-
     def extract(
         self, model: nn.Module, images: Float[Tensor, "B C H W"], targets: Int[Tensor, " B"]
     ) -> Extraction:
@@ -339,11 +335,9 @@ class SmoothGrad(MapMethod, WrappingMethod):
 
     def __post_init__(self) -> None:
         self.check_base("Gradient()")
-        if self.num_samples < 1 or self.batch_size < 1 or self.noise < 0:
-            raise ValueError(
-                "SmoothGrad: num_samples and batch_size must be at least 1 and noise at least 0, got "
-                f"{self.num_samples}, {self.batch_size} and {self.noise}."
-            )
+        self.check_counts("num_samples", "batch_size")
+        if self.noise < 0:
+            raise ValueError(f"SmoothGrad: noise must not be negative, got {self.noise}.")
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:
         """Return how many forward passes one map of an image of ``size`` (height, width) costs."""
