@@ -388,9 +388,9 @@ def describe_regions(regions: Regions | None) -> str:
         if not (covered > 0).any():
             return "empty masks"
         return f"masks over {covered[covered > 0].median():.0%} of the image"
-    x0, y0, x1, y1 = torch.cat([*(boxes.cpu() for boxes in regions), torch.zeros(0, 4)]).unbind(1)
-    filled = (x1 > x0) & (y1 > y0)
-    if not filled.any():
+    boxes = torch.cat([*(of_image.cpu() for of_image in regions), torch.zeros(0, 4)])
+    boxes = boxes[have_areas(boxes)]
+    if not len(boxes):
         return "no box with an area"
-    width, height = ((end - start)[filled].median().item() for start, end in ((x0, x1), (y0, y1)))
+    width, height = (boxes[:, 2:] - boxes[:, :2]).median(0).values.tolist()
     return f"boxes {width:.3g} x {height:.3g} px"
