@@ -48,7 +48,7 @@ class Part:
         seconds: Median over the rounds.
         bare: Median seconds of a bare forward pass of the same images.
         ratio: Median over the rounds of ``seconds / bare``, both of the same round; NaN without a forward
-            pass pass pass pass.
+            pass.
         lowest: The lowest of these ratios.
         highest: The highest.
         peak: Peak bytes of live tensors beyond model and images (CUDA: allocated bytes), for the whole batch.
