@@ -13,8 +13,8 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
-from sess_lightning.metrics.bootstrap import Mean, interval, resample
-from sess_lightning.metrics.summary import NO_TRIAL, Rows, sample_scores
+from sess_lightning.metrics.bootstrap import Mean, resample
+from sess_lightning.metrics.summary import NO_TRIAL, Rows, interval_ends, sample_scores
 from sess_lightning.reporting.files import harmless
 from sess_lightning.reporting.panels import curve_figure
 from sess_lightning.reporting.text import text_table
@@ -219,11 +219,8 @@ def over_images(rows: Rows, methods: Sequence[str]) -> dict[str, float]:
         if name
     }
     means = {key: Mean(column[chosen], rows.image_of[chosen]) for key, column in columns.items()}
-    figures = {build(*key): mean.value for key, mean in means.items()}
-    for key, drawn in resample(means, int(rows.image_of[-1]) + 1, len(hits)).items():
-        ends = zip(ENDS, interval(drawn), strict=False)
-        figures |= {build(*key._replace(end=end)): value for end, value in ends}
-    return figures
+    resampled = resample(means, int(rows.image_of[-1]) + 1, len(hits))
+    return {build(*key): mean.value for key, mean in means.items()} | interval_ends(resampled)
 
 
 def per_sample(

@@ -16,9 +16,7 @@ ELEMENTS = 2**24
 """The most elements of a matrix of resamples; if more are needed, they are drawn in chunks."""
 
 
-def bootstrap_counts(
-    images: int, rows: int | None = None, seed: int = 0
-) -> Iterator[Float[Tensor, "_ {images}"]]:
+def bootstrap_counts(images: int, rows: int | None = None) -> Iterator[Float[Tensor, "_ {images}"]]:
     """Yield, in chunks, how often each image is drawn in each bootstrap resample, by a generator of its own.
 
     A resample's sum is then one matrix product, and all figures of a run share the same resamples, so that
@@ -27,9 +25,8 @@ def bootstrap_counts(
     Args:
         images: Number of images: a resample draws as many, each with all its samples.
         rows: Number of samples, which decides how many resamples fit in a chunk; None is ``images``.
-        seed: Seed of the generator.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     chunk = max(1, ELEMENTS // max(images, rows or images))
     for start in range(0, RESAMPLES, chunk):
         drawn = torch.randint(images, (min(chunk, RESAMPLES - start), images), generator=generator)

@@ -77,16 +77,23 @@ def pointing_hits(
     >>> pointing_hits(torch.eye(32)[None], [torch.tensor([[0.0, 0.0, 4.0, 4.0]])], tolerance=2.0)
     tensor([True])
     """
-    maps = _as_maps(maps, regions)
     if tolerance <= 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}; 1 asks for the region itself.")
-    regions = checked(read_regions(regions, size=size_of(maps)), size or size_of(maps))
-    target = size_of(regions) if isinstance(regions, Tensor) else size
-    maps = upsample(maps, target) if target is not None else maps
+    maps, regions = _aligned(maps, regions, size)
     u, v, has_peak = _highest(maps)
     if isinstance(regions, Tensor):
         return _near_mask(regions, u, v, tolerance) & has_peak
     return _near_box(regions, u, v, tolerance) & has_peak
+
+
+def _aligned(
+    maps: Tensor, regions: Regions, size: tuple[int, int] | None
+) -> tuple[Float[Tensor, "B H W"], Regions]:
+    """Return maps at the regions' resolution, and the regions, read and checked."""
+    maps = _as_maps(maps, regions)
+    regions = checked(read_regions(regions, size=size_of(maps)), size or size_of(maps))
+    target = size_of(regions) if isinstance(regions, Tensor) else size
+    return upsample(maps, target or size_of(maps)), regions
 
 
 def _as_maps(maps: Real[Tensor, "B h w"], regions: Regions) -> Float[Tensor, "B h w"]:
@@ -134,11 +141,8 @@ def relevance_mass(
     >>> relevance_mass(torch.ones(1, 32, 32), [torch.tensor([[0.0, 0.0, 16.0, 32.0]])])
     tensor([0.5000])
     """
-    maps = _as_maps(maps, regions)
-    regions = checked(read_regions(regions, size=size_of(maps)), size or size_of(maps))
-    target = (size_of(regions) if isinstance(regions, Tensor) else size) or size_of(maps)
-    maps = upsample(maps, target)
-    masks = regions if isinstance(regions, Tensor) else box_masks(regions, target, maps.device)
+    maps, regions = _aligned(maps, regions, size)
+    masks = regions if isinstance(regions, Tensor) else box_masks(regions, size_of(maps), maps.device)
     inside, all_of_it = (maps * masks).sum((1, 2)), maps.sum((1, 2))
     low, high = maps.flatten(1).aminmax(dim=1)
     has_share = has_region(regions, maps.device) & (low >= -ROUNDING * high)

@@ -82,10 +82,6 @@ class SESSMetric(PerSample):
     targets: list[Tensor]
     predicted: list[Tensor]
     ends: list[Tensor]
-    difficult: list[Tensor]
-    begins: list[Tensor]
-    share: list[Tensor]
-    small: list[Tensor]
     left_out: Tensor
 
     def __init__(

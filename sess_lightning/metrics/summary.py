@@ -160,10 +160,16 @@ def scores(rows: Rows, methods: Sequence[str]) -> dict[str, float]:
         if (other := Key(score, name)) in resampled:  # A mean over classes has no paired differences.
             values[build(score, name, minus=True)] = values[score] - values[build(*other)]
             resampled[Key(score, name, minus=True)] = resampled[Key(score)] - resampled[other]
-    for key, drawn in resampled.items():
-        ends = zip(ENDS, interval(drawn), strict=False)
-        values |= {build(*key._replace(end=end)): value for end, value in ends}
-    return values
+    return values | interval_ends(resampled)
+
+
+def interval_ends(resampled: Mapping[Key, Float[Tensor, " R"]]) -> dict[str, float]:
+    """Return both ends of each statistic's 95 % interval by their keys; none where nothing was finite."""
+    return {
+        build(*key._replace(end=end)): value
+        for key, drawn in resampled.items()
+        for end, value in zip(ENDS, interval(drawn), strict=False)
+    }
 
 
 def _counts(rows: Rows) -> dict[str, float]:
