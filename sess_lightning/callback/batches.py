@@ -7,6 +7,7 @@ batch                                                read as
 ===================================================  =========================================================
 ``(images, labels)``, ``[images, labels, ...]``      the first two
 ``{"image": ..., "label": ..., "boxes": ...}``       the usual keys (``IMAGE_KEYS``, ``LABEL_KEYS``, ...)
+a dataclass or a named tuple with such fields        likewise; other named tuples like any tuple
 ``(images, {"label": ..., "mask": ...})``            likewise
 ``(images, [{"labels": ..., "boxes": ...}, ...])``   of each dict its first label and that label's boxes and
                                                      masks; each of its labels if the model is multi-label
@@ -37,7 +38,7 @@ one region for several classes of an image           none: nothing says whose it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +61,10 @@ DIFFICULT_KEYS = ("difficult",)
 COCO_BOX_KEY, COCO_KEYS = "bbox", ("area", "iscrowd", "category_id")
 """COCO's key for boxes (x, y, w, h), and keys that only COCO's annotations have beside it."""
 
-HELP = "Pass batch_adapter=lambda batch: (images, labels), or one that returns a sess_lightning.types.Batch."
+HELP = (
+    "Pass batch_adapter=lambda batch: (images, labels), or one that returns a sess_lightning.types.Batch; "
+    "models that do not classify images cannot be explained."
+)
 
 
 def read_batch(
@@ -94,9 +98,10 @@ def read_batch(
 
 def _check_shapes(images: Any, labels: Any) -> None:
     if not isinstance(images, Tensor) or not isinstance(labels, (Tensor, _Ragged)):
+        given = "a list for each image" if isinstance(labels, _Ragged) else type(labels).__name__
         raise TypeError(
-            f"The batch gave images as {type(images).__name__} and labels as {type(labels).__name__}; "
-            f"both must be tensors. {HELP}"
+            f"The batch gave images as {type(images).__name__} and labels as {given}; both must be tensors. "
+            f"{HELP}"
         )
     if images.ndim != 4 or images.dtype == torch.bool or images.is_complex():
         raise ValueError(
@@ -152,11 +157,13 @@ def _parts(batch: Any) -> _Parts:
 
 
 def _split(batch: Any) -> tuple[Any, Any]:
+    kind = "dict" if isinstance(batch, Mapping) else type(batch).__name__
+    batch = _by_name(batch)
     if isinstance(batch, Mapping):
         images, labels = _first(batch, IMAGE_KEYS), _first(batch, LABEL_KEYS)
         if images is None or labels is None:
             raise TypeError(
-                f"The batch is a dict with keys {sorted(map(str, batch))}; none of {IMAGE_KEYS} or none of "
+                f"The batch is a {kind} with keys {sorted(map(str, batch))}; none of {IMAGE_KEYS} or none of "
                 f"{LABEL_KEYS} is among them. {HELP}"
             )
         if isinstance(labels, Mapping) or (
@@ -166,9 +173,18 @@ def _split(batch: Any) -> tuple[Any, Any]:
         return images, {**batch, LABEL_KEYS[0]: labels}
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return batch[0], batch[1]
-    raise TypeError(
-        f"The batch is a {type(batch).__name__} without labels: nothing says which class to explain. {HELP}"
-    )
+    raise TypeError(f"The batch is a {kind} without labels: nothing says which class to explain. {HELP}")
+
+
+def _by_name(batch: Any) -> Any:
+    """Return a dataclass as a dict, and a named tuple if its names are known ones."""
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return {field.name: getattr(batch, field.name) for field in fields(batch)}
+    if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
+        named = batch._asdict()
+        if _first_key(named, IMAGE_KEYS) and _first_key(named, LABEL_KEYS):
+            return named
+    return batch
 
 
 def _first_key(mapping: Mapping[str, Any], keys: Sequence[str]) -> str | None:

@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torchvision import tv_tensors
@@ -9,6 +11,12 @@ IMAGES = torch.zeros(2, 3, 8, 10)
 LABELS = torch.tensor([3, 1])
 FIRST, SECOND = [1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]
 BOXES = torch.tensor([FIRST, SECOND])
+
+
+@dataclass
+class Photos:
+    picture: torch.Tensor
+    what: torch.Tensor
 
 
 def box_lists(batch):
@@ -255,6 +263,12 @@ def test_a_batch_moves_with_all_it_holds():
         ({"image": IMAGES}, TypeError, r"a dict with keys \['image'\]"),
         ((IMAGES, {"name": LABELS}), TypeError, "labels as NoneType"),
         ((IMAGES, [{"name": 1}, {"name": 2}]), TypeError, r"The targets are dicts with keys \['name'\]"),
+        (
+            ([IMAGES[0], IMAGES[1]], [{"labels": torch.tensor([1, 2])}] * 2),
+            TypeError,
+            "images as list and labels as a list for each image; both must be tensors",
+        ),
+        (Photos(IMAGES, LABELS), TypeError, r"is a Photos with keys \['picture', 'what'\]"),
         ((IMAGES, ["cat", "dog"]), TypeError, "labels as list; both must be tensors"),
         ((IMAGES, torch.tensor([[0, 2, 1]] * 2)), ValueError, "labels hold 0, 2, 1, 0, ...: neither"),
         ((IMAGES[0], LABELS), ValueError, r"images are \(3, 8, 10\), torch.float32; expected \(B, C"),
@@ -270,6 +284,7 @@ def test_what_cannot_be_read_is_named_with_a_way_out(given, error, names, unchec
     with pytest.raises(error, match=names) as caught:
         read_batch(given)
     assert "batch_adapter=lambda batch: (images, labels)" in str(caught.value)
+    assert "models that do not classify images cannot be explained" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Each row of examples/README.md's table of batches."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -54,6 +56,33 @@ def usual_keys():
     for image in ("image", "pixel_values", "img", "x"):
         for label in ("label", "labels", "target", "y"):
             is_plain({image: IMAGES, label: LABELS, "boxes": BOXES}, BOXES)
+
+
+@dataclass
+class Fields:
+    index: torch.Tensor
+    image: torch.Tensor
+    label: torch.Tensor
+    boxes: list[torch.Tensor] | None = None
+
+
+class Named(NamedTuple):
+    index: torch.Tensor
+    image: torch.Tensor
+    label: torch.Tensor
+    boxes: list[torch.Tensor] | None = None
+
+
+class Nameless(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def named_fields():
+    for kind in (Fields, Named):
+        is_plain(kind(torch.arange(2), IMAGES, LABELS))
+        is_plain(kind(torch.arange(2), IMAGES, LABELS, BOXES), BOXES)
+    is_plain(Nameless(IMAGES, LABELS))
 
 
 def targets():
@@ -229,6 +258,7 @@ def undecided():
 
 CASES = dict(zip([
     "`(images, labels)`", "`(images, labels, ...)`", '`{"image": ..., "label": ...}`',
+    "a dataclass or a named tuple with such fields",
     '`(images, {"label": ..., "boxes": ...})`', '`(images, [{"labels": ..., "boxes": ...}, ...])`',
     "`Batch(images, labels, ...)`", "labels (B, 1)", "labels (B, N), rows that sum to 1",
     "labels (B, N), 0 and 1", "labels (B,), floats in 0..1", "labels -1, -100, NaN, no positive class",
@@ -239,9 +269,9 @@ CASES = dict(zip([
     "masks (B, N, H, W) beside labels (B, N)", "boxes or masks in a list, as arrays or None",
     "masks that no convention decides",
 ], [
-    pairs, more, usual_keys, targets, a_dict_each, a_batch, a_column, soft, multi_hot, binary, unknown,
-    without_logit, regression, as_bytes, not_finite, boxes, bounding_boxes, coco, bbox, boxes_elsewhere,
-    masks, conventions, by_class, arrays_and_none, undecided,
+    pairs, more, usual_keys, named_fields, targets, a_dict_each, a_batch, a_column, soft, multi_hot, binary,
+    unknown, without_logit, regression, as_bytes, not_finite, boxes, bounding_boxes, coco, bbox,
+    boxes_elsewhere, masks, conventions, by_class, arrays_and_none, undecided,
 ], strict=True))  # fmt: skip
 
 
