@@ -12,15 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sess_lightning.evaluation.datasets.samples import (
-    Benchmark,
-    Region,
-    Regions,
-    Sample,
-    digest,
-    flags_or_none,
-    make_trials,
-)
+from sess_lightning.evaluation.datasets.samples import Benchmark, Region, Regions, Sample, make_trials
 
 
 class COCO14(Benchmark):
@@ -73,8 +65,7 @@ class COCO14(Benchmark):
         self.class_names = [self._files.coco.cats[category]["name"] for category in categories]
         self._images = [self._files.coco.imgs[image_id] for image_id in self._files.ids]
         self.ids = [Path(image["file_name"]).stem for image in self._images]
-        self._flags = flags_or_none(difficult_list, len(categories))
-        self.options = {"region": region, "difficult": digest(self._flags)}
+        self.options = {"region": region, "difficult": self.read_difficult(difficult_list)}
 
     def __getitem__(self, index: int) -> Sample:
         """Read a sample's annotations."""
@@ -84,8 +75,7 @@ class COCO14(Benchmark):
         for annotation in self._files.coco.imgToAnns.get(image["id"], []):
             by_category.setdefault(self._index[annotation["category_id"]], []).append(annotation)
         regions = {target: self._union(annotations_of) for target, annotations_of in by_category.items()}
-        flags = None if self._flags is None else self._flags.get(self.ids[index], (True,) * len(self._index))
-        trials = make_trials(regions, size, flags, len(by_category))
+        trials = make_trials(regions, size, self.flags_of(self.ids[index]), len(by_category))
         return Sample(self.ids[index], self._folder / image["file_name"], size, trials)
 
     def _union(self, annotations: Sequence[dict[str, Any]]) -> Region:

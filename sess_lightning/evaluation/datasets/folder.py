@@ -13,15 +13,7 @@ from torch import Tensor
 
 from sess_lightning.evaluation.datasets.coco import coco_boxes
 from sess_lightning.evaluation.datasets.pictures import BrokenSampleError, find_pictures, size_on_disk
-from sess_lightning.evaluation.datasets.samples import (
-    Benchmark,
-    Region,
-    Sample,
-    Trial,
-    digest,
-    flags_or_none,
-    make_trials,
-)
+from sess_lightning.evaluation.datasets.samples import Benchmark, Region, Sample, Trial, make_trials
 from sess_lightning.regions import check_boxes
 
 COCO = {
@@ -86,8 +78,7 @@ class PictureFolder(Benchmark):
             self._paths = find_pictures(self._root)
             self._folders()
         self.ids = [file.relative_to(self._root).as_posix() for file in self._paths]
-        self._flags = flags_or_none(difficult_list, len(self.class_names))
-        self.options = {"index_key": index_key, "difficult": digest(self._flags)}
+        self.options = {"index_key": index_key, "difficult": self.read_difficult(difficult_list)}
 
     def _folders(self) -> None:
         beside = [path.parent == self._root for path in self._paths]
@@ -154,10 +145,10 @@ class PictureFolder(Benchmark):
             for target in self._asked(image, objects)
             if (of_target := self._of(target, objects))
         }
-        flags = None if self._flags is None else self._flags.get(path.stem, (True,) * len(self.class_names))
-        if "hard" in image:
-            flags = (bool(image["hard"]),) * len(self.class_names)
-        trials = make_trials(regions, size, flags, len({item["category_id"] for item in objects}))
+        hard = (bool(image["hard"]),) * len(self.class_names) if "hard" in image else None
+        trials = make_trials(
+            regions, size, hard or self.flags_of(path.stem), len({item["category_id"] for item in objects})
+        )
         blind = (Trial(target, None, None) for target in self._asked(image, objects) if target not in regions)
         return Sample(self.ids[index], path, size, (*trials, *blind))
 

@@ -7,12 +7,7 @@ from pathlib import Path
 
 from sess_lightning.evaluation.datasets.pascal import read_xml, xml_boxes, xml_size
 from sess_lightning.evaluation.datasets.pictures import BrokenSampleError, find_pictures, size_on_disk
-from sess_lightning.evaluation.datasets.samples import (
-    Benchmark,
-    Region,
-    Sample,
-    Trial,
-)
+from sess_lightning.evaluation.datasets.samples import Benchmark, Region, Sample, Trial
 
 
 def read_synsets(path: str | Path) -> list[str]:

@@ -11,13 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sess_lightning.evaluation.datasets.pictures import BrokenSampleError
-from sess_lightning.evaluation.datasets.samples import (
-    Benchmark,
-    Sample,
-    digest,
-    flags_or_none,
-    make_trials,
-)
+from sess_lightning.evaluation.datasets.samples import Benchmark, Sample, make_trials
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -56,8 +50,7 @@ class VOC07(Benchmark):
             ) from error
         self.class_names = VOC_CLASSES
         self.ids = [Path(path).stem for path in self._files.images]
-        self._flags = flags_or_none(difficult_list, len(VOC_CLASSES))
-        self.options = {"image_set": image_set, "difficult": digest(self._flags)}
+        self.options = {"image_set": image_set, "difficult": self.read_difficult(difficult_list)}
 
     def __getitem__(self, index: int) -> Sample:
         """Read a sample's annotations."""
@@ -75,8 +68,7 @@ class VOC07(Benchmark):
                 skipped += 1
             else:
                 regions[VOC_CLASSES.index(name)] = xml_boxes(of_class, first_pixel=1)
-        flags = None if self._flags is None else self._flags.get(self.ids[index], (True,) * len(VOC_CLASSES))
-        trials = make_trials(regions, size, flags, len(set(names)))
+        trials = make_trials(regions, size, self.flags_of(self.ids[index]), len(set(names)))
         return Sample(self.ids[index], Path(self._files.images[index]), size, trials, skipped)
 
 

@@ -71,6 +71,7 @@ class Benchmark(Dataset[Sample]):
     ids: Sequence[str] = ()
     is_labelled: bool = True
     options: Mapping[str, str] = MappingProxyType({})
+    _flags: Mapping[str, Sequence[bool]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,6 +83,20 @@ class Benchmark(Dataset[Sample]):
         Raises:
             BrokenSampleError: If they are missing or damaged.
         """
+
+    def read_difficult(self, path: str | Path | None) -> str:
+        """Read a published "difficult" list, if there is one; return what identifies the subset."""
+        if path is None:
+            return "by rule"
+        self._flags = read_flags(path, len(self.class_names))
+        return hashlib.sha256(repr(self._flags).encode()).hexdigest()[:16]
+
+    def flags_of(self, name: str) -> Sequence[bool] | None:
+        """Return by class whether an image is "difficult"; None if the rule decides.
+
+        An image that is not listed is.
+        """
+        return None if self._flags is None else self._flags.get(name, (True,) * len(self.class_names))
 
 
 def read_picture(sample: Sample) -> Real[Tensor, "3 H W"]:
@@ -115,16 +130,6 @@ def read_flags(path: str | Path, class_count: int) -> dict[str, tuple[bool, ...]
             )
         flags[name] = tuple(value == "1" for value in values)
     return flags
-
-
-def flags_or_none(path: str | Path | None, class_count: int) -> dict[str, tuple[bool, ...]] | None:
-    """Read a "difficult" list, if there is one."""
-    return read_flags(path, class_count) if path is not None else None
-
-
-def digest(flags: Mapping[str, Sequence[bool]] | None) -> str:
-    """Return a text that identifies how the "difficult" subset is defined."""
-    return "by rule" if flags is None else hashlib.sha256(repr(flags).encode()).hexdigest()[:16]
 
 
 def covered(region: Region, size: tuple[int, int]) -> float:
