@@ -94,7 +94,8 @@ class Grid:
             return maps.permute(0, 2, 3, 1)
         tokens = as_tokens(features, self.layout)
         before, behind = tokens[:, : self.extra], tokens[:, self.extra + self.height * self.width :]
-        return _from_tokens(torch.cat([before, maps.flatten(2).mT, behind], 1), self.layout)
+        # It only transposes, so it is its own inverse.
+        return as_tokens(torch.cat([before, maps.flatten(2).mT, behind], 1), self.layout)
 
     @property
     def _flips(self) -> list[int]:
@@ -106,10 +107,6 @@ def as_tokens(features: Tensor, layout: Layout) -> Float[Tensor, "B N C"]:
     if layout == "sequence_first":
         return features.transpose(0, 1)
     return features.mT if layout == "tokens_last" else features
-
-
-def _from_tokens(tokens: Float[Tensor, "B N C"], layout: Layout) -> Tensor:
-    return as_tokens(tokens, layout)  # Each flip is its own inverse.
 
 
 def find_grid(shape: tuple[int, ...], size: tuple[int, int]) -> Grid | None:

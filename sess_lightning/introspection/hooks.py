@@ -138,11 +138,12 @@ def gradients(
     }
 
 
-def try_gradient(
-    output: Tensor, inputs: Tensor, weights: Tensor | None = None, retain_graph: bool = False
-) -> Tensor | None:
-    """Return the gradient of a scalar, or of a sum with ``weights``, by ``inputs``; None if none flows."""
-    return _differentiated(output, [inputs], weights, retain_graph)[0]
+def try_gradient(output: Tensor, inputs: Tensor, weights: Tensor | None = None) -> Tensor | None:
+    """Return the gradient of a scalar, or of a sum with ``weights``, by ``inputs``; None if none flows.
+
+    The graph is kept.
+    """
+    return _differentiated(output, [inputs], weights, retain_graph=True)[0]
 
 
 def _differentiated(

@@ -172,7 +172,7 @@ class _Reader:
 
     def reached(self, place: int) -> Tensor | None:
         """Return the gradient of the logits at a passage, or None if they do not depend on it."""
-        slope = try_gradient(self.probe, self.passages[place].features, retain_graph=True)
+        slope = try_gradient(self.probe, self.passages[place].features)
         return slope if slope is not None and slope.any() else None
 
     def grids(self, place: int) -> dict[int, Grid]:
@@ -189,8 +189,8 @@ class _Reader:
         if one == other:
             return True
         earlier, later = (self.passages[place].features for place in sorted((one, other)))
-        follows = try_gradient(later.float().sum(), earlier, retain_graph=True) is not None
-        depends = try_gradient(self.passages[one].features.float().sum(), self.image, retain_graph=True)
+        follows = try_gradient(later.float().sum(), earlier) is not None
+        depends = try_gradient(self.passages[one].features.float().sum(), self.image)
         return not follows and depends is not None and self.reached(one) is not None
 
     def _grid(self, place: int) -> Grid | None:
@@ -230,8 +230,8 @@ class _Reader:
             return True
         if given is None or not grid.fits(given.shape, 1):
             return False
-        all_ways = try_gradient(self.probe, given, retain_graph=True)
-        through = try_gradient(features, given, self.reached(place), retain_graph=True)
+        all_ways = try_gradient(self.probe, given)
+        through = try_gradient(features, given, self.reached(place))
         if all_ways is None or through is None:
             return False
         past = grid.to_maps(all_ways - through).abs().amax()
@@ -242,7 +242,7 @@ class _Reader:
         grid, logits = self._known[place], self.traced.logits
         if grid is None or grid.channels != logits.shape[1]:
             return False
-        reached = try_gradient(logits[0, 0], self.passages[place].features, retain_graph=True)
+        reached = try_gradient(logits[0, 0], self.passages[place].features)
         return reached is not None and not grid.to_maps(reached)[:, 1:].any()
 
     def check_coverage(self) -> None:
