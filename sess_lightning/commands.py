@@ -88,12 +88,9 @@ class ExplainedCLI(LightningCLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        given = config.get("callbacks") or []
-        own = (
-            {one.state_key for one in given if isinstance(one, SESSCallback)}
-            if isinstance(given, list)
-            else ()
-        )
+        given = config.get("callbacks")
+        listed = given if isinstance(given, list) else []
+        own = {one.state_key for one in listed if isinstance(one, SESSCallback)}
         rest = [one for one in callbacks if not (isinstance(one, SESSCallback) and one.state_key in own)]
         if len(rest) < len(callbacks):
             _note("the SESSCallback under trainer.callbacks is the one that runs; --sess.* are not read.")

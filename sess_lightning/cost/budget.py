@@ -11,16 +11,10 @@ from sess_lightning.types import SaliencyMethod
 
 SHARED = 3
 """Forward passes that belong to no sample: the image of zeros, and finding layers on image and window."""
-
-
 CONTROL_SAMPLES = 4
 """On so many samples the controls are scored even if fewer samples are then explained."""
-
-
 FURTHER = 2 * (28 - 1)
 """Forward passes of the two curves of one more map, whose ends are known."""
-
-
 NO_SAMPLE = (
     "max_forwards={} does not pay for a single sample, which costs {} forwards of {}x{} px; raise it to {} "
     "or more, or use fewer scales, masks or steps."

@@ -26,8 +26,6 @@ COLOURED = (
     "CentreGaussian", "ContrastiveSESS",
 )  # fmt: skip
 """The methods that have the ten colours which are easiest to tell apart."""
-
-
 LONGEST = 40
 """Characters of what differs between runs; if there are more, runs are called by their folders."""
 
@@ -325,7 +323,7 @@ def _draw_series(
     field.errorbar(
         where, [p.value for p in line], yerr=np.array(ends).T, label=line[0].series or None, color=colour,
         marker=marker, ms=4, capsize=3, lw=2 if line[0].is_explained else 1,
-        ls=stroke if _joined(line) else "none",
+        ls=stroke if all(_is_number(p.x) for p in line) else "none",
     )  # fmt: skip
     printed = [(x, p.paper) for x, p in zip(where, line, strict=True) if p.paper is not None]
     if printed:
@@ -333,7 +331,3 @@ def _draw_series(
         field.plot(
             *zip(*printed, strict=True), ls="none", marker="D", ms=7, mfc="none", color=colour, label=title
         )
-
-
-def _joined(line: Sequence[Point]) -> bool:
-    return all(_is_number(p.x) for p in line)

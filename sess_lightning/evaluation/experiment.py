@@ -1,9 +1,4 @@
-"""The paper's experiments on a data set: the callback's metric on every image and class of a benchmark.
-
-Each sample's scores are appended to a file as soon as they are known. All figures come from these records
-alone, sorted by sample, so that a run that was killed continues where it stopped, and several processes give
-exactly the figures of one.
-"""
+"""What an experiment measures, and how images reach the model."""
 
 from __future__ import annotations
 
