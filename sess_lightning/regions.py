@@ -94,11 +94,13 @@ def _corners(boxes: Any) -> Tensor:
     # BoundingBoxes lose their format when they are indexed or stacked.
     form = getattr(getattr(boxes, "format", None), "value", "XYXY")
     plain = torch.as_tensor(boxes if boxes is not None else []).as_subclass(Tensor).float()
-    return plain if form == "XYXY" else convert_boxes(plain, form)
+    return plain if form == "XYXY" else convert_boxes(plain, form)  # Their shape is checked later.
 
 
 def convert_boxes(boxes: Float[Tensor, "*B 4"], form: str) -> Float[Tensor, "*B 4"]:
     """Return boxes as (x0, y0, x1, y1); ``form`` is torchvision's name, such as ``"XYWH"``."""
+    if form == "XYXY":
+        return boxes
     from torchvision.ops import box_convert
 
     converted: Tensor = box_convert(boxes, form.lower(), "xyxy")

@@ -2,6 +2,4 @@
 
 from sess_lightning.callback.callback import SESSCallback
 
-__all__ = [
-    "SESSCallback",
-]
+__all__ = ["SESSCallback"]

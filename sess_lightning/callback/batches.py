@@ -143,7 +143,7 @@ def _parts(batch: Any) -> _Parts:
             batch.images, batch.labels, batch.boxes, batch.masks, batch.ids, batch.difficult, batch.size
         )
     images, target = _split(batch)
-    if isinstance(target, (list, tuple)) and target and isinstance(target[0], Mapping):
+    if _are_dicts(target):
         target = _collated(target)
     if not isinstance(target, Mapping):
         return _Parts(images, _numbers(target))
@@ -166,9 +166,7 @@ def _split(batch: Any) -> tuple[Any, Any]:
                 f"The batch is a {kind} with keys {sorted(map(str, batch))}; none of {IMAGE_KEYS} or none of "
                 f"{LABEL_KEYS} is among them. {HELP}"
             )
-        if isinstance(labels, Mapping) or (
-            isinstance(labels, (list, tuple)) and labels and isinstance(labels[0], Mapping)
-        ):
+        if isinstance(labels, Mapping) or _are_dicts(labels):
             return images, labels
         return images, {**batch, LABEL_KEYS[0]: labels}
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
@@ -185,6 +183,10 @@ def _by_name(batch: Any) -> Any:
         if _first_key(named, IMAGE_KEYS) and _first_key(named, LABEL_KEYS):
             return named
     return batch
+
+
+def _are_dicts(target: Any) -> bool:
+    return isinstance(target, (list, tuple)) and len(target) > 0 and isinstance(target[0], Mapping)
 
 
 def _first_key(mapping: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -281,7 +283,7 @@ def _boxes(parts: _Parts, classes: Classes) -> list[Float[Tensor, "_ 4"]]:
     says_form = hasattr(parts.boxes, "format") or any(hasattr(of_image, "format") for of_image in parts.boxes)
     if parts.box_form != "XYXY" and not says_form:
         form = parts.box_form if parts.box_form != COCO_BOX_KEY else _proven_form(boxes, parts)
-        boxes = [regions.convert_boxes(of_image, form) if form != "XYXY" else of_image for of_image in boxes]
+        boxes = [regions.convert_boxes(of_image, form) for of_image in boxes]
     if isinstance(parts.labels, _Ragged):
         return [
             _of_label(boxes[item], parts.labels[item], label)
@@ -307,11 +309,9 @@ def _proven_form(boxes: Sequence[Tensor], parts: _Parts) -> str:
     """Return the format of boxes under COCO's key, if only one format puts all of them inside the images."""
     fits = []
     for form in ("XYXY", "XYWH"):
-        written = [
-            regions.convert_boxes(of_image, form) if form != "XYXY" else of_image for of_image in boxes
-        ]
+        read = [regions.convert_boxes(of_image, form).cpu() for of_image in boxes]
         try:
-            regions.check_boxes([of_image.cpu() for of_image in written], parts.size or size_of(parts.images))
+            regions.check_boxes(read, parts.size or size_of(parts.images))
         except ValueError:
             continue
         fits.append(form)

@@ -142,11 +142,10 @@ def _told(error: Exception, costs: str) -> str:
 
 
 def _remedy(error: Exception) -> str:
-    notes: list[str] = getattr(error, "__notes__", [])
-    if notes and not is_out_of_memory(error):
-        return " ".join(notes)
     if is_out_of_memory(error):
         return "Smaller validation batches, fewer scales or a smaller num_samples need less memory."
+    if notes := getattr(error, "__notes__", []):
+        return " ".join(notes)
     if isinstance(error, (ConnectionError, TimeoutError)):
         return "Check that the logger's server can be reached."
     if isinstance(error, OSError) and error.errno in _NO_ROOM:

@@ -179,10 +179,8 @@ class RunHistory:
         reader = Reader(state)
         texts = reader.read("history", dict, {}).items()
         self.training.update({str(key): str(value) for key, value in texts})
-        self.alarmed, self._is_percent = (
-            reader.read("alarmed", bool, False),
-            reader.read("percent", bool, False),
-        )
+        self.alarmed = reader.read("alarmed", bool, False)
+        self._is_percent = reader.read("percent", bool, False)
         numbers = reader.read("last", dict, {}).items()
         self.last = {str(name): float(value) for name, value in numbers if isinstance(value, (int, float))}
         self.runs = _read(Run, reader.read("runs", list, []), reader.odd)

@@ -36,16 +36,10 @@ def find_class_names(*owners: Any, count: int | None = None) -> list[str] | None
         count: How many there must be, where that is known.
     """
     for place in _walk(owners):
-        for name in (*LISTED, *INDEXED):
+        for name in (*LISTED, *INDEXED, *(["names"] if place.kind == "ClassLabel" else [])):
             names = _names(place.get(name))
             if names and count in (None, len(names)):
                 return names
-        if (
-            place.kind == "ClassLabel"
-            and (names := _names(place.get("names")))
-            and count in (None, len(names))
-        ):
-            return names
     return None
 
 
@@ -186,18 +180,9 @@ def _is_worth(value: Any) -> bool:
     return library not in sys.stdlib_module_names and library not in _SILENT
 
 
-_SILENT = frozenset(
-    {
-        "torch",
-        "numpy",
-        "pandas",
-        "lightning",
-        "pytorch_lightning",
-        "lightning_fabric",
-        "wandb",
-        "torchmetrics",
-    }
-)
+_SILENT = frozenset({
+    "torch", "numpy", "pandas", "lightning", "pytorch_lightning", "lightning_fabric", "wandb", "torchmetrics",
+})  # fmt: skip
 _EVERY_MODULES = frozenset(vars(nn.Module()))
 
 
