@@ -42,6 +42,13 @@ NO_CLASS = (
 )
 """Why an output is no logit."""
 
+EMBEDDED = (
+    "validation compares the model's outputs with each other ({}) and reads no classes off them: an "
+    "embedding has no class to explain. Say what has one, such as the similarity to each class's mean embedding, "
+    "SESSCallback(forward=lambda module, images: similarities)."
+)
+"""Why an output is an embedding."""
+
 STRANGE = (
     "a call of validation's takes {} images, none of which is one of its batch's own, as where a step "
     "normalises them: those of the batch are explained as they are ({}). Give them as the model gets them, "
@@ -170,6 +177,8 @@ class Watcher:
                 self._compare(labels, self._witness.contradiction(self._call, labels))
             elif are_read and items is not None and self._witness.denies(self._call, labels, items):
                 self._refusal = OTHERS.format(_by_image(labels, items), "other targets")
+            if comparison := self._witness.comparison(self._call):
+                self._refusal = EMBEDDED.format(comparison)
             regression = self._witness.regression(self._call)
             self._witness = None
             if self._call is not None and self._seen.logits is not None:

@@ -20,11 +20,16 @@ LOSSES: dict[str, Activation | None] = {
 }  # fmt: skip
 """Loss functions, and how their first argument becomes probabilities."""
 READINGS: dict[str, Activation | None] = {
-    "argmax": None, "topk": None, "softmax": "softmax", "sigmoid": "sigmoid",
+    "argmax": None, "max": None, "topk": None, "softmax": "softmax", "sigmoid": "sigmoid",
 }  # fmt: skip
 """Functions by which predictions are read off logits, and how their first argument becomes probabilities."""
 REGRESSIONS = frozenset({"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"})
 """Loss functions of values that are no logits."""
+COMPARISONS = frozenset({
+    "normalize", "cdist", "pairwise_distance", "cosine_similarity", "matmul", "mm", "cosine_embedding_loss",
+    "triplet_margin_loss", "triplet_margin_with_distance_loss",
+})  # fmt: skip
+"""Functions that compare embeddings with each other, or prepare this."""
 EVEN, CERTAIN = 1e-3, 0.75
 """How far smoothed targets may be apart in half precision, and the least of the right class."""
 Read = tuple[str, Tensor, Any]
@@ -71,6 +76,10 @@ def denies(loss: Read, labels: Tensor, items: Sequence[int]) -> bool | None:
     return bool((rows[which, labels] < 0.5).any())
 
 
+_NOTED = frozenset({*LOSSES, *READINGS, *REGRESSIONS, *COMPARISONS})
+_FIRST = ("input", "x1", "anchor", "input1")
+
+
 class Readings(Endings):
     """Notes the tensors that losses are computed from, or that classes are read off.
 
@@ -84,18 +93,21 @@ class Readings(Endings):
         self.losses: list[Read] = []
         self.readings: list[Read] = []
         self.regressions: list[Read] = []
+        self.comparisons: list[Read] = []
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in LOSSES or name in READINGS or name in REGRESSIONS:
-            reads = name in READINGS or name == "log_softmax"
+        if name in _NOTED:
+            reads = name in READINGS or name in COMPARISONS or name == "log_softmax"
             named = kwargs or {}
-            given = args[0] if args else named.get("input")
+            given = args[0] if args else next((named[key] for key in _FIRST if key in named), None)
+            targets = args[1] if len(args) > 1 else named.get("target")
+            reads_classes = name in READINGS and (name != "max" or isinstance(named.get("dim", targets), int))
             # Attention's softmaxes have more axes.
             if isinstance(given, Tensor) and given.ndim < 3 and not (reads and self._open):
-                targets = args[1] if len(args) > 1 else named.get("target")
-                self.readings += [(name, given, None)] if name in READINGS else []
+                self.readings += [(name, given, None)] if reads_classes else []
+                self.comparisons += [(name, given, None)] if name in COMPARISONS else []
                 self.regressions += [(name, given, targets)] if name in REGRESSIONS else []
                 self.losses += [(name, given, targets)] if name in LOSSES else []
         return super().__torch_function__(func, types, args, kwargs)

@@ -278,6 +278,13 @@ class Witness:
         """Return the name of a loss for regressions that is computed from a call's logits; else ""."""
         return next((name for name, _, _ in self._computed_from(call, self._reading.regressions)), "")
 
+    def comparison(self, call: Call | None) -> str:
+        """Return how a call's outputs are compared with each other where no classes are read off them."""
+        if call is None or (seen := self.seen(call).logits) is None or width(seen) in self.widths():
+            return ""
+        compared = self._reading.comparisons
+        return next((name for name, tensor, _ in compared if tensor.shape[1:] == seen.shape[1:]), "")
+
     def _computed_from(self, call: Call | None, losses: list[Read]) -> list[Read]:
         logits = [logits_at(record.output, call.path) for record in self._made_by(call)] if call else []
         return [loss for loss in losses if any(is_same(one, loss[1]) for one in logits)]

@@ -309,3 +309,41 @@ def test_bytes_that_are_normalised_inside_the_model_are_explained(module, tmp_pa
     tolerance = 1e-6 if module is Bytes else 2e-3
     for name in ("insertion", "deletion", "misclassified"):
         assert values[f"sess/{name}"] == pytest.approx(twin[f"sess/{name}"], abs=tolerance)
+
+
+class Embedding(Module):
+    """A module whose outputs validation compares with each other; classes are read off only if asked."""
+
+    def __init__(self, compare, reads=False):
+        super().__init__()
+        self.compare, self.reads = compare, reads
+
+    def validation_step(self, batch, batch_idx):
+        outputs = self(batch[0])
+        self.log("val_loss", self.compare(outputs).mean())
+        if self.reads:
+            _, predicted = torch.max(outputs, 1)
+            self.log("val_acc", (predicted == batch[1]).float().mean())
+
+
+COMPARED = {
+    "normalize": lambda z: F.normalize(z).std(0),
+    "matmul": lambda z: z / z.norm(dim=1, keepdim=True) @ z.T,
+    "cdist": lambda z: torch.cdist(z, z),
+    "cosine_embedding_loss": lambda z: F.cosine_embedding_loss(z[::2], z[1::2], torch.ones(len(z) // 2)),
+    "triplet_margin_loss": lambda z: nn.TripletMarginLoss()(anchor=z[:2], positive=z[2:4], negative=z[-2:]),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_outputs_that_are_only_compared_with_each_other_are_refused_as_embeddings(name, tmp_path):
+    data = labelled([0, 1, 2, 3, 0, 1])
+    told = rf"compares the model's outputs with each other \({name}\) .*: an embedding has no class"
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path / "a", data, Embedding(COMPARED[name]), batch_size=6)
+    stated = run(
+        tmp_path / "b", data, Embedding(COMPARED[name]), batch_size=6,
+        forward=lambda module, images: module(images),
+    )  # fmt: skip
+    read = run(tmp_path / "c", data, Embedding(COMPARED[name], reads=True), batch_size=6)
+    assert read == pytest.approx(stated, nan_ok=True)
