@@ -223,6 +223,11 @@ class Batch:
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    @property
+    def loaded(self) -> int:
+        """Number of images in the loader's batch; the number of rows where that is unknown."""
+        return len(self) if self.count is None else self.count
+
     def take(self, which: Sequence[int]) -> Batch:
         """Return the samples ``which``."""
 

@@ -364,8 +364,7 @@ def fit_logits(batch: Batch, logits: int | None) -> Batch:
         return batch
     items = range(len(batch)) if batch.items is None else batch.items
     rows = [row for row, is_known in enumerate(known) if is_known]
-    count = len(batch) if batch.count is None else batch.count
-    return replace(batch.take(rows), items=[items[row] for row in rows], count=count)
+    return replace(batch.take(rows), items=[items[row] for row in rows], count=batch.loaded)
 
 
 def check_boxes(batch: Batch) -> None:

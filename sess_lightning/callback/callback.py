@@ -231,11 +231,11 @@ class SESSCallback(Remembering, RunHooks):
                 self._explain(trainer, pl_module)
 
     def _take(self, trainer: Trainer, model: LightningModule, read: Callable[[], Batch], place: int) -> None:
-        if not self.examiner.is_settled(lambda: size_of(read().images)):
+        # A batch without images says nothing: the next one is the first.
+        if not self.examiner.is_settled(lambda: size_of(read().images)) and read().loaded:
             self._settle(trainer, model, read(), place)
-        if not trainer.sanity_checking:
-            logits = self.examiner.watcher.logits
-            left_out = self.keeper.take(read, place, self.examiner.batches, logits)
+        if not trainer.sanity_checking and self.examiner.plan is not None:
+            left_out = self.keeper.take(read, place, self.examiner.batches, self.examiner.watcher.logits)
             self.examiner.metric(model).leave_out(left_out)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:

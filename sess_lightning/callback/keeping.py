@@ -144,7 +144,7 @@ class SampleKeeper:
         logits: Callable[[list[int]], Tensor | None],
     ) -> int:  # fmt: skip
         """Take the samples that are due, and set some aside in case later batches have too few."""
-        size = len(batch) if batch.count is None else batch.count
+        size = batch.loaded
         count = max(0, min(part.due(batch_idx, batches) - self._taken, size))
         places = spread_in_batch(count, size, batch_idx)
         left_out = 0
@@ -234,7 +234,6 @@ def _chosen(batch: Batch, numbers: Mapping[int, int]) -> Kept:
         numbers: Place -> sample number.
     """
     items = list(range(len(batch))) if batch.items is None else batch.items
-    count = len(batch) if batch.count is None else batch.count
     samples = batch.take([row for row, item in enumerate(items) if item in numbers]).to("cpu")
     places = [item for item in items if item in numbers]
     finite = samples.images.isfinite().flatten(1).all(1).nonzero()[:, 0].tolist()
@@ -243,7 +242,7 @@ def _chosen(batch: Batch, numbers: Mapping[int, int]) -> Kept:
         check_inputs("SESSCallback", samples.images.float(), samples.labels)
         check_boxes(samples)
     samples = replace(samples, items=None, count=None, activation=None)  # The batch's, not the samples'.
-    chosen = sum(place < count for place in numbers)
+    chosen = sum(place < batch.loaded for place in numbers)
     return Kept(samples, [numbers[place] for place in places], places, chosen=chosen)
 
 

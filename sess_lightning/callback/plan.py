@@ -94,7 +94,7 @@ def plan_run(
         ValueError: If the budget does not pay for a single sample.
     """
     size = size_of(batch.images)
-    order = find_samples(source, _count(batch), batch_idx, trainer.global_rank, trainer.world_size)
+    order = find_samples(source, batch.loaded, batch_idx, trainer.global_rank, trainer.world_size)
     shares, available = order.shares, float(order.length)
     classes = MOST_CLASSES if settings.target == "label" and batch.activation == "sigmoid" else 1
     budget = settings.budget(model, size, available, shares, classes)
@@ -161,10 +161,6 @@ def _details(
         "model": type(model).__name__,
         "device": f"{model.device}, {trainer.precision}, {world} process{'es' * (world > 1)}",
     }
-
-
-def _count(batch: Batch) -> int:
-    return len(batch) if batch.count is None else batch.count
 
 
 def _objects(settings: Settings, batch: Batch) -> str:

@@ -170,6 +170,8 @@ class Watcher:
             items: Image of each class; None if each has one.
             are_read: Whether they were read off the batch, and not chosen by the user.
         """
+        if not len(labels) and items is None:
+            return
         if self._witness is not None:
             self._call = self._witness.call(labels if items is None else None)
             self._seen, self._widths = self._witness.seen(self._call), self._witness.widths()
@@ -207,8 +209,7 @@ class Watcher:
         """
         if self._refusal:
             raise ValueError(self._refusal)
-        seen = self._seen
-        count = len(batch) if batch.count is None else batch.count
+        seen, count = self._seen, batch.loaded
         if seen is not None and seen.images is None and self._call is not None and self._is_missed is None:
             self._is_missed = True
         if seen is None or seen.images is None:

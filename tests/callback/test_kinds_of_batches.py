@@ -137,3 +137,18 @@ def test_no_batch_passes_twice_through_the_adapter_in_one_run(tmp_path, verb):
 
     verb(tmp_path, spying(batch_adapter=adapt)[0], num_sanity_val_steps=0)
     assert len(passed) == len(set(passed)) == 4
+
+
+@pytest.mark.parametrize("as_batch", [False, True])
+def test_an_adapter_may_leave_nothing_of_the_first_batches(tmp_path, as_batch, told):
+    left = iter([0, 0, 4, 4])
+
+    def adapt(batch):
+        kept = next(left)
+        images, labels = batch[0][:kept], batch[1][:kept]
+        return Batch(images, labels) if as_batch else (images, labels)
+
+    callback, spy = spying(num_samples=8, batch_adapter=adapt)
+    its = validate(tmp_path, callback)
+    assert len(spy.targets) == its.logged_metrics["sess/n"] == 4
+    assert "explains the module called as forward(images)" in told()[0]
