@@ -44,8 +44,8 @@ NO_CLASS = (
 
 EMBEDDED = (
     "validation compares the model's outputs with each other ({}) and reads no classes off them: an "
-    "embedding has no class to explain. Say what has one, such as the similarity to each class's mean embedding, "
-    "SESSCallback(forward=lambda module, images: similarities)."
+    "embedding has no class to explain. Say what has one, such as the similarity to each class's mean "
+    "embedding, SESSCallback(forward=lambda module, images: similarities)."
 )
 """Why an output is an embedding."""
 
