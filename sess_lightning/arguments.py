@@ -27,7 +27,7 @@ CALL = re.compile(r"\s*[A-Za-z_][\w.]*\(")
 MODE = "sess"
 """jsonargparse's mode for YAML in which a method may be written as it prints itself."""
 METHOD = (
-    "what explains, as methods print themselves: GradCAM, 'SESS(GuidedBackprop(), num_scales=10)'; "
+    "the method, as methods print themselves: GradCAM, 'SESS(GuidedBackprop(), num_scales=10)'; "
     "--method.help SESS lists the arguments of one (default: SESS(GradCAM()))"
 )
 MODEL = {

@@ -25,7 +25,7 @@ USAGE = """usage: sess-lightning COMMAND ...
              Lightning's commands for a module of yours, with its explanations logged:
              sess-lightning fit --model my_module.Net --data my_module.Data
 
-sess-lightning COMMAND --help lists a command's options; --traceback shows where an error arose.
+sess-lightning COMMAND --help lists a command's options; --traceback shows where an error occurred.
 All but compare need the extra "cli": pip install 'sess-lightning[cli]', in a clone pip install '.[cli]'.
 """
 LIGHTNING = ("fit", "validate", "test")
@@ -98,7 +98,7 @@ def run_compare(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="folder of an evaluation, or its config"
     )
-    parser.add_argument("--x", help="option to draw over, such as num_scales (default: what differs)")
+    parser.add_argument("--x", help="option on the x-axis, such as num_scales (default: what differs)")
     parser.add_argument(
         "--out",
         type=Path,

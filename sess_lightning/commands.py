@@ -93,14 +93,16 @@ class ExplainedCLI(LightningCLI):
         own = {one.state_key for one in listed if isinstance(one, SESSCallback)}
         rest = [one for one in callbacks if not (isinstance(one, SESSCallback) and one.state_key in own)]
         if len(rest) < len(callbacks):
-            _note("the SESSCallback under trainer.callbacks is the one that runs; --sess.* are not read.")
+            _note(
+                "the SESSCallback under trainer.callbacks is the one that runs; --sess.* options are ignored."
+            )
         return super()._instantiate_trainer(config, rest)
 
     @override
     def before_instantiate_classes(self) -> None:
         path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
         if path and Path(path).suffix and "://" not in str(path) and not Path(path).exists():
-            raise ArgumentError(None, f"--ckpt_path: {path} is no file.")
+            raise ArgumentError(None, f"--ckpt_path: {path} is not a file.")
 
 
 def run_evaluate(arguments: Sequence[str]) -> Results:
@@ -159,11 +161,11 @@ def _folder(config: Namespace, network: Network, experiment: Experiment) -> Benc
 
 
 def _trainer(accelerator: str, devices: int, nodes: int) -> Trainer:
-    # Shares end at different times: the last one is waited for.
+    # Processes finish at different times, and all wait for the last.
     strategy: Strategy | str = DDPStrategy(timeout=timedelta(days=30)) if devices * nodes > 1 else "auto"
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
-    logger.setLevel(logging.WARNING)  # It tells of devices, and advertises.
+    logger.setLevel(logging.WARNING)  # It reports devices, and advertises.
     try:
         return Trainer(
             accelerator=accelerator,
@@ -199,7 +201,7 @@ def _named_network(config: Namespace) -> Network:
         options["weights"] = config.checkpoint
     if options["name"] is None:
         if options["weights"] is not None:
-            is_file(options["weights"])  # A wrong path is told of first.
+            is_file(options["weights"])  # A wrong path is reported first.
         options["name"] = first_on_this_machine()
         _note(f"{options['name']}, whose ImageNet weights are on this machine; another by --model.name.")
     return load_network(**options)
@@ -224,7 +226,9 @@ def _plain(given: Any) -> Any:
 def _own(module: nn.Module, options: dict[str, Any], sees_images: bool) -> Network:
     found = find_normalisation(module)
     if found is None and options["mean"] is None and sees_images:
-        _note("images are normalised as ImageNet's; if yours are not, give --model.mean and --model.std.")
+        _note(
+            "images are normalised by ImageNet's mean and std; for others, pass --model.mean and --model.std."
+        )
     grey = [(sum(values) / len(values),) for values in IMAGENET]
     mean, std = found or (grey if _is_grey(module) else IMAGENET)
     names = tuple(find_class_names(module) or ())
@@ -237,18 +241,18 @@ def _note(text: str) -> None:
 
 
 def run_explain(arguments: Sequence[str]) -> None:
-    """Explain an image, write it with its maps beside, and print what was explained."""
+    """Explain an image, write it with its maps beside it, and print what was explained."""
     parser = explain_parser()
     config = parser.parse_args(arguments)
     method = parser.instantiate(config).method
     read_pixels(config.image)  # Before a model is loaded: errors come at once.
     if is_turned(config.image):
         _note(
-            f"{config.image} is explained as it is stored, but viewers turn it as its EXIF says; to explain "
-            "it as they show it, save what PIL.ImageOps.exif_transpose makes of it."
+            f"{config.image} is explained as stored, but viewers rotate it by its EXIF tag; to explain it as "
+            "they show it, save the result of PIL.ImageOps.exif_transpose."
         )
     if Image.registered_extensions().get(config.out.suffix.lower()) not in Image.SAVE:
-        raise ArgumentError(None, f"--out: {config.out} names no kind of image; end it in .png or .jpg.")
+        raise ArgumentError(None, f"--out: {config.out} has no image suffix; end it in .png or .jpg.")
     make_folder(config.out.parent)
     network = _network(config)
     size = (network.size or SIDE) if config.size is None else config.size

@@ -11,34 +11,34 @@ from sess_lightning.evaluation.calls import method_spec
 from sess_lightning.evaluation.datasets import BrokenSampleError
 
 LONGEST = 600
-"""Characters of a line."""
+"""The most characters of a line."""
 EXPECTED = (ArgumentError, BrokenSampleError, ImportError, OSError, ValueError)
 """Errors whose text says what to do."""
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of what will be written, before there is anything to write.
+    """Create the folder of the output before any work is done.
 
     Raises:
-        ArgumentError: If that cannot be.
+        ArgumentError: If it cannot be created, or not be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArgumentError(None, f"--out: {folder} can be no folder ({error.strerror}).") from error
+        raise ArgumentError(None, f"--out: {folder} cannot be created ({error.strerror}).") from error
     if not os.access(folder, os.W_OK):
-        raise ArgumentError(None, f"--out: {folder} may not be written to; choose another folder.")
+        raise ArgumentError(None, f"--out: {folder} is not writable; choose another folder.")
 
 
 def is_misuse(error: Exception) -> bool:
-    """Return whether an error of Lightning's commands is about how they were called, not of a training."""
+    """Return whether an error of Lightning's commands is about their arguments, not about the training."""
     is_ours = isinstance(error, (TypeError, ValueError)) and str(error).startswith("SESSCallback: ")
     is_lightnings = type(error).__name__ == "MisconfigurationException" or "SaveConfigCallback" in str(error)
     return is_lightnings or is_ours or isinstance(error, ArgumentError)
 
 
 def one_line(command: str, error: Exception) -> str:
-    """Return what is wrong, and what helps, as a line for users.
+    """Return what is wrong and how to fix it, as one line for users.
 
     Args:
         command: Name of the command that raised the error.

@@ -211,7 +211,9 @@ def test_explain_tells_of_a_picture_that_viewers_turn(tmp_path, capsys, tiny_net
         exif[0x0112] = orientation
         photograph("chelsea").save(file, exif=exif)
         cli.main(["explain", str(file), "--size", "64", "--out", str(tmp_path / "out.png")])
-        assert ("phone.jpg is explained as it is stored" in capsys.readouterr().err) == is_told
+        assert (
+            "phone.jpg is explained as stored, but viewers rotate it" in capsys.readouterr().err
+        ) == is_told
 
 
 def assert_one_line(capsys, command, *messages):
@@ -225,11 +227,11 @@ def assert_one_line(capsys, command, *messages):
 @pytest.mark.parametrize(
     ("file", "target", "message"),
     [
-        ("cat.png", "unicorn", "'unicorn' is none of the 5 class names; give an index"),
-        ("cat.png", "aa", "'aa' is none of the 5 class names (similar: a); give an index"),
+        ("cat.png", "unicorn", "'unicorn' is not one of the 5 class names; give an index"),
+        ("cat.png", "aa", "'aa' is not one of the 5 class names (similar: a); give an index"),
         ("cat.png", "5", "the model has the classes 0 to 4, got 5"),
         ("cat.png", "-1", "the model has the classes 0 to 4, got -1"),
-        ("dog.png", "0", "dog.png: cannot be read as a picture"),
+        ("dog.png", "0", "dog.png: cannot be read as an image"),
     ],
 )
 def test_explain_says_in_a_line_what_is_wrong(tmp_path, capsys, tiny_network, file, target, message):
@@ -275,7 +277,7 @@ def test_help_and_compare_need_no_extra(capsys, without_jsonargparse, tmp_path):
     assert "folder of an evaluation, or its config" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compare", str(tmp_path)])
-    assert "no results.csv; let sess-lightning evaluate finish there first" in capsys.readouterr().err
+    assert "no results.csv; let sess-lightning evaluate finish first" in capsys.readouterr().err
 
 
 def small(classes=4):
@@ -305,7 +307,7 @@ def test_weights_come_from_safetensors(tmp_path):
 
 def test_nothing_but_tensors_is_unpickled(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "whole_model.pth")
-    with pytest.raises(ValueError, match="holds more than tensors, which is not loaded"):
+    with pytest.raises(ValueError, match="contains more than tensors, and loading that could run any code"):
         read_state(tmp_path / "whole_model.pth")
 
 
@@ -322,7 +324,7 @@ def test_what_a_file_would_run_is_not_run(tmp_path, legacy):
     path = tmp_path / "weights.ckpt"
     state = {"state_dict": {"w": torch.ones(1), "run": Malicious(tmp_path / "was here")}}
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match="holds more than tensors, which is not loaded"):
+    with pytest.raises(ValueError, match="contains more than tensors, and loading that could run any code"):
         read_state(path)
     assert not (tmp_path / "was here").exists()
     torch.load(path, weights_only=False)  # It does run where that is allowed.
@@ -333,9 +335,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
     torch.save(small()[0].state_dict(), tmp_path / "a.pth")
     with pytest.raises(ValueError, match="the weights do not fit the model"):
         load_network("resnet18", tmp_path / "a.pth")
-    with pytest.raises(FileNotFoundError, match=r"none\.pth is no file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth is not a file"):
         load_network("resnet18", tmp_path / "none.pth")
-    with pytest.raises(ValueError, match=r"torchvision knows no 'resnet19' \(did you mean resnet18 or"):
+    with pytest.raises(ValueError, match=r"torchvision has no 'resnet19' \(did you mean resnet18 or"):
         load_network("resnet19")
 
 
@@ -464,20 +466,20 @@ RANDOM = ["--model.name", "squeezenet1_1", "--model.weights", "null"]
         (["--method", "GradCam"], ["--method: there is no method 'GradCam' (did you mean GradCAM"]),
         (["--method", "Nonsense"], ["there is no method 'Nonsense'; there are CAM, RISE, SESS, "]),
         (["--method", "SESS(GradCAM(), num_scale=2)"],
-         ["SESS: 'num_scale' is no argument (did you mean num_scales"]),
+         ["SESS: 'num_scale' is not an argument (did you mean num_scales"]),
         (["--method", "SESS(GradCAM(), num_scales='x')"], ["num_scales: expected int, got x."]),
         (["--method", "SESS(GradCAM(), num_scales=0)"], ["num_scales must be at least 1, got 0."]),
         (["--method", "SESS(GradCAM("], ["is not a call such as SESS(GradCAM(), num_scales=2)."]),
         (["--size", "big"], ["--size: expected int, got big."]),
-        (["--module", "3"], ["'3' names no module; write MODULE.CLASS, such as my_module.Net."]),
+        (["--module", "3"], ["'3' contains no module; write MODULE.CLASS, such as my_module.Net."]),
         (["--size", "0", *RANDOM], ["size must be at least 1, got 0."]),
         (["--model.mean", "[123, 117, 104]", *RANDOM], ["mean is of pixels in 0..1, got [123.0, "]),
-        (["--out", "maps/"], ["--out: maps names no kind of image; end it in .png or .jpg."]),
-        (["--out", f"{__file__}/map.png"], ["--out: ", "test_cli.py can be no folder ("]),
+        (["--out", "maps/"], ["--out: maps has no image suffix; end it in .png or .jpg."]),
+        (["--out", f"{__file__}/map.png"], ["--out: ", "test_cli.py cannot be created ("]),
         (["--metod", "CAM"], ["there is no option --metod (did you mean --method", "explain --help."]),
         (["--config", "none.yaml"], ["--config: File does not exist"]),
-        (["--model.name", "resnet8"], ["torchvision knows no 'resnet8' (did you mean resnet18", "hf/NAME"]),
-        (["--model.weights", "none.pth"], ["none.pth is no file"]),
+        (["--model.name", "resnet8"], ["torchvision has no 'resnet8' (did you mean resnet18", "hf/NAME"]),
+        (["--model.weights", "none.pth"], ["none.pth is not a file"]),
         (["--checkpoint", "none.ckpt"], ["--checkpoint: give its class, --module my_module.Net"]),
         (["--module", "lightning_models.Clasifier"],
          ["lightning_models has no 'Clasifier' (did you mean Classifier?)."]),
@@ -494,12 +496,12 @@ def test_what_is_wrong_is_said_in_one_line_with_a_remedy(cat, capsys, options, m
     ("arguments", "messages"),
     [
         (["evaluate"], ["give a folder of images, or a --config that names a benchmark."]),
-        (["evaluate", "no_folder"], ["no_folder is no folder of pictures."]),
+        (["evaluate", "no_folder"], ["no_folder is not a folder."]),
         (["evaluate", "x", "--benchmark", "VOC7"], ["--benchmark: there is no VOC7."]),
         (["evaluate", "x", "--limits", "few"], ["--limits: expected ", " or ", "int", "dict", ", got few."]),
         (["evaluate", "x", "--limit", "3"], ["there is no option --limit (did you mean --limits?)."]),
-        (["cost", "--out", "file/costs.csv"], ["--out: file can be no folder ("]),
-        (["compare", "x", "--out", "file"], ["--out: file can be no folder (File exists)."]),
+        (["cost", "--out", "file/costs.csv"], ["--out: file cannot be created ("]),
+        (["compare", "x", "--out", "file"], ["--out: file cannot be created (File exists)."]),
         (["cost", "--method", "GradCm"], ["--method: there is no method 'GradCm' (did you mean GradCAM"]),
         (["cost", "--size", "1", "2", "3"], ["--size: one side, or height and width, got [1, 2, 3]."]),
         (["fit", *ANY, "--sess.num_samples", "-1"],
@@ -509,7 +511,7 @@ def test_what_is_wrong_is_said_in_one_line_with_a_remedy(cat, capsys, options, m
          ["--model: module 'lightning_models' has no attribute 'Nett'. See sess-lightning fit --help."]),
         (["validate", "--ckpt_path", "none.ckpt"], ["arguments are required: --model."]),
         (["test", "--ckpt_path", "none.ckpt", "--model", "lightning_models.Classifier"],
-         ["--ckpt_path: none.ckpt is no file."]),
+         ["--ckpt_path: none.ckpt is not a file."]),
         (["validate", "--model", "lightning.pytorch.demos.boring_classes.BoringModel",
           "--data", "lightning.pytorch.LightningDataModule", "--trainer.logger", "false",
           "--seed_everything", "0"],
@@ -676,7 +678,7 @@ def test_explain_evaluate_and_cost_take_a_module_and_its_checkpoint(cat, tmp_pat
     )
     told = capsys.readouterr()
     assert "class " in told.out
-    assert "normalised as ImageNet's; if yours are not, give --model.mean" in told.err
+    assert "normalised by ImageNet's mean and std; for others, pass --model.mean" in told.err
     (tmp_path / "flat").mkdir()
     photograph("chelsea").save(tmp_path / "flat" / "a.png")
     cli.main(["evaluate", str(tmp_path / "flat"), *given, *SMALL, "--out", str(tmp_path / "out")])

@@ -22,7 +22,7 @@ def method_spec(text: str) -> dict[str, Any]:
             your own classes; arguments are literals and other methods.
 
     Raises:
-        ValueError: If the text is no such call; the message names what is similar.
+        ValueError: If the text is not such a call; the message suggests similar names.
     """
     return _spec(_parsed(text))
 
@@ -47,7 +47,7 @@ def imported(path: str) -> Any:
     """
     name, _, attribute = path.rpartition(".")
     if not name:
-        raise ValueError(f"{path!r} names no module; write MODULE.CLASS, such as my_module.Net.")
+        raise ValueError(f"{path!r} contains no module; write MODULE.CLASS, such as my_module.Net.")
     try:
         module = import_module(name)
     except ModuleNotFoundError as error:
@@ -100,12 +100,12 @@ def _arguments(found: Callable[..., Any], call: ast.Call) -> dict[str, Any]:
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if len(call.args) > len(placed):
-        raise ValueError(f"{title} takes at most {len(placed)} arguments without name, got {len(call.args)}.")
+        raise ValueError(f"{title} takes at most {len(placed)} positional arguments, got {len(call.args)}.")
     given = dict(zip(placed, call.args, strict=False))
     for keyword in call.keywords:
         name = keyword.arg or "**"
         if name in given or (name not in named and not (takes_all and keyword.arg)):
-            problem = "is given twice" if name in given else "is no argument"
+            problem = "is given twice" if name in given else "is not an argument"
             others = did_you_mean(name, named) or f"; it takes {', '.join(named)}"
             raise ValueError(f"{title}: {name!r} {problem}{others}.")
         given[name] = keyword.value

@@ -84,7 +84,7 @@ def read_run(path: str | Path) -> Run:
     if folder.suffix in (".yaml", ".yml"):
         folder = Path(yaml.safe_load(folder.read_text(encoding="utf-8"))["out"])
     if not (folder / "results.csv").is_file():
-        raise FileNotFoundError(f"{folder}: no results.csv; let sess-lightning evaluate finish there first.")
+        raise FileNotFoundError(f"{folder}: no results.csv; let sess-lightning evaluate finish first.")
     with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     settings = read_settings(folder)
@@ -127,7 +127,7 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
             where that is much.
 
     Raises:
-        ValueError: If ``x`` is no option of the runs.
+        ValueError: If ``x`` is not an option of the runs.
     """
     axis, rest, labels = _axis(runs, x)
     figures = []
@@ -202,7 +202,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, x: str | None = None) 
 
     Raises:
         FileNotFoundError: If an evaluation is not finished.
-        ValueError: If ``x`` is no option of the runs.
+        ValueError: If ``x`` is not an option of the runs.
     """
     runs = [read_run(path) for path in paths]
     out = Path(out)

@@ -53,7 +53,7 @@ class Experiment:
         seed: Seed of the draw.
 
     Raises:
-        ValueError: If a number cannot be what it is for.
+        ValueError: If a number is out of range.
     """
 
     method: SaliencyMethod = SESS(GradCAM())  # noqa: RUF009 (Methods are frozen records.)

@@ -104,7 +104,7 @@ def _class_index(target: int | str | None, names: tuple[str, ...], logits: Float
         near = near[:5] or get_close_matches(str(target), names, 3)
         hint = f" (similar: {', '.join(near)})" if near else ""
         raise ValueError(
-            f"target: {target!r} is none of the {len(names)} class names{hint}; give an index, "
+            f"target: {target!r} is not one of the {len(names)} class names{hint}; give an index, "
             f"0 to {count - 1}."
         )
     if not 0 <= int(target) < count:

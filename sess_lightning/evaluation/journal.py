@@ -64,7 +64,7 @@ def read_journal(path: Path, settings: Mapping[str, str]) -> dict[int, dict[str,
         differing = [key for key in {*before, *settings} if before.get(key) != settings.get(key)]
         changes = (f"{key} was {before.get(key)}, is {settings.get(key)}" for key in sorted(differing))
         raise ValueError(
-            f"{path}: was written under other settings ({'; '.join(changes)}); use another folder."
+            f"{path}: was written with other settings ({'; '.join(changes)}); use another folder."
         )
     return entries
 

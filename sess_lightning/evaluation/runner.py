@@ -246,13 +246,13 @@ def summarise(
     chosen = experiment.chosen(len(benchmark))
     broken = [entry["broken"] for entry in entries.values() if "broken" in entry]
     if broken and len(broken) == len(chosen):
-        raise BrokenSampleError(f"None of the {len(chosen)} pictures can be read; the first: {broken[0]}")
+        raise BrokenSampleError(f"None of the {len(chosen)} images can be read; the first: {broken[0]}")
     metric = experiment.metric()
     scored = {number: entry for number, entry in entries.items() if entry.get("rows")}
     if entries and not scored and len(entries) == len(chosen):
         raise ValueError(
             f"None of the {len(chosen)} images has a class to explain. Give each an annotation or a class "
-            "folder, or images alone, which are explained for what the model predicts."
+            "folder; of images alone, the predicted class is explained."
         )
     for entry in scored.values():
         metric.load_rows(entry["rows"])

@@ -53,7 +53,7 @@ def of_torchvision(name: str, weights: str | Path | None, num_classes: int | Non
 
     if name not in (known := models.list_models(module=models)):
         raise ValueError(
-            f"model: torchvision knows no {name!r}{did_you_mean(name, known)}; timm's models are timm/NAME, "
+            f"model: torchvision has no {name!r}{did_you_mean(name, known)}; timm's models are timm/NAME, "
             "those of Hugging Face hf/NAME, your own --module MODULE.CLASS."
         )
 
@@ -80,7 +80,7 @@ def of_torchvision(name: str, weights: str | Path | None, num_classes: int | Non
     except KeyError:
         names = [each.name for each in models.get_model_weights(name)]
         raise ValueError(
-            f"weights: {weights!r} is no file, and torchvision's are {', '.join(names)}."
+            f"weights: {weights!r} is neither a file nor one of torchvision's, {', '.join(names)}."
         ) from None
     return _of_weights(build(num_classes, chosen), chosen)
 
@@ -125,7 +125,7 @@ def of_timm(name: str, weights: str | Path | None, num_classes: int | None) -> N
     timm = _required("timm")
     if not timm.is_model(name):
         known = timm.list_models()
-        raise ValueError(f"model: timm knows no {name!r}{did_you_mean(name, known)}; see timm.list_models().")
+        raise ValueError(f"model: timm has no {name!r}{did_you_mean(name, known)}; see timm.list_models().")
     build = partial(_build_timm, timm, name)
     if weights is None:
         model = build(num_classes)
@@ -148,7 +148,7 @@ def _pretrained(timm: ModuleType, name: str) -> str:
     architecture, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        raise ValueError(f"weights: timm's of {architecture} are {', '.join(tags) or 'none'}, not {tag!r}.")
+        raise ValueError(f"weights: timm has no {tag!r} for {architecture}, but {', '.join(tags) or 'none'}.")
     return name
 
 
@@ -265,7 +265,7 @@ def own_module(
     else:
         found, arguments = imported_call(str(given["class_path"]))[0], dict(given.get("init_args") or {})
     if checkpoint is not None and not is_file(checkpoint):
-        raise FileNotFoundError(f"checkpoint: {checkpoint} is no file.")
+        raise FileNotFoundError(f"checkpoint: {checkpoint} is not a file.")
     stored = _hyper_parameters(checkpoint, found) if checkpoint is not None else {}
     module = found if isinstance(found, nn.Module) else _called(found, stored | arguments | dict(more))
     if not isinstance(module, nn.Module):

@@ -26,7 +26,7 @@ def torchray(name: str, state: Mapping[str, Tensor]) -> nn.Module:
         ValueError: If it is another network, or the weights do not fit.
     """
     if name not in _TORCHRAY:
-        raise ValueError(f'model: layout="torchray" knows {" and ".join(_TORCHRAY)}, not {name!r}.')
+        raise ValueError(f'model: layout="torchray" supports {" and ".join(_TORCHRAY)}, not {name!r}.')
     build, rename, head = _TORCHRAY[name]
     renamed = rename(state)
     with torch.device("meta"):  # No random initialisation: all weights come from the file.

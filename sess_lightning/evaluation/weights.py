@@ -76,7 +76,7 @@ def _named(name: str | None, weights: str | Path | None, layout: Layout, num_cla
     library, _, rest = name.partition("/")
     if layout == "torchray":
         if weights is None or not is_file(weights):
-            raise ValueError(f'model: layout="torchray" needs the weights\' file, got {weights!r}.')
+            raise ValueError(f'model: layout="torchray" needs a file of weights, got {weights!r}.')
         return Network(torchray(name, read_state(weights)).eval(), *CAFFE)
     if library == "timm":
         return sources.of_timm(rest, weights, num_classes)
@@ -129,7 +129,7 @@ def is_file(weights: str | Path) -> bool:
     if Path(weights).is_file():
         return True
     if Path(weights).suffix or len(Path(weights).parts) > 1:
-        raise FileNotFoundError(f"weights: {weights} is no file.")
+        raise FileNotFoundError(f"weights: {weights} is not a file.")
     return False
 
 
@@ -149,7 +149,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a file, without unpickling anything but tensors.
 
     Raises:
-        ValueError: If the file holds something else, or is damaged.
+        ValueError: If the file contains something else, or is damaged.
     """
     try:
         if Path(path).suffix == ".safetensors":
@@ -170,7 +170,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         else {}
     )
     if not state:
-        raise ValueError(f"{path}: holds no state dict.")
+        raise ValueError(f"{path}: contains no state dict.")
     return state
 
 
@@ -182,16 +182,16 @@ def _complaint(path: Path, error: Exception) -> str:
         return "is empty; download or save it again."
     if head.isascii() and head.decode().replace("\n", " ").replace("\r", " ").isprintable():
         text = head.decode()
-        return f"holds text, {text!r}: a page or a pointer in the weights' place; fetch the file itself."
+        return f"contains text, {text!r}: a web page or a pointer, not weights; download the file itself."
     if "TorchScript" in str(error):
         return "is a TorchScript archive; save model.state_dict() instead."
     reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
     if isinstance(error, pickle.UnpicklingError):
         return (
-            "holds more than tensors, which is not loaded, as it could run anything; save "
+            "contains more than tensors, and loading that could run any code; save "
             f"model.state_dict() instead, or safetensors ({reason})."
         )
-    return f"is cut short or damaged ({reason}); copy or download it again."
+    return f"is truncated or damaged ({reason}); copy or download it again."
 
 
 def fit_names(state: Mapping[str, Tensor], wanted: set[str], source: str) -> dict[str, Tensor]:
@@ -206,4 +206,4 @@ def fit_names(state: Mapping[str, Tensor], wanted: set[str], source: str) -> dic
         if all(prefix + name in state for name in wanted):
             return {name: state[prefix + name] for name in wanted}
     missing = sorted(wanted - set(state))[:5]
-    raise ValueError(f"{source}: the weights do not fit the model; not there: {missing}.")
+    raise ValueError(f"{source}: the weights do not fit the model; missing: {missing}.")

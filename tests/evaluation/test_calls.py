@@ -69,11 +69,11 @@ def test_names_may_be_bare_dotted_or_without_keywords():
         ("GradCam", r"there is no method 'GradCam' \(did you mean GradCAM or "),
         ("Foo()", "there is no method 'Foo'; there are CAM, RISE, SESS,"),
         ("SESS(GradCam())", "there is no method 'GradCam'"),
-        ("GradCAM(target='a')", r"GradCAM: 'target' is no argument \(did you mean target_layer\?\)"),
-        ("GradCAM(zzz='a')", "GradCAM: 'zzz' is no argument; it takes target_layer, activation, of"),
+        ("GradCAM(target='a')", r"GradCAM: 'target' is not an argument \(did you mean target_layer\?\)"),
+        ("GradCAM(zzz='a')", "GradCAM: 'zzz' is not an argument; it takes target_layer, activation, of"),
         ("SESS(GradCAM(), base=RISE())", "SESS: 'base' is given twice"),
-        ("CentreGaussian(1, 'softmax', 3)", "takes at most 2 arguments without name, got 3"),
-        ("SESS(GradCAM(), **{})", r"SESS: '\*\*' is no argument"),
+        ("CentreGaussian(1, 'softmax', 3)", "takes at most 2 positional arguments, got 3"),
+        ("SESS(GradCAM(), **{})", r"SESS: '\*\*' is not an argument"),
         ("SESS(1 + x)", "'1 \\+ x' is neither a plain value nor a method"),
         ("SESS(GradCAM()", r"is not a call such as SESS\(GradCAM\(\), num_scales=2\)"),
         ("torch.nn.Linear(2, 2)", "there is no method 'torch.nn.Linear'"),
@@ -90,7 +90,7 @@ def test_what_a_module_is_made_of_is_read_too():
     found, arguments = imported_call("torch.nn.Linear(3, out_features=2, bias=False)")
     assert (found.__name__, arguments) == ("Linear", {"in_features": 3, "out_features": 2, "bias": False})
     assert imported_call("json.loads") == (json.loads, {})
-    with pytest.raises(ValueError, match="'Net' names no module; write MODULE"):
+    with pytest.raises(ValueError, match="'Net' contains no module; write MODULE"):
         imported_call("Net(5)")
     with pytest.raises(ValueError, match=r"torch\.nn has no 'Linaer' .did you mean Linear"):
         imported_call("torch.nn.Linaer")

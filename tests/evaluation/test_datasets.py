@@ -116,7 +116,7 @@ def test_coco_categories_are_counted_by_rising_id_and_pictures_may_have_none(coc
 
 
 def test_coco_without_its_files_says_which(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"instances_val2014\.json is not there"):
+    with pytest.raises(FileNotFoundError, match=r"instances_val2014\.json does not exist"):
         COCO14(tmp_path)
 
 
@@ -209,7 +209,9 @@ def test_a_folder_is_read_as_by_image_folder_but_for_what_is_hidden(tmp_path):
 
 def test_a_class_folder_that_is_no_class_of_the_model_is_refused(tmp_path):
     root = class_folders(tmp_path, "taby", "tench")
-    with pytest.raises(ValueError, match=r"'taby' is none of the model's 3 classes \(similar: tabby\); name"):
+    with pytest.raises(
+        ValueError, match=r"'taby' is not one of the model's 3 classes \(similar: tabby\); name"
+    ):
         PictureFolder(root, classes=["tench", "tabby", "cat"])
 
 
@@ -274,7 +276,7 @@ def test_a_category_is_the_class_of_its_name(tmp_path, classes, target):
 def test_a_category_that_is_no_class_of_the_model_is_refused_and_the_remedy_works(tmp_path):
     classes = ["dog", "Cats", "owl"]
     with pytest.raises(
-        ValueError, match=r"'cat' is none of the model's 3 classes \(similar: Cats\); name cat"
+        ValueError, match=r"'cat' is not one of the model's 3 classes \(similar: Cats\); name cat"
     ):
         PictureFolder(write_json(tmp_path, {}, [CAT], [BOX]), classes=classes)
     root = write_json(tmp_path, {}, [CAT | {"class_index": 1}], [BOX])
@@ -327,14 +329,14 @@ def test_categories_may_carry_the_models_indices(tmp_path):
 def test_a_damaged_picture_is_a_clear_error(voc):
     sample = VOC07(voc)[0]
     sample.path.write_bytes(sample.path.read_bytes()[:200])
-    with pytest.raises(BrokenSampleError, match=r"000001\.jpg: cannot be read as a picture"):
+    with pytest.raises(BrokenSampleError, match=r"000001\.jpg: cannot be read as an image"):
         read_picture(sample)
 
 
 def test_a_picture_of_another_size_than_annotated_is_a_clear_error(voc):
     sample = VOC07(voc)[0]
     photograph("chelsea", width=50).save(sample.path)
-    with pytest.raises(BrokenSampleError, match="the picture is 33x50 px"):
+    with pytest.raises(BrokenSampleError, match="the image is 33x50 px"):
         read_picture(sample)
 
 

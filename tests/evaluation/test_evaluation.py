@@ -163,7 +163,7 @@ def test_without_curves_and_regions_it_is_the_seconds_that_are_told(tmp_path):
 )
 def test_records_of_other_settings_are_refused(voc, whole, change, told):
     made = replace(experiment(), **change)
-    with pytest.raises(ValueError, match=f"written under other settings .*{told}"):
+    with pytest.raises(ValueError, match=f"written with other settings .*{told}"):
         evaluate(build("tiny"), FiveClasses(voc), made, whole[1])
 
 
@@ -219,7 +219,7 @@ def test_broken_pictures_are_tried_again_whoever_wrote_that_they_are(voc, tmp_pa
 
 def test_a_data_set_without_any_picture_that_can_be_read_is_an_error(tmp_path):
     root = broken_voc(write_voc(tmp_path / "voc"), ("000001", "000002", "000003"))
-    with pytest.raises(BrokenSampleError, match=r"None of the 3 pictures can be read; .*000001\.jpg"):
+    with pytest.raises(BrokenSampleError, match=r"None of the 3 images can be read; .*000001\.jpg"):
         run(root, tmp_path / "out")
 
 

@@ -70,5 +70,5 @@ def test_classes_without_names_are_numbered(file, network):
     for few in ((), ("a", "b")):
         explained = explain_image(file, network._replace(class_names=few), GradCAM(), 3, size=64)
         assert explained.panel.label == "class 3"
-    with pytest.raises(ValueError, match="'cat' is none of the 0 class names; give an index"):
+    with pytest.raises(ValueError, match="'cat' is not one of the 0 class names; give an index"):
         explain_image(file, network._replace(class_names=()), GradCAM(), "cat", size=64)

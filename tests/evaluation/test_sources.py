@@ -70,7 +70,7 @@ def test_a_file_that_is_named_as_published_weights_brings_their_classes(tmp_path
 def test_a_damaged_file_in_the_cache_is_named(cache):
     _, path = publish(cache)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"{path.name}: is cut short or damaged"):
+    with pytest.raises(ValueError, match=f"{path.name}: is truncated or damaged"):
         load_network(NAME, "local")
 
 
@@ -83,9 +83,9 @@ def test_packages_with_weights_are_used():
 def test_wrong_names_are_answered_with_similar_ones():
     with pytest.raises(ValueError, match=r"'resnet19' \(did you mean resnet18 or .*timm/NAME"):
         of_torchvision("resnet19", None, None)
-    with pytest.raises(ValueError, match="'V9' is no file, and torchvision's are IMAGENET1K_V1"):
+    with pytest.raises(ValueError, match="'V9' is neither a file nor one of torchvision's, IMAGENET1K_V1"):
         of_torchvision("resnet18", "V9", None)
-    with pytest.raises(ValueError, match='layout="torchray" needs the weights\' file, got None'):
+    with pytest.raises(ValueError, match='layout="torchray" needs a file of weights, got None'):
         load_network("resnet50", None, layout="torchray")
 
 
@@ -113,12 +113,12 @@ def test_timms_weights_are_taken_from_its_cache_or_not_at_all(cache, monkeypatch
     assert network.class_names[285].startswith("Egyptian cat")
     found.clear()
     for name, weights in (("resnet10t.in99k", "local"), ("resnet10t", "in99k")):
-        with pytest.raises(ValueError, match="timm's of resnet10t are c3_in1k, not 'in99k'"):
+        with pytest.raises(ValueError, match="timm has no 'in99k' for resnet10t, but c3_in1k"):
             of_timm(name, weights, None)
     with pytest.raises(ValueError, match="timm/mobilenetv3_small_050's weights are not on this machine"):
         load_network("timm/mobilenetv3_small_050", "local")
     with pytest.raises(
-        ValueError, match=r"timm knows no 'mobilenetv3_smal_050' \(did you mean mobilenetv3_small"
+        ValueError, match=r"timm has no 'mobilenetv3_smal_050' \(did you mean mobilenetv3_small"
     ):
         of_timm("mobilenetv3_smal_050", None, None)
 
@@ -189,5 +189,5 @@ def test_a_checkpoint_of_lightning_brings_arguments_and_weights(tmp_path):
     assert same(own_module(f"{__name__}.Own", path), made)
     with pytest.raises(ValueError, match=r"a\.ckpt: the weights do not fit Own: size mismatch for head"):
         own_module(f"{__name__}.Own(6)", path)
-    with pytest.raises(FileNotFoundError, match=r"b\.ckpt is no file"):
+    with pytest.raises(FileNotFoundError, match=r"b\.ckpt is not a file"):
         own_module(f"{__name__}.Own", tmp_path / "b.ckpt")

@@ -25,18 +25,18 @@ def torchscript(path):
 
 
 DAMAGED = {
-    "cut.pt": (truncated, r"is cut short or damaged \(.*\); copy or download it again\.$"),
-    "old.pth": (truncated_pickle, r"is cut short or damaged \(.*\); copy or download it again\.$"),
-    "byte.pth": (lambda path: path.write_bytes(b"\x80"), r"is cut short or damaged"),
+    "cut.pt": (truncated, r"is truncated or damaged \(.*\); copy or download it again\.$"),
+    "old.pth": (truncated_pickle, r"is truncated or damaged \(.*\); copy or download it again\.$"),
+    "byte.pth": (lambda path: path.write_bytes(b"\x80"), r"is truncated or damaged"),
     "empty.pt": (lambda path: path.touch(), r"is empty; download or save it again\.$"),
     "empty.safetensors": (lambda path: path.touch(), r"is empty; download or save it again\.$"),
     "pointer.pt": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
-        r"holds text, 'version https://git-lfs.*fetch the file itself\.$",
+        r"contains text, 'version https://git-lfs.*download the file itself\.$",
     ),
-    "page.safetensors": (lambda path: path.write_text("<html>404</html>"), r"holds text, '<html>404"),
+    "page.safetensors": (lambda path: path.write_text("<html>404</html>"), r"contains text, '<html>404"),
     "script.pt": (torchscript, r"is a TorchScript archive; save model\.state_dict\(\) instead\.$"),
-    "whole.pt": (lambda path: torch.save(nn.Linear(3, 2), path), r"holds more than tensors"),
+    "whole.pt": (lambda path: torch.save(nn.Linear(3, 2), path), r"contains more than tensors"),
 }
 
 
@@ -54,5 +54,5 @@ def test_files_without_weights_are_refused_in_one_line_that_says_what_they_are(n
 def test_safetensors_that_were_cut_short_are_refused(tmp_path):
     save_file(nn.Linear(3, 2).state_dict(), tmp_path / "a.safetensors")
     cut(tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"a\.safetensors: is cut short or damaged"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: is truncated or damaged"):
         read_state(tmp_path / "a.safetensors")

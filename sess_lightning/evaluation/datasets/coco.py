@@ -49,8 +49,8 @@ class COCO14(Benchmark):
         for needed in (path, self._folder):
             if not needed.exists():
                 raise FileNotFoundError(
-                    f"COCO14: {needed} is not there; give root= the folder that holds {split}/ and "
-                    "annotations/."
+                    f"COCO14: {needed} does not exist; pass root=, the folder that contains {split}/ "
+                    "and annotations/."
                 )
         if region not in ("masks", "boxes"):
             raise ValueError(f'COCO14: region must be "masks" or "boxes", got {region!r}.')

@@ -34,7 +34,7 @@ class PictureFolder(Benchmark):
 
     - an image with ``class_index``: that one, with the boxes of the category of this id;
     - an image in a class folder: the folder's, with the boxes of the category of this name (a single
-      sub-folder that no category is named by is none);
+      sub-folder that names no category does not count);
     - else every category on the image, a trial each; its class index is what the category carries under
       ``index_key`` (of a list the first; categories without one are not explained, but count as other
       classes), else that of its name among ``classes``; else, if there are as many categories as classes or
@@ -49,12 +49,12 @@ class PictureFolder(Benchmark):
         difficult_list: As for ``VOC07``, by the images' file names without suffix.
         classes: Names of the model's classes, in order: class folders are found among them by name (case,
             "_" and "-" do not matter) or number, else there must be as many folders as classes, and a JSON's
-            categories by name likewise. None takes a
-            folder's place among the sorted folders, as torchvision's ``ImageFolder`` does.
+            categories by name likewise. None takes a folder's place among the sorted folders, as
+            torchvision's ``ImageFolder`` does.
 
     Raises:
         FileNotFoundError: If there is nothing to read.
-        ValueError: If a class folder or a category is none of the model's classes, if images lie beside
+        ValueError: If a class folder or a category is not one of the model's classes, if images lie beside
             class folders, if boxes are fractions of the sides, or if the JSON's parts do not fit.
     """
 
@@ -85,7 +85,7 @@ class PictureFolder(Benchmark):
         self.is_labelled = not all(beside)
         if any(beside) and self.is_labelled:
             raise ValueError(
-                f"PictureFolder: {self._root} holds images in class folders and beside them; nothing says "
+                f"PictureFolder: {self._root} contains images in class folders and beside them; nothing says "
                 "which class the latter show. Move them into class folders, or all of them into one folder "
                 "without sub-folders to explain what the model predicts."
             )
@@ -214,9 +214,9 @@ def _places(folders: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
         return places
     hint = _similar(unknown[0], names, classes)
     raise ValueError(
-        f"PictureFolder: the folder {unknown[0]!r} is none of the model's {len(classes)} classes{hint}; name "
-        "class folders as the model's classes or by their indices, or put all images into one folder to "
-        "explain what the model predicts."
+        f"PictureFolder: the folder {unknown[0]!r} is not one of the model's {len(classes)} classes{hint}; "
+        "name class folders after the model's classes or their indices, or put all images into one folder "
+        "to explain what the model predicts."
     )
 
 
@@ -282,9 +282,9 @@ def _by_name(categories: Sequence[Mapping[str, Any]], classes: Sequence[str]) ->
     if len(categories) == len(classes):
         return {}
     raise ValueError(
-        f"PictureFolder: the category {unknown[0]!r} is none of the model's {len(classes)} classes"
-        f"{_similar(unknown[0], names, classes)}; name categories as the model's classes, or give each its "
-        'index: {"id": ..., "name": ..., "class_index": 5}.'
+        f"PictureFolder: the category {unknown[0]!r} is not one of the model's {len(classes)} classes"
+        f"{_similar(unknown[0], names, classes)}; name categories after the model's classes, or give each "
+        'its index: {"id": ..., "name": ..., "class_index": 5}.'
     )
 
 

@@ -50,15 +50,15 @@ class ImageNet(Benchmark):
         known = read_synsets(synsets) if synsets is not None else folders
         if synsets is None and len(folders) != 1000:
             raise ValueError(
-                f"ImageNet: {len(folders)} class folders in {root}, not 1000, so that they do not tell the "
-                "class indices; give synsets=, a file with all WordNet ids in order."
+                f"ImageNet: {len(folders)} class folders in {root}, not 1000, so that they do not show the "
+                "class indices; pass synsets=, a file with all WordNet ids in order."
             )
         self._index = {synset: index for index, synset in enumerate(known)}
         self.class_names = known
         self._xml = {path.stem: path for path in Path(boxes).rglob("*.xml")} if boxes is not None else None
         self.options = {"boxes": str(boxes is not None)}
         if not folders and not self._xml:
-            raise ValueError("ImageNet: without class folders the classes come from the XML; give boxes=.")
+            raise ValueError("ImageNet: without class folders the classes come from the XML; pass boxes=.")
 
     def __getitem__(self, index: int) -> Sample:
         """Read a sample's annotations."""
@@ -77,7 +77,7 @@ class ImageNet(Benchmark):
 
     def _trial(self, synset: str, region: Region | None) -> Trial:
         if synset not in self._index:
-            raise BrokenSampleError(f"The class {synset} is none of the {len(self._index)} synsets.")
+            raise BrokenSampleError(f"The class {synset} is not one of the {len(self._index)} synsets.")
         return Trial(self._index[synset], region, None)
 
 

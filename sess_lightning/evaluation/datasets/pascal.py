@@ -59,7 +59,7 @@ class VOC07(Benchmark):
         names = [str(item.findtext("name")) for item in objects]
         if not set(names) <= set(VOC_CLASSES):
             raise BrokenSampleError(
-                f"{self.ids[index]}.xml names {set(names) - set(VOC_CLASSES)}, no class of VOC."
+                f"{self.ids[index]}.xml names {set(names) - set(VOC_CLASSES)}, which VOC does not have."
             )
         regions, skipped = {}, 0
         for name in sorted(set(names)):
@@ -101,7 +101,7 @@ def xml_size(annotation: ElementTree.Element) -> tuple[int, int]:
     try:
         height, width = (int(annotation.findtext(f"size/{side}", "")) for side in ("height", "width"))
     except ValueError as error:
-        raise BrokenSampleError("An annotation tells no size of its picture.") from error
+        raise BrokenSampleError("An annotation does not give the size of its image.") from error
     return height, width
 
 
@@ -123,5 +123,5 @@ def xml_boxes(objects: Iterable[ElementTree.Element], first_pixel: int) -> Float
         [[corner(item, name) for name in ("xmin", "ymin", "xmax", "ymax")] for item in objects]
     )
     if not boxes.isfinite().all():
-        raise BrokenSampleError("An annotation holds an object without a complete box.")
+        raise BrokenSampleError("An annotation contains an object without a complete box.")
     return boxes + torch.tensor([0, 0, 1, 1]) - first_pixel

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 """Those that torchvision's ``ImageFolder`` reads."""
 ORIENTATION = 0x0112
-"""EXIF's number for how a picture has to be turned."""
+"""EXIF's tag for the orientation of an image."""
 WHITES = {"F": (1, 255, 65535), "I": (255, 65535)}
 """Values that may stand for white in files of floats or 32-bit integers, whose format does not say."""
 
@@ -35,10 +35,10 @@ def find_pictures(root: Path) -> list[Path]:
         FileNotFoundError: If there are none.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder of pictures.")
+        raise FileNotFoundError(f"{root} is not a folder.")
     paths = sorted(path for path in _files(root) if path.suffix.lower() in PICTURES)
     if not paths:
-        raise FileNotFoundError(f"{root} holds no pictures.")
+        raise FileNotFoundError(f"{root} contains no images.")
     return paths
 
 
@@ -60,7 +60,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as file:
             yield file
     except Exception as error:  # On damaged files, decoders raise all kinds of errors.
-        raise BrokenSampleError(f"{path}: cannot be read as a picture ({error}).") from error
+        raise BrokenSampleError(f"{path}: cannot be read as an image ({error}).") from error
 
 
 def size_on_disk(path: Path) -> tuple[int, int]:
@@ -74,7 +74,7 @@ def size_on_disk(path: Path) -> tuple[int, int]:
 
 
 def is_turned(path: Path) -> bool:
-    """Return whether viewers turn a picture, as many of those that phones take; False if unknown."""
+    """Return whether viewers rotate an image by its EXIF tag, as many of phones; False if unknown."""
     try:
         with _opened(path) as file:
             return file.getexif().get(ORIENTATION, 1) in range(2, 9)
@@ -86,8 +86,8 @@ def read_pixels(path: Path) -> Real[Tensor, "3 H W"]:
     """Decode an image as RGB in 0..255: uint8, or float32 where a channel has more than 8 bits.
 
     White is 65535 in 16-bit images. Where the format does not say, as with floats and 32-bit integers, it
-    is the first of 1 (floats only), 255 and 65535 that no pixel exceeds. As torchvision's ``ImageFolder``
-    does, pixels are read as they are stored, however EXIF says that they are turned.
+    is the first of 1 (floats only), 255 and 65535 that no pixel exceeds. As in torchvision's ``ImageFolder``,
+    pixels are read as they are stored, whatever EXIF says of the orientation.
 
     Raises:
         BrokenSampleError: If the file is missing or damaged, or its values fit no such range.
@@ -106,6 +106,7 @@ def _scaled(values: np.ndarray, whites: tuple[int, ...]) -> Float[Tensor, "H W"]
     if white is None:
         known = " or ".join(f"0..{white}" for white in whites)
         raise ValueError(
-            f"its values {low:g}..{high:g} fit no known range, {known}; save it as an 8-bit or 16-bit PNG"
+            f"its values {low:g}..{high:g} are outside the known ranges, {known}; save it as an 8-bit or "
+            "16-bit PNG"
         )
     return torch.from_numpy(values * (255 / white))

@@ -109,7 +109,7 @@ def read_picture(sample: Sample) -> Real[Tensor, "3 H W"]:
     if tuple(picture.shape[1:]) != sample.size:
         actual, annotated = ("x".join(map(str, size)) for size in (picture.shape[1:], sample.size))
         raise BrokenSampleError(
-            f"{sample.path}: the picture is {actual} px (height x width), its annotations say {annotated}."
+            f"{sample.path}: the image is {actual} px (height x width), its annotations say {annotated}."
         )
     return picture
 
