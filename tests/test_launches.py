@@ -88,4 +88,4 @@ def test_scoring_launches_little_beside_the_model(model):
     metric = SESSMetric(SESS(GradCAM("layer4"), batch_size=128), compare=compare, batch_size=128)
     launches = counted(model, lambda: metric.update(model, images, targets, boxes))
     assert sum(launches.batches) == 248 + 8 * (2 + 4 * 54)
-    assert launches.own.total() <= 300 * OLDER, launches.own.most_common()
+    assert launches.own.total() <= 297 * OLDER, launches.own.most_common()
