@@ -45,7 +45,7 @@ def watched(tick: Callable[[int], None]) -> Iterator[None]:
 def batch_limit(
     given: int | None, images: Float[Tensor, "B C H W"], size: tuple[int, int] | None = None
 ) -> int:
-    """Return how many images like these may pass at once: ``given``, or what half the free memory takes.
+    """Return how many images like these may pass at once: ``given``, or what half of the free memory holds.
 
     Args:
         given: What the user asked for; None if nothing.

@@ -46,8 +46,8 @@ def read_regions(
     """Read the masks or boxes of a batch.
 
     Boxes are a tensor (B, 4) or (B, N, 4), or per image a tensor (N, 4) or (4,); masks are (B, h, w),
-    (B, 1, h, w), or per image (h, w) or (N, h, w). Masks of numbers are read by ``read_masks``. In a list,
-    arrays and numbers will do, too, and None for an image without regions.
+    (B, 1, h, w), or per image (h, w) or (N, h, w). Masks of numbers are read by ``read_masks``. Lists may
+    also hold arrays, lists of numbers, and None for an image without regions.
 
     Args:
         regions: Masks or boxes.
@@ -123,7 +123,7 @@ PIXELS = (
 
 
 def check_boxes(boxes: Sequence[Float[Tensor, "_ 4"]], size: tuple[int, int], remedy: str = PIXELS) -> None:
-    """Refuse boxes that are inside out, reach beyond the image, or look like fractions of its sides.
+    """Refuse boxes that are inverted, reach beyond the image, or look like fractions of its sides.
 
     Rows of zeros and of -1 are padding.
 
@@ -154,7 +154,7 @@ def checked(regions: Regions, size: tuple[int, int]) -> Regions:
     Unlike ``check_boxes``, it lets boxes reach beyond the image, as some of data sets do.
 
     Raises:
-        ValueError: If a box is inside out, or all look like fractions of the sides.
+        ValueError: If a box is inverted, or all look like fractions of the sides.
     """
     if isinstance(regions, Tensor) or not all(rows.is_cpu for rows in regions):
         return regions
@@ -162,7 +162,7 @@ def checked(regions: Regions, size: tuple[int, int]) -> Regions:
         for x0, y0, x1, y1 in rows.tolist():
             if x1 < x0 or y1 < y0:
                 raise ValueError(
-                    f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) of image {i} is inside out; {PIXELS}"
+                    f"boxes: ({x0:g}, {y0:g}, {x1:g}, {y1:g}) of image {i} is inverted; {PIXELS}"
                 )
     if not all((rows == rows.round()).all() for rows in regions):  # A box may be a single pixel.
         _refuse_fractions(regions, size, PIXELS)
@@ -183,9 +183,9 @@ def _refuse_fractions(boxes: Sequence[Tensor], size: tuple[int, int], remedy: st
 def read_masks(masks: Any, labels: Labels | None = None) -> Bool[Tensor, "B h w"]:
     """Read masks of any numbers as booleans.
 
-    Decided by convention are 0 and one other value (255 beside them is no class, as are -1 and -100), mattes
-    (0, 128, 255), trimaps (1, 2, 3), class indices where each image holds its label's, and all of these
-    divided by 255. Masks that were resized with interpolation are read at one half.
+    Conventions decide for 0 and one other value (beside them, 255, -1 and -100 mark pixels without a class),
+    mattes (0, 128, 255), trimaps (1, 2, 3), class indices where each image contains its label's, and all of
+    these divided by 255. Masks that were resized with interpolation are read at one half.
 
     Args:
         masks: A tensor (B, h, w) or (B, 1, h, w), or per image one (h, w) or (N, h, w). Several channels must
@@ -364,7 +364,7 @@ def _padding(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, "B N"
 
 
 def has_region(regions: Regions, device: torch.device) -> Bool[Tensor, " B"]:
-    """Return which images have a region at all, from masks or boxes as read; the others are no trials."""
+    """Return which images have a region at all, from masks or boxes as read; the others are not counted."""
     if isinstance(regions, Tensor):
         return regions.bool().flatten(1).any(1)
     return have_areas(pad_boxes(regions, device)).any(1)

@@ -175,7 +175,7 @@ def _folded(name: str) -> str:
 def _objection(name: str) -> str:
     """Return the objection to a name; empty if there is none."""
     if not name.strip():
-        return "it needs a text to be shown by"
+        return "it is blank"
     if name != name.strip() or not name.isprintable():
         return "spaces around it and control characters are lost in tables"
     if "/" in name:

@@ -61,7 +61,7 @@ class SaliencyMethod(ABC):
         single_forward: Whether the maps come out of the forward pass that gives the scores: ``explain`` is
             then ``extract``, upsampled.
         forwards: Forward passes of one image that one map of it costs.
-        scores_apart: Whether scores cost a forward pass more, which maps alone do without.
+        scores_apart: Whether scores cost one more forward pass, which maps alone do not need.
         has_strength: Whether ``extract`` returns the strength of a map, which can be compared between images.
         activation: How the model's logits become probabilities.
     """
@@ -74,12 +74,12 @@ class SaliencyMethod(ABC):
 
     @property
     def only_passes(self) -> bool:
-        """Whether images pass through the model, and nothing else is known to be done to it."""
+        """Whether nothing is done to the model but to pass images through it, as far as is known."""
         return False
 
     @property
     def is_own(self) -> bool:
-        """Whether it is of this package, and no subclass that somebody else wrote."""
+        """Whether its class is one of this package, not a subclass that somebody else wrote."""
         return type(self).__module__.startswith("sess_lightning.")
 
     @property
@@ -104,7 +104,7 @@ class SaliencyMethod(ABC):
     ) -> Extraction:
         """Return maps that may stay on a coarser grid, and log-scores: what SESS needs of each batch.
 
-        Unlike ``explain``, this need not copy ``images``: it may write to them, and they are no inference
+        Unlike ``explain``, this need not copy ``images``: it may write to them, and they are not inference
         tensors.
         """
         maps, scores = self.explain(model, images, targets)

@@ -69,8 +69,8 @@ def test_ordinary_names_are_welcome():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("", "needs a text"),
-        (" ", "needs a text"),
+        ("", "it is blank"),
+        (" ", "it is blank"),
         ("a ", "spaces around it"),
         ("a\nb", "control characters"),
         ("cam/base", 'a "/" separates'),

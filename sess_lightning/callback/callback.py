@@ -90,7 +90,7 @@ class SESSCallback(Remembering, RunHooks):
         show_names: Whether to show class names and the samples' ids, or numbers only.
 
     Raises:
-        ValueError: If an argument makes no sense.
+        ValueError: If an argument is out of range.
 
     >>> from lightning.pytorch import Trainer
     >>> from sess_lightning import SESSCallback

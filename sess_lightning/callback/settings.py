@@ -29,7 +29,7 @@ class Settings:
 
     Raises:
         TypeError: If the method is no saliency method.
-        ValueError: If an argument makes no sense.
+        ValueError: If an argument is out of range.
     """
 
     method: SaliencyMethod | None

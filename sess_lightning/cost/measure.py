@@ -176,7 +176,7 @@ def measure_cost(
         rounds: How often everything is run, after a first round that is not timed.
 
     Raises:
-        ValueError: If an argument makes no sense.
+        ValueError: If an argument is out of range.
     """
     _check_counts(rounds=rounds, num_samples=num_samples)
     method = method if method is not None else SESS(GradCAM())

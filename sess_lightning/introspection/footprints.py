@@ -31,7 +31,7 @@ def read_grid(features: Tensor, image: Float[Tensor, "1 C H W"]) -> Grid | None:
 
     A dozen cells are differentiated with respect to the pixels. The first reading that agrees with the places
     of their gradients is taken, beginning with the usual one (``find_grid``). Planes with channels may be too
-    blurred to decide: then their shape decides. Tokens that follow no place are no grid.
+    blurred to decide: then their shape decides. Tokens that do not follow places form no grid.
 
     Args:
         features: Features of one image, with a graph back to it.

@@ -110,7 +110,7 @@ def as_tokens(features: Tensor, layout: Layout) -> Float[Tensor, "B N C"]:
 
 
 def find_grid(shape: tuple[int, ...], size: tuple[int, int]) -> Grid | None:
-    """Read a feature shape as a grid over an image of ``size``; return None if it is none.
+    """Read a feature shape as a grid over an image of ``size``; return None if it cannot be one.
 
     Channels may come first or last: the reading whose proportions fit the image's best is taken, if any fits.
     Tokens (B, N, C) are read with the patch size that leaves the fewest extra tokens, all of them in front.
@@ -156,7 +156,7 @@ def _planes(shape: tuple[int, ...]) -> list[Grid]:
 
 
 def _misfit(grid: Grid, height: int, width: int) -> float:
-    """How many times longer or flatter the grid is than the image; infinite if it is no grid over it."""
+    """How many times longer or flatter the grid is than the image; infinite if it cannot be over it."""
     if grid.height * grid.width == 1 or grid.height > height or grid.width > width:
         return float("inf")
     ratio = grid.height * width / (grid.width * height)

@@ -50,8 +50,8 @@ def recording(layer: nn.Module, calls: Collection[int] | None = None) -> Iterato
         features = first_tensor(output)
         if features.is_inference():
             raise RuntimeError(
-                "The model's forward runs the target layer in its own inference_mode, which no gradient "
-                "leaves; use no_grad there, or name a target_layer outside of it."
+                "The model's forward runs the target layer in its own inference_mode, through which no "
+                "gradient flows; use no_grad there, or name a target_layer outside of it."
             )
         features = features.detach().requires_grad_()
         tap.calls[number] = features

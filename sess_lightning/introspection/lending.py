@@ -38,7 +38,7 @@ def explaining(model: nn.Module, only_passes: bool = False) -> Iterator[nn.Modul
             note of a model that is known to change nothing by itself (``pure_modules``).
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -41,7 +41,7 @@ class Ending(NamedTuple):
     def __str__(self) -> str:
         """Return the remark on such outputs."""
         kind = "log-probabilities" if self.kind == "log_softmax" else f"probabilities of a {self.kind}"
-        return f"its outputs are {kind}, taken back to logits"
+        return f"its outputs are {kind}, converted back to logits"
 
 
 class Endings(TorchFunctionMode):
@@ -126,7 +126,7 @@ def warn_of_probabilities(speaker: str, outputs: Float[Tensor, "B N"], is_first:
         warnings.warn(
             f"{speaker}: the model returns probabilities (in 0..1, summing to 1 for each image), which are "
             "read as logits here. Return the softmax's input instead, or the logarithm of the probabilities; "
-            "SESSCallback does that by itself.",
+            "SESSCallback does that itself.",
             SESSWarning,
             stacklevel=3,
         )

@@ -268,9 +268,9 @@ class _Reader:
                 continue
             rows, columns = (f"{max(0, start):.0%} to {end:.0%}" for start, end in spans)
             raise ValueError(
-                f"The model crops, pads or moves the image inside: its first layer, {first.name}, spans "
-                f"{rows} of the height and {columns} of the width, so a map would not line up with the "
-                "image. Do this before the model is called, or state the layer's grid: "
+                "The model crops, pads or moves the image in its forward: its first layer, "
+                f"{first.name}, spans {rows} of the height and {columns} of the width, so a map would not "
+                "line up with the image. Do this before the model is called, or state the layer's grid: "
                 "target_layer=OnGrid(name, Grid(...))."
             )
 

@@ -259,7 +259,7 @@ class PytorchGradCAM(Adapter):
 
         takes = _parameters(kind)
         if not ({"model", "target_layers"} <= takes.keys() and hasattr(kind, "forward")):
-            raise self._refuse(kind, "is no CAM of a target layer")
+            raise self._refuse(kind, "is not a CAM of a target layer")
         # Some classes document their options on `forward` only, others on `__call__` only.
         named = kind.__call__ if "targets" in _parameters(kind.__call__) else kind.forward
         build, call = self._options(kind, named)
@@ -318,7 +318,7 @@ class Captum(Adapter):
         from captum.attr import GradientAttribution, LayerAttribution
 
         if not hasattr(kind, "attribute"):
-            raise self._refuse(kind, "is no attribution")
+            raise self._refuse(kind, "is not an attribution method")
         for name, why in _REFUSED.items():
             if kind.__name__.endswith(name):
                 raise self._refuse(kind, why)
@@ -337,7 +337,9 @@ class Captum(Adapter):
             if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and name not in build | call
         ]
         if missing:
-            raise self._refuse(kind, f"needs {', '.join(missing)}, which no default and no option gives")
+            raise self._refuse(
+                kind, f"needs {', '.join(missing)}, which has no default; pass it, or use another"
+            )
         attribution = kind(**build).attribute(**call)
         attribution = first_tensor(attribution).float()
         absolute = self.absolute
@@ -372,7 +374,7 @@ class Captum(Adapter):
 
 _REFUSED = {
     "FeaturePermutation": "swaps features between the images of a batch, which explains none of them",
-    "ShapleyValues": "takes every order of the features and so never ends; use ShapleyValueSampling",
+    "ShapleyValues": "tries every order of the features, which never ends; use ShapleyValueSampling",
 }
 
 

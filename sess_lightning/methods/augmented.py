@@ -88,8 +88,8 @@ class AugmentedGradCAM(WrappingMethod):
     224 px, are restated so that they hold for any size, grid and number of copies: variation per side, energy
     per pixel, difference per cell. Two things differ, without which peaks are cut off at a fifth and h is
     speckled where no copy looks: Adam's step is 0.02, theirs 0.001 (200 of them each), and a cell is the mean
-    of 3 x 3 places in it, theirs its centre alone. Where the slope is all but zero, its sign is rounding's
-    and Adam's step whole: between machines or layouts, pixels move by some hundredths.
+    of 3 x 3 places in it, theirs its centre alone. Where the gradient is all but zero, rounding decides
+    its sign, and Adam takes a full step: between machines or layouts, pixels differ by some hundredths.
 
     Costs ``num_copies`` times the base; the super-resolution itself runs no model.
 
@@ -156,7 +156,7 @@ class AugmentedGradCAM(WrappingMethod):
     def _sharp(
         self, model: nn.Module, images: Tensor, targets: Tensor
     ) -> tuple[Float[Tensor, "B H W"], Float[Tensor, " B"] | None]:
-        """Return maps, and the log-scores of the first copies if the base gives any by the way."""
+        """Return maps, and the log-scores of the first copies if the base returns them anyway."""
         poses = self.draw(size_of(images), images.device)
         maps, logs = [], []
         size = max(1, self.batch_size // len(images))

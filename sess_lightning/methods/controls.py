@@ -20,7 +20,7 @@ class _Blind(MapMethod):
 
     @property
     def only_passes(self) -> bool:
-        """Not even that."""
+        """The model is not even run."""
         return self.is_own
 
     @abstractmethod
@@ -52,7 +52,7 @@ class RandomMap(_Blind):
     """Uniform noise, the same for all images of one size: the score of a ranking without any knowledge.
 
     Attributes:
-        seed: Of its own generator; the global one is never touched.
+        seed: Seed of its own generator; the global one is never touched.
         activation: How the model's logits become probabilities.
 
     >>> RandomMap()(model, images, targets).shape

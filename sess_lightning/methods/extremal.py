@@ -49,7 +49,7 @@ class ExtremalPerturbation(MapMethod):
         perturbation: ``"blur"`` or ``"fade"`` (to zero, the mean of normalised images).
         step: Distance between the mask's parameters, px.
         sigma: Reach of a bump, px, a multiple of ``step`` (else TorchRay's mask would not cover the image).
-        smooth: Standard deviation of the final blur, as a share of the shorter side; 0 is none.
+        smooth: Standard deviation of the final blur, as a share of the shorter side; 0 for none.
         batch_size: How many masked images go through the model at once; never fewer than one per area.
         activation: How the model's logits become probabilities (of the scores; the reward is in logits).
 

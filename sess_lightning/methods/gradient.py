@@ -320,7 +320,7 @@ class SmoothGrad(MapMethod, WrappingMethod):
         base: The method to smooth.
         num_samples: Noisy copies.
         noise: Standard deviation of the noise, as a share of the image's range (the paper: 0.1 to 0.2).
-        seed: Of its own generator; the global one is never touched.
+        seed: Seed of its own generator; the global one is never touched.
         batch_size: How many copies the base is given at once; never fewer than one per image.
 
     >>> SmoothGrad(Gradient(), num_samples=2)(model, images, targets).shape

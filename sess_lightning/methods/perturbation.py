@@ -47,7 +47,7 @@ class GroupCAM(ExtractingMethod):
         target_layer: As for ``GradCAM``.
         kernel_size: Side of the Gaussian kernel that makes the uninformative image, px.
         sigma: Its standard deviation, px.
-        batch_size: How many masked images go through the model at once; None by the memory there is.
+        batch_size: How many masked images go through the model at once; None takes what memory allows.
         activation: How the model's logits become probabilities.
 
     >>> GroupCAM(groups=4)(model, images, targets).shape

@@ -19,7 +19,7 @@ Part = TypeVar("Part")
 
 
 class MapMethod(SaliencyMethod):
-    """A method whose maps tell no scores: these cost a forward pass more, if they are asked for."""
+    """A method that finds maps without scores; these cost one more forward pass, if they are asked for."""
 
     scores_apart: ClassVar[bool] = True
 
@@ -93,14 +93,14 @@ class ExtractingMethod(SaliencyMethod):
 
 
 def is_small(images: Tensor) -> bool:
-    """Return whether images pass through a model best as they lie."""
+    """Return whether images pass through a model best all at once, as they lie in memory."""
     return not images.is_cpu or len(images) <= batch_limit(None, images)
 
 
 def in_parts(
     explain: Callable[[Float[Tensor, "b C H W"], slice], Part], images: Float[Tensor, "B C H W"]
 ) -> list[Part]:
-    """Explain images in parts with their channels last: on a CPU, they take less time and memory than all."""
+    """Explain images in parts with their channels last: on a CPU, they take less time and memory so."""
     limit = batch_limit(None, images)
     return [*in_batches(lambda rows, which: explain(stacked(rows), which), images.detach(), limit)]
 
@@ -111,7 +111,7 @@ class WrappingMethod(SaliencyMethod):
     base: SaliencyMethod
 
     def check_base(self, example: str = "GradCAM()") -> None:
-        """Refuse a base that is no method.
+        """Refuse a base that is not a saliency method.
 
         Raises:
             TypeError: Naming what arrived.

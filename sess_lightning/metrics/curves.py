@@ -58,7 +58,7 @@ def insertion_curve(
         baseline: What is shown before the pixels; None is ``blurred_baseline``.
         ties: Order of pixels of equal saliency: raster order (``"first"``) or a seeded random one.
         activation: How logits become probabilities.
-        batch_size: Images that go through the model at once; None by the memory there is.
+        batch_size: Images that go through the model at once; None takes what memory allows.
         ends: Scores of baseline and image, where known; each saves one forward pass per image.
 
     Raises:
@@ -124,7 +124,7 @@ def insertion_and_deletion_curves(
         targets: The explained class of each image.
         steps: Number of equal steps.
         activation: How logits become probabilities.
-        batch_size: Images that go through the model at once; None by the memory there is.
+        batch_size: Images that go through the model at once; None takes what memory allows.
         blurred: What insertion starts from; None is ``blurred_baseline``.
         ends: Scores of the images, the blurred images and zeros, which all curves share; None scores them.
         which: For each method, the indices of the images whose curves are measured, the others' being NaN;

@@ -85,7 +85,7 @@ class Insertion(_Faithfulness):
         steps: Number of steps of a curve.
         ties: Order of pixels of equal saliency.
         activation: How logits become probabilities.
-        batch_size: Images that go through the model at once; None by the memory there is.
+        batch_size: Images that go through the model at once; None takes what memory allows.
         kwargs: For ``torchmetrics.Metric``.
 
     >>> insertion = Insertion(steps=4)
@@ -121,7 +121,7 @@ class InsertionDeletion(PerSample):
     Args:
         steps: Number of steps of a curve.
         activation: How logits become probabilities.
-        batch_size: Images that go through the model at once; None by the memory there is.
+        batch_size: Images that go through the model at once; None takes what memory allows.
         kwargs: For ``torchmetrics.Metric``.
 
     >>> both = InsertionDeletion(steps=4)

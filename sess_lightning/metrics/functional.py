@@ -78,7 +78,7 @@ def pointing_hits(
     tensor([True])
     """
     if tolerance <= 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}; 1 asks for the region itself.")
+        raise ValueError(f"tolerance must be positive, got {tolerance}; 1 is the region itself.")
     maps, regions = _aligned(maps, regions, size)
     u, v, has_peak = _highest(maps)
     if isinstance(regions, Tensor):
@@ -125,7 +125,7 @@ def relevance_mass(
     """Return the share of each map's sum inside its region: relevance mass accuracy.
 
     A uniform map scores the region's share of the image, and a map of zeros 0. The score is NaN for an empty
-    region and for maps with negative values, whose sum has no shares. NaN in a map counts as 0.
+    region and for maps with negative values, of which shares are undefined. NaN in a map counts as 0.
 
     Args:
         maps: Non-negative saliency; resized bilinearly to the regions' resolution.

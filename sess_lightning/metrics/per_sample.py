@@ -16,7 +16,7 @@ from typing_extensions import override
 
 
 class WholeCounts(Metric):
-    """Keeps whole numbers whole under ``set_dtype``, which would make floats of all states."""
+    """Keeps integer states integers under ``set_dtype``, which would convert all states to floats."""
 
     @override
     def set_dtype(self, dst_type: str | torch.dtype) -> Metric:

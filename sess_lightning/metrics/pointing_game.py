@@ -32,7 +32,7 @@ class PointingGame(PlotsValues, WholeCounts):
         skipped: Maps without a region, int64.
 
     Raises:
-        ValueError: If an argument makes no sense.
+        ValueError: If an argument is out of range.
 
     Source: Zhang et al., IJCV 2018, with TorchRay's rules.
 
@@ -84,13 +84,13 @@ class PointingGame(PlotsValues, WholeCounts):
         Args:
             maps: Saliency of each image's target.
             regions: Where the target's objects are: masks, or boxes per image, in any of the shapes that
-                ``read_regions`` knows; an empty one is no trial.
+                ``read_regions`` knows; an empty one does not count.
             targets: Class indices.
             size: (height, width) that boxes refer to, if not the maps'.
 
         Raises:
-            TypeError: If maps or targets are no tensors, or there are no regions.
-            ValueError: If shapes do not fit, or a target on the CPU is none of the classes.
+            TypeError: If maps or targets are not tensors, or regions are None.
+            ValueError: If shapes do not fit, or a target on the CPU is not one of the classes.
         """
         _check_kinds(maps, regions, targets)
         if targets.shape != maps.shape[:1]:
@@ -102,7 +102,7 @@ class PointingGame(PlotsValues, WholeCounts):
         if not all(0 <= value < self.num_classes for value in values):
             raise ValueError(
                 f"PointingGame: targets must be class indices in 0..{self.num_classes - 1}, got "
-                f"{values}; give num_classes as the model has them."
+                f"{values}; pass the num_classes of the model."
             )
         regions = read_regions(regions, size=size_of(maps), labels=targets)
         hit = pointing_hits(maps, regions, self.tolerance, size)
@@ -128,7 +128,7 @@ def _check_kinds(maps: Any, regions: Any, targets: Any) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"PointingGame: {name} must be a tensor, got {type(value).__name__}; "
-                f"torch.as_tensor({name}) makes one of an array or a list of numbers."
+                f"torch.as_tensor({name}) converts an array or a list of numbers."
             )
     if regions is None:
-        raise TypeError("PointingGame: regions is None; give masks, or boxes per image.")
+        raise TypeError("PointingGame: regions is None; pass masks, or boxes per image.")

@@ -61,7 +61,7 @@ class SESSMetric(PerSample):
             fewer: those whose number is below the limit. Maps and the Pointing Game cover all samples.
         steps: Number of steps of a curve.
         tolerance: Tolerance of the Pointing Game, px at the regions' resolution.
-        batch_size: Images that go through the model at once; None by the memory there is.
+        batch_size: Images that go through the model at once; None takes what memory allows.
         clock: Returns the time, s, once the device has finished, to time maps; every method then runs by
             itself. None does not wait for the device, and shared forward passes run once.
         grid: Side of the small copies of the explained method's maps in ``samples``; 0 keeps none.
@@ -149,8 +149,8 @@ class SESSMetric(PerSample):
             targets: The class to explain on each image, or several for a single image, which then passes
                 through the model once for all of them if the method supports it.
             regions: Where that class is: masks, or half-open boxes (x0, y0, x1, y1) per image, in any form
-                that ``read_regions`` understands; with None there is no Pointing Game, and an empty region is
-                no trial.
+                that ``read_regions`` understands; with None there is no Pointing Game, and an image with an
+                empty region does not count in it.
             difficult: Which images belong to the "difficult" subset; None leaves it out.
             size: (height, width) that boxes refer to, if not the images'.
             numbers: Each image's number, for ``limits`` and for the order of samples, so that nothing depends
@@ -343,7 +343,7 @@ def _drawn(numbers: Sequence[int], limit: int | None) -> Sequence[int]:
 def _check_methods(method: Any, compare: Any) -> None:
     if not isinstance(compare, Mapping | None):
         raise TypeError(
-            'SESSMetric: compare must be methods by names such as {"cam": GradCAM()}, got '
+            'SESSMetric: compare must be a dict of methods by name, such as {"cam": GradCAM()}, got '
             f"{type(compare).__name__}."
         )
     for name, one in {"method": method, **(compare or {})}.items():

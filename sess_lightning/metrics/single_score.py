@@ -23,7 +23,7 @@ class SingleScore(PlotsValues, WrapperMetric):
         key: One of the keys that its ``compute`` returns, such as ``"overall"`` or ``"base/insertion"``.
 
     Raises:
-        ValueError: If the key names no score.
+        ValueError: If the key does not name a score.
 
     >>> from torchmetrics.wrappers import MetricTracker
     >>> tracker = MetricTracker(SingleScore(SESSMetric(SESS(GradCAM())), "overall"))

@@ -51,8 +51,8 @@ class Rows(NamedTuple):
         tied: Share of each method's map whose order is arbitrary.
         share: The region's share of the image; NaN without one.
         small: The explained method's map on a grid of G x G; G is 0 where none is kept.
-        digests: What the image is known by; 0 where nobody noted it.
-        left_out: How many more samples could not be explained.
+        digests: Identify the images; 0 where they are not known.
+        left_out: How many further samples could not be explained.
     """
 
     numbers: Int[Tensor, " N"]

@@ -460,7 +460,9 @@ class CropsBefore(Plain):
 
 @pytest.mark.parametrize("view", [cropped, padded], ids=lambda view: view.__name__)
 def test_a_model_that_crops_inside_is_refused_and_cropping_before_works(view, tmp_path):
-    with pytest.raises(ValueError, match=r"crops, pads or moves the image inside.*Do this before the model"):
+    with pytest.raises(
+        ValueError, match=r"crops, pads or moves the image in its forward.*Do this before the model"
+    ):
         figures(tmp_path / "a", Plain(Planes(view=view)), (64, 64))
     remedied = figures(tmp_path / "b", CropsBefore(view), (64, 64))
     assert remedied["sess/insertion"] > 0

@@ -154,7 +154,7 @@ def single(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", SINGLE)
-@pytest.mark.filterwarnings("ignore:.*taken back to logits")
+@pytest.mark.filterwarnings("ignore:.*converted back to logits")
 def test_probabilities_of_a_softmax_give_the_figures_of_logits(kind, tmp_path, single):
     module, loss = SINGLE[kind]
     assert run(tmp_path, module(loss))[0] == pytest.approx(single, abs=1e-6, nan_ok=True)
@@ -166,13 +166,15 @@ def test_the_start_line_says_so(tmp_path, told):
         _, lines = run(tmp_path / module.__name__, module(None), told=told)
         said[module] = lines[-1]
     assert "outputs" not in said[Twin]
-    assert "; its outputs are probabilities of a softmax, taken back to logits; pictures" in said[Softmaxed]
-    assert "; its outputs are log-probabilities, taken back to logits; pictures" in said[LogSoftmaxed]
+    assert (
+        "; its outputs are probabilities of a softmax, converted back to logits; pictures" in said[Softmaxed]
+    )
+    assert "; its outputs are log-probabilities, converted back to logits; pictures" in said[LogSoftmaxed]
 
 
 def test_an_unwatched_models_probabilities_are_told_of_once(tmp_path, recwarn):
     run(tmp_path, Softer(None), num_samples=4)
-    told = [str(each.message) for each in recwarn if "taken back to logits" in str(each.message)]
+    told = [str(each.message) for each in recwarn if "converted back to logits" in str(each.message)]
     assert len(told) == 1
     assert "explains module(images)" in told[0]
 

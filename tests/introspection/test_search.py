@@ -141,7 +141,7 @@ def test_one_view_may_be_of_another_image_than_the_one_explained():
 @pytest.mark.parametrize("layer", [None, "net.features"])
 def test_views_of_parts_are_refused(layer):
     model = Views(Planes(), lambda images: images[..., :48, :48], lambda images: images[..., 16:, 16:])
-    with pytest.raises(ValueError, match=r"crops, pads or moves the image inside.*spans 0% to 7"):
+    with pytest.raises(ValueError, match=r"crops, pads or moves the image in its forward.*spans 0% to 7"):
         GradCAM(layer)(model, square(), torch.tensor([1]))
 
 
@@ -154,7 +154,9 @@ def test_views_are_refused_by_packages_that_know_one_layer_call():
 @pytest.mark.parametrize(("net", "layer"), [(Planes, "features"), (Tokens, "norm")])
 @pytest.mark.parametrize("view", [cropped, padded])
 def test_a_model_that_crops_or_pads_inside_is_refused_and_the_remedy_works(view, net, layer):
-    with pytest.raises(ValueError, match=r"crops, pads or moves the image inside: its first layer, .*spans"):
+    with pytest.raises(
+        ValueError, match=r"crops, pads or moves the image in its forward: its first layer, .*spans"
+    ):
         GradCAM()(net(view=view), square(), torch.tensor([1]))
     assert GradCAM()(net(), view(square()), torch.tensor([1])).isfinite().all()
     grid = grid_of(net(), layer, view(square()))
@@ -182,7 +184,7 @@ def test_large_kernels_on_small_images_crop_nothing(side, kernel, stride, paddin
     assert find_target_layer(net, images) is net[4]  # LeNet-5 and SqueezeNet 1.0 begin like this.
     expected = GradCAM()(net, standardised(images), targets)
     torch.testing.assert_close(GradCAM()(Views(net, standardised), images, targets), expected)
-    with pytest.raises(ValueError, match="crops, pads or moves the image inside"):
+    with pytest.raises(ValueError, match="crops, pads or moves the image in its forward"):
         GradCAM()(Views(net, inner), images, targets)
 
 

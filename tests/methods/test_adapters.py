@@ -209,12 +209,12 @@ def test_options_reach_the_constructor_and_the_call(captum, grad_cam, tiny, imag
         (PytorchGradCAM("GradCam"), r"PytorchGradCAM: grad-cam has no 'GradCam'; it has .*GradCAM,"),
         (Captum("Saliency", steps=3), r"Captum\(Saliency\): has no option steps; it has .*target"),
         (PytorchGradCAM("GradCAM", steps=3), r"has no option steps; it has .*eigen_smooth"),
-        (Captum("NeuronGradient"), r"needs neuron_selector, which no default"),
-        (Captum("NoiseTunnel"), r"needs attribution_method, which no default"),
+        (Captum("NeuronGradient"), r"needs neuron_selector, which has no default"),
+        (Captum("NoiseTunnel"), r"needs attribution_method, which has no default"),
         (Captum("FeaturePermutation"), r"swaps features between the images of a batch"),
         (Captum("ShapleyValues"), r"never ends; use ShapleyValueSampling"),
-        (Captum("Mean"), r"Captum\(Mean\): is no attribution"),
-        (PytorchGradCAM("GuidedBackpropReLUModel"), r"is no CAM of a target layer"),
+        (Captum("Mean"), r"Captum\(Mean\): is not an attribution method"),
+        (PytorchGradCAM("GuidedBackpropReLUModel"), r"is not a CAM of a target layer"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_a_reason(method, message, captum, grad_cam, tiny, images, targets):

@@ -213,7 +213,7 @@ OTHERS = {
     "shares": (WRITTEN[:2] / 32, lambda boxes: boxes * 32, "within one pixel, like fractions of the 32x32"),
     "x, y, w, h": (
         torch.tensor([[8.0, 20, 16, 10], [1, 1, 30, 4]]), lambda boxes: box_convert(boxes, "xywh", "xyxy"),
-        r"\(8, 20, 16, 10\) of image 0 is inside out",
+        r"\(8, 20, 16, 10\) of image 0 is inverted",
     ),
 }  # fmt: skip
 

@@ -278,11 +278,13 @@ def test_the_pointing_game_refuses_to_have_no_classes():
 def test_the_pointing_game_names_what_is_no_tensor_and_the_remedy_works():
     maps, boxes, targets = torch.eye(8)[None], [torch.tensor([[0.0, 0, 4, 4]])], torch.tensor([0])
     game = PointingGame(1, tolerance=2.0)
-    with pytest.raises(TypeError, match=r"maps must be a tensor, got ndarray; torch.as_tensor\(maps\) makes"):
+    with pytest.raises(
+        TypeError, match=r"maps must be a tensor, got ndarray; torch.as_tensor\(maps\) converts"
+    ):
         game.update(maps.numpy(), boxes, targets)
     with pytest.raises(TypeError, match=r"targets must be a tensor, got list; torch.as_tensor\(targets\)"):
         game.update(maps, boxes, [0])
-    with pytest.raises(TypeError, match="regions is None; give masks, or boxes per image"):
+    with pytest.raises(TypeError, match="regions is None; pass masks, or boxes per image"):
         game.update(maps, None, targets)
     game.update(torch.as_tensor(maps.numpy()), boxes, torch.as_tensor([0]))
     assert game.compute() == 1

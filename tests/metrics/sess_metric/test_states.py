@@ -241,7 +241,7 @@ def test_an_update_that_fails_leaves_no_row_behind(model, images, monkeypatch):
 
 
 def test_what_is_compared_is_methods_by_names(unchecked):
-    with pytest.raises(TypeError, match=r"compare must be methods by names such as .* got list"):
+    with pytest.raises(TypeError, match=r"compare must be a dict of methods by name, such as .* got list"):
         SESSMetric(Channel(0), compare=[Channel(1)])
     with pytest.raises(
         TypeError, match=r"cam must be a saliency method such as SESS\(GradCAM\(\)\), got <class"
