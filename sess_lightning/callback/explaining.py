@@ -25,7 +25,7 @@ from sess_lightning.introspection.logits import UnknownClassError, classify, pre
 from sess_lightning.introspection.sizes import note_fed
 from sess_lightning.introspection.state import copying_all
 from sess_lightning.methods import SESS, Gradient
-from sess_lightning.methods.choosing import default_method
+from sess_lightning.methods.choosing import default_method, find_layers
 from sess_lightning.metrics import SESSMetric
 from sess_lightning.metrics.sess_metric import OWN, Summary
 from sess_lightning.ops import size_of
@@ -194,11 +194,16 @@ class Examiner:
         return self.plan
 
     def _choose(self, trainer: Trainer, model: LightningModule, batch: Batch) -> None:
-        """Choose a method that suits the model, if none is asked for."""
-        if self._settings.method is None and len(batch):
-            with self._ready(trainer, model, batch.take([0])) as image:
+        """Choose a method that suits the model if none is asked for, and find layers, once for all runs."""
+        if not len(batch):
+            return
+        with self._ready(trainer, model, batch.take([0])) as image:
+            if self._settings.method is None:
                 self._settings = replace(self._settings, method=default_method(model, image))
-            self._metric = None
+                self._metric = None
+            else:
+                method, compare = self._settings.methods(model)
+                find_layers(model, image, method, *compare.values())
 
     def _source(self) -> Source:
         i, loaders = self._provider, self._loaders

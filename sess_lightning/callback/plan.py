@@ -57,9 +57,10 @@ class RunPlan:
         """The announcement."""
         details = self.details
         beside = details["beside (samples)"]
+        samples, passes = details["samples"], details["forwards per map"]
         return (
-            f"each run explains {details['samples']} samples of {self.size[0]}x{self.size[1]} px with "
-            f"{details['method']}, {details['forwards per map']} forward passes per map"
+            f"each run explains {samples} sample{'s' * (samples != 1)} of {self.size[0]}x{self.size[1]} px "
+            f"with {details['method']}, {passes} forward pass{'es' * (passes != 1)} per map"
             f"{beside and ', compared with '}{beside}; {details['objects']}; "
             f"at most {details['forwards per run, at most']:,} forward passes per run"
             f"{self.cut and '; '}{self.cut}"

@@ -36,6 +36,20 @@ def check_layers(model: nn.Module, *methods: SaliencyMethod) -> None:
             check_layer(model, layer)
 
 
+def find_layers(model: nn.Module, image: Float[Tensor, "1 C H W"], *methods: SaliencyMethod) -> None:
+    """Find the layer of methods that name none, which takes as long as many forward passes, and remember it.
+
+    Args:
+        model: Any classifier.
+        image: As the model takes it.
+        methods: The methods, with those they are made of.
+    """
+    own = (method for method in _parts(*methods) if not isinstance(method, Adapter))
+    if any(getattr(method, "target_layer", "") is None for method in own):
+        with suppress(Exception):  # It is left to the run, which raises it about its own images.
+            find_target_layer(model, image)
+
+
 def _parts(*methods: SaliencyMethod) -> Iterator[SaliencyMethod]:
     """Yield methods, and those they are made of."""
     for method in methods:

@@ -10,6 +10,7 @@ from lightning_models import (
     validate,
 )
 from sess_lightning import SESSCallback
+from sess_lightning.methods import GradCAM
 
 
 @pytest.mark.usefixtures("whole_curves")
@@ -68,6 +69,11 @@ def test_what_will_be_done_is_said_once_in_one_line(tmp_path, told):
 def test_a_run_that_compares_nothing_says_nothing_of_it(tmp_path, told):
     validate(tmp_path, SESSCallback(QUICK, num_samples=4, compare={}), val=squares(8))
     assert "5 forward passes per map; no boxes or masks" in told()[0]
+
+
+def test_a_single_sample_and_a_single_pass_are_counted_as_such(tmp_path, told):
+    validate(tmp_path, SESSCallback(GradCAM(), num_samples=1, compare={}), val=squares(8))
+    assert "explains 1 sample of 32x32 px with GradCAM(), 1 forward pass per map" in told()[0]
 
 
 def test_a_small_data_set_is_announced_with_the_samples_it_has(tmp_path, told):

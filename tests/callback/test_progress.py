@@ -20,6 +20,7 @@ from sess_lightning.callback.guard import SESSWarning
 from sess_lightning.callback.pace import Laps, TrainingClock
 from sess_lightning.callback.plan import RunPlan
 from sess_lightning.callback.progress import in_words, remedies
+from sess_lightning.introspection import layers
 from sess_lightning.methods import RISE, GradCAM, IntegratedGradients
 
 
@@ -116,6 +117,28 @@ def test_seconds_are_said_while_the_first_run_goes_on_and_once_only(tmp_path, cl
     assert line.startswith("SESSCallback: a run takes about ")
     done, total = (int(text.replace(",", "")) for text in re.findall(r"first ([\d,]+) of ([\d,]+)", line)[0])
     assert done >= min(64, total / 4)  # A few slow ones at the start say nothing.
+
+
+@pytest.mark.parametrize("method", [None, SESS(GradCAM(), num_scales=3)], ids=["default", "given"])
+def test_what_finding_a_layer_takes_is_not_charged_to_each_forward_pass(
+    tmp_path, clock, told, monkeypatch, method
+):
+    search = layers.search
+
+    def takes(seconds):
+        def slow(*arguments):
+            clock.seconds += seconds
+            return search(*arguments)
+
+        return slow
+
+    clock.step = 0.5
+    for seconds in (0, 1000):
+        monkeypatch.setattr(layers, "search", takes(seconds))
+        fit(tmp_path / str(seconds), quick(num_samples=4, method=method), module=Timed)
+    lines = [line for line in told() if "a run takes about" in line]
+    assert len(lines) == 2
+    assert len({*lines}) == 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from sess_lightning.methods import (
     PytorchGradCAM,
     RandomMap,
 )
-from sess_lightning.methods.choosing import check_layers, default_method
+from sess_lightning.methods.choosing import check_layers, default_method, find_layers
 
 IMAGE = picture(48, 48, 1)[None]
 
@@ -49,6 +49,21 @@ class Failing(nn.Module):
 
 def test_what_fails_is_left_to_the_run_to_say():
     assert default_method(Failing(), IMAGE) == SESS(GradCAM())
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [(SESS(GradCAM()), 1), (Blurred(SESS(GroupCAM(4))), 1), (SESS(GradCAM("3")), 0), (RISE(), 0)],
+    ids=["within", "deep within", "named", "none"],
+)
+def test_layers_that_are_not_named_are_found_once_and_before(method, count):
+    passed, net = [], filled_net()
+    net.register_forward_hook(lambda *_: passed.append(1))
+    find_layers(net, IMAGE, method, RandomMap())
+    assert len(passed) == count
+    find_layers(net, IMAGE, method)
+    assert len(passed) == count
+    find_layers(Failing(), IMAGE, method)  # What fails is left to the run, too.
 
 
 WRONG = [
