@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_d
 from typing_extensions import override
 
 from sess_lightning.evaluation.calls import did_you_mean, method_spec
+from sess_lightning.evaluation.comparison import OUT
 from sess_lightning.evaluation.datasets import Benchmark
 from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.sources import LOCAL
@@ -257,7 +258,7 @@ def _add_run(parser: Parser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("runs/evaluate"),
+        default=OUT,
         help="folder of the results (default: runs/evaluate)",
     )
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ... (default: auto)")

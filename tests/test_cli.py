@@ -297,6 +297,13 @@ def test_weights_come_from_state_dicts_and_lightning_checkpoints(tmp_path, prefi
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
+def test_a_head_that_is_a_convolution_has_as_many_classes_as_its_weights(tmp_path):
+    model = small(3)[0]
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    loaded = load_network("squeezenet1_1", tmp_path / "a.pth").model
+    assert torch.equal(loaded.classifier[1].weight, model.classifier[1].weight)
+
+
 def test_weights_come_from_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     model = small()[1]

@@ -26,6 +26,8 @@ COLOURED = (
     "CentreGaussian", "ContrastiveSESS",
 )  # fmt: skip
 """The methods that have the ten colours which are easiest to tell apart."""
+OUT = Path("runs/evaluate")
+"""Folder of an evaluation that names none."""
 LONGEST = 40
 """Characters of what differs between runs; if there are more, runs are called by their folders."""
 
@@ -75,14 +77,15 @@ def read_run(path: str | Path) -> Run:
     """Read a finished evaluation.
 
     Args:
-        path: Its folder, or the config that names it (``out``).
+        path: Its folder, or the config it was started with, which may name it (``out``).
 
     Raises:
         FileNotFoundError: If there are no results or no records.
     """
     folder = Path(path)
     if folder.suffix in (".yaml", ".yml"):
-        folder = Path(yaml.safe_load(folder.read_text(encoding="utf-8"))["out"])
+        config = yaml.safe_load(folder.read_text(encoding="utf-8")) or {}
+        folder = Path(config.get("out", OUT))
     if not (folder / "results.csv").is_file():
         raise FileNotFoundError(f"{folder}: no results.csv; let sess-lightning evaluate finish first.")
     with (folder / "results.csv").open(encoding="utf-8", newline="") as file:

@@ -102,7 +102,7 @@ def from_file(
     wanted = build(num_classes)
     state = fit_names(read_state(path), set(wanted.state_dict()), str(path))
     if num_classes is None:
-        wanted = build(len(state[f"{last_linear(wanted)}.weight"]))
+        wanted = build(len(state[f"{head_of(wanted)}.weight"]))
     return loaded(wanted, state, name, path)
 
 
@@ -133,16 +133,17 @@ def is_file(weights: str | Path) -> bool:
     return False
 
 
-def last_linear(model: nn.Module) -> str:
-    """Return the name of a model's last linear layer.
+def head_of(model: nn.Module) -> str:
+    """Return the name of the layer that makes a model's logits: the last linear one, else convolution.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If there is neither.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no linear layer that could be its head.")
-    return str(names[-1])
+    for kind in (nn.Linear, nn.Conv2d):
+        names: list[str] = [name for name, module in model.named_modules() if isinstance(module, kind)]
+        if names:
+            return names[-1]
+    raise ValueError(f"{type(model).__name__} has no linear layer and no convolution to be its head.")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 from evaluated import experiment, run
 from layouts import write_voc
 from sess_lightning import cli, methods
+from sess_lightning.arguments import evaluate_parser
 from sess_lightning.evaluation import comparison
 from sess_lightning.evaluation.comparison import compare, points, read_run, varied
 from sess_lightning.methods import SESS, GradCAM
@@ -81,6 +83,15 @@ def test_bases_of_several_classes_are_called_by_them(folders):
     runs = [read_run(folder) for folder in folders]
     runs[1] = runs[1]._replace(kinds={**runs[1].kinds, "base": "RISE"})
     assert {point.series for point in points(runs)[1]} == {"SESS", "base, GradCAM", "base, RISE", "random"}
+
+
+@pytest.mark.parametrize("text", ["", "model: {name: resnet18}\n"])
+def test_a_config_that_names_no_folder_means_the_one_evaluate_writes_to(text, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text(text)
+    out = tmp_path / evaluate_parser().get_defaults().out
+    shutil.copytree(folders[0], out)
+    assert read_run("a.yaml").rows == read_run(out).rows
 
 
 def test_compare_writes_one_table_and_one_picture(folders, tmp_path, capsys):
