@@ -58,6 +58,8 @@ _PASS_THROUGH = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.AvgPool1d, nn.MaxPool1d,
     nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Softmax, nn.LogSoftmax,
 )  # fmt: skip
+_SHUT = torch.jit.RecursiveScriptModule
+"""Modules that take no hooks."""
 _TRIES = 4
 """How many times features of one shape may be found to lie on no grid before that shape is given up."""
 
@@ -70,7 +72,7 @@ def trace(model: nn.Module, image: Float[Tensor, "1 C H W"], wanted: nn.Module |
         image: A copy that may become a leaf.
         wanted: A layer that is recorded even if it only passes on.
     """
-    names = {module: name for name, module in model.named_modules() if name}
+    names = {module: name for name, module in model.named_modules() if name and not isinstance(module, _SHUT)}
     passages: list[Passage] = []
     passed: list[tuple[Tensor, int]] = []  # Kept alive, so that no tensor's id is used twice.
 
@@ -278,9 +280,10 @@ class _Reader:
         """Return why no layer was found, and a remedy."""
         if not self.passages:
             return ValueError(
-                "No layer's features reach the logits with a gradient: the module is traced or exported and "
-                "cannot be looked into, or its forward detaches them or runs in inference_mode. Explain the "
-                "module that it was made of, change the forward, or use a method without gradients: RISE()."
+                "No layer's features reach the logits with a gradient: the module is traced or exported, or "
+                "scripted, and cannot be looked into, or its forward detaches them or runs in "
+                "inference_mode. Explain the module that it was made of, change the forward, or use a method "
+                "without gradients: RISE()."
             )
         tried = ", ".join(f"{name} {tuple(features.shape)}" for name, features, _ in self.passages[-6:])
         height, width = size_of(self.image)

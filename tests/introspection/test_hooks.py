@@ -174,6 +174,20 @@ def test_a_scripted_model_can_be_scored_and_says_why_it_cannot_be_looked_into(im
     assert scripted.training
     with pytest.raises(RuntimeError, match="hook"):
         maps_of(scripted, images)
+    with pytest.raises(
+        ValueError, match=r"the module is traced or exported, or scripted.*Explain the module"
+    ):
+        maps_of(scripted, images, GradCAM())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_scripted_parts_do_not_hide_the_layers_of_others(images):
+    net = made(Net)
+    first, head = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval(), nn.Sequential(nn.ReLU(), nn.Dropout())
+    whole = nn.Sequential(first, net, head).eval()
+    parts = nn.Sequential(torch.jit.script(first), net, torch.jit.script(head)).eval()
+    for method in (GradCAM(), SESS(GradCAM(), num_scales=2)):
+        same(maps_of(parts, images, method), maps_of(whole, images, method))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
