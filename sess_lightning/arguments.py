@@ -194,7 +194,7 @@ def _add_model(parser: Parser) -> None:
         "--module",
         type=str | dict | None,
         default=None,
-        help="class or function, found in the current folder, too: my_module.Net, or 'my_module.Net(5)'; "
+        help="class or function, also in the current folder: my_module.Net, or 'my_module.Net(5)'; "
         "its arguments also as --module.NAME VALUE",
     )
     own.add_argument("--module_arguments", type=dict, default={}, help=SUPPRESS)
@@ -264,7 +264,7 @@ def _add_run(parser: Parser) -> None:
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ... (default: auto)")
     parser.add_argument("--devices", type=int, default=1, help="processes that share the images (default: 1)")
     parser.add_argument(
-        "--num_nodes", type=int, default=1, help="machines that share the images, each with so many processes"
+        "--num_nodes", type=int, default=1, help="machines that share the images, each with as many processes"
     )
     parser.add_argument(
         "--skip_broken", type=bool, default=True, help="leave out files that cannot be read (default: true)"
@@ -276,7 +276,10 @@ def _add_run(parser: Parser) -> None:
         help="fold batch norms away: faster, equal to rounding (default: false)",
     )
     parser.add_argument(
-        "--parquet", type=bool | None, default=None, help="write Parquet, too (default: with pyarrow)"
+        "--parquet",
+        type=bool | None,
+        default=None,
+        help="also write Parquet (default: if pyarrow is installed)",
     )
     parser.add_argument(
         "--paper",

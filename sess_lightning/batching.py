@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 ON_CPU, ON_CPU_PIXELS, MOST_ON_CPU = 8, 8 * 128 * 128, 64
-"""Batch size where free memory is unknown: 8, or as many small images as have so many pixels, at most 64.
+"""Batch size where free memory is unknown: 8, or as many small images as have that many pixels, up to 64.
 
 Larger batches overflow a CPU's caches; in smaller ones a convolution lays out its weights for few pixels.
 ResNet-18 takes .37 of the time in batches of 64 instead of 8 at 32 px, .67 in batches of 32 at 64 px.

@@ -161,8 +161,8 @@ def check_names(names: Iterable[str], explained: str = "") -> None:
         if (other := seen.get(_folded(name))) is not None:
             whose = "the explained method" if other is explained else "another"
             raise ValueError(
-                f"compare: {name!r} cannot be told from {other!r}, the name of {whose}: files and loggers "
-                "ignore case and punctuation; choose another name."
+                f"compare: {name!r} cannot be told apart from {other!r}, the name of {whose}: files and "
+                "loggers ignore case and punctuation; choose another name."
             )
         seen[_folded(name)] = name
 

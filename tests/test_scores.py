@@ -89,14 +89,14 @@ def test_a_name_is_refused_with_a_reason(name, reason):
 @pytest.mark.parametrize(("one", "other"), [("CAM", "cam"), ("a b", "a_b"), ("a b", "a+b")])
 def test_names_that_loggers_would_merge_are_refused(one, other):
     with pytest.raises(
-        ValueError, match=f"{re.escape(repr(other))} cannot be told from '{one}', the name of another"
+        ValueError, match=f"{re.escape(repr(other))} cannot be told apart from '{one}', the name of another"
     ):
         check_names([one, other])
 
 
 def test_the_explained_methods_name_is_taken():
     with pytest.raises(
-        ValueError, match="'SESS' cannot be told from 'SESS', the name of the explained method"
+        ValueError, match="'SESS' cannot be told apart from 'SESS', the name of the explained method"
     ):
         check_names(["base", "SESS"], explained="SESS")
 

@@ -12,7 +12,7 @@ from sess_lightning.types import SaliencyMethod
 SHARED = 3
 """Forward passes that belong to no sample: the image of zeros, and finding layers on image and window."""
 CONTROL_SAMPLES = 4
-"""On so many samples the controls are scored even if fewer samples are then explained."""
+"""The controls are scored on this many samples, even if fewer samples are then explained."""
 FURTHER = 2 * (28 - 1)
 """Forward passes of the two curves of one more map, whose ends are known."""
 NO_SAMPLE = (
@@ -57,7 +57,7 @@ def afford(
         compare: The methods scored beside it; those that need no forward pass are the controls.
         model: What is explained.
         size: (height, width) of the images.
-        num_samples: Samples wanted over all ranks.
+        num_samples: Samples asked for over all ranks.
         available: Samples that exist in one share.
         max_forwards: Upper bound over all ranks.
         fixed: Forward passes of a sample before it is explained.

@@ -109,7 +109,7 @@ def _is_held(held: Tensor) -> bool:
 
 def _same(held: Tensor, copy: Tensor) -> bool:
     # As integers, NaN equals itself.
-    # By NumPy: a test that nothing waits for a device could not tell torch's comparison from one that does.
+    # By NumPy: torch's comparison would look like one that waits for a device to the tests that none does.
     # Through copies: a storage that NumPy has seen can never be resized.
     pair = (tensor.reshape(-1).view(_BITS[tensor.dtype]).split(LARGE // 8) for tensor in (held, copy))
     chunks = zip(*pair, strict=True)

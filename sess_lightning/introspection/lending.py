@@ -87,7 +87,7 @@ def _evaluating(modules: list[nn.Module]) -> Iterator[None]:
         for module in plain:
             # In evaluation mode cuDNN refuses their gradients; only dropout differs in train mode.
             module.training, module.dropout = True, 0.0
-        if len(plain) < len(recurrent):  # What the user's own forward pass does in train mode, nobody knows.
+        if len(plain) < len(recurrent):  # Nobody knows what a user's forward does in train mode.
             torch.backends.cudnn.enabled = False
         yield
     finally:

@@ -120,7 +120,7 @@ def warn_of_probabilities(speaker: str, outputs: Float[Tensor, "B N"], is_first:
     Args:
         speaker: Who warns.
         outputs: What is taken for logits.
-        is_first: Whether these are the first ones; of others nothing is said.
+        is_first: Whether these are the first ones; others are not warned of.
     """
     if is_first and outputs.is_cpu and ending_of(outputs) is not None:
         warnings.warn(

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def comes_from_signal(error: BaseException) -> bool:
-    """Return whether a signal handler raised this: it is meant for whoever set the handler."""
+    """Return whether a signal handler raised an error."""
     handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
     return any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__))
 

@@ -81,7 +81,7 @@ def difference(values: Mapping[str, float], epoch: int, step: int) -> Difference
 
 
 def read_differences(states: Iterable[Any]) -> list[Difference]:
-    """Return the differences that a checkpoint holds; what is none is left out."""
+    """Return the differences that a checkpoint holds; anything else is left out."""
     kinds = ((str,), (int,), (int,), (float,), (float, type(None)), (float, type(None)))
     return [
         Difference(*state)

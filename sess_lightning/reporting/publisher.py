@@ -28,7 +28,7 @@ SINKS: dict[str, Callable[[Any], Sink]] = {
 }  # fmt: skip
 """Name of a logger's class -> its sink."""
 PATIENCE = 3
-"""So many failures in a row are warned of, each by itself."""
+"""Each of this many failures in a row is reported."""
 
 
 class Publisher:
@@ -60,7 +60,7 @@ class Publisher:
 
     @property
     def text(self) -> str:
-        """Where a run goes, in words."""
+        """Where a run goes, as text."""
         others = [sink.name for sink in self._sinks if sink is not self._page]
         page = self._page.name if self._page is not None else "none"
         return f"pictures: {', '.join(others) or 'none'}; report: {page}"
@@ -142,13 +142,15 @@ class Publisher:
                 if before < PATIENCE:
                     raise
         if before == PATIENCE - 1 and self._failures[sink, verb] == PATIENCE:
-            self._warn(f"{sink.name} failed three times in a row; it is tried on without further warnings.")
+            self._warn(
+                f"{sink.name} failed three times in a row; from now on it is tried without further warnings."
+            )
 
 
 def sink_for(logger: Any, folder: str | Path) -> Sink | None:
     """Return the sink for a Lightning logger: files below ``folder`` for None or one without images.
 
-    Loggers are recognised by their classes' names, so that none of their packages is imported; the dummy
+    Loggers are recognised by their classes' names, so that their packages need not be imported; the dummy
     logger of ``fast_dev_run`` gets no sink.
     """
     names = kinds(logger)

@@ -69,7 +69,7 @@ class RunReport:
         settings: How the scores were measured, in words and numbers.
         metrics: What the user's own module logged; known when the run is closed.
         accuracy: Key of the accuracy among ``metrics``, empty if there is none; known when the run is closed.
-        alerts: What the user was warned of; known when the run is closed.
+        alerts: Texts of the alarms that were raised; known when the run is closed.
         run: Name of the training; a resumed one keeps its name.
         differences: The paired differences of the training's runs so far, this one the last.
         arguments: The callback's arguments, in texts and numbers.

@@ -111,7 +111,7 @@ class Mistaken(Watched):
         self.log("val_error", 90.0 - 20 * self.current_epoch)
 
 
-@pytest.mark.parametrize(("named", "told"), [({}, []), ({"accuracy": "val_error"}, ["speaks of errors"])])
+@pytest.mark.parametrize(("named", "told"), [({}, []), ({"accuracy": "val_error"}, ["names an error rate"])])
 def test_errors_are_no_accuracy(tmp_path, recwarn, named, told):
     its = fit(tmp_path, straying(**named), module=Mistaken, val=squares(read=boxed), max_epochs=3,
               num_sanity_val_steps=0)  # fmt: skip

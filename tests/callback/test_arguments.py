@@ -36,7 +36,7 @@ from sess_lightning.methods import GradCAM
         (
             {"compare": {"SESS": GradCAM()}},
             ValueError,
-            "cannot be told from 'SESS', the name of the explained",
+            "cannot be told apart from 'SESS', the name of the explained",
         ),
         ({"compare": [GradCAM()]}, TypeError, r"compare must be a dict of saliency methods by name"),
         (

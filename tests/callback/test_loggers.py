@@ -65,7 +65,7 @@ def test_a_logger_that_fails_three_times_is_tried_on_without_more_warnings(tmp_p
     assert tried == [0, 1, 2, 3, 4]
     assert len(told) == 4
     assert all("this run's pictures are missing in shelf" in text for text in told[:3])
-    assert "shelf failed three times in a row; it is tried on without further warnings" in told[3]
+    assert "shelf failed three times in a row; from now on it is tried without further warnings" in told[3]
     assert its.logger.of("sess/failed") == [1, 2, 3, 3, 3]
     assert len(its.logger.of("sess/n")) == 5
 

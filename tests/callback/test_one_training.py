@@ -258,9 +258,7 @@ def test_pictures_that_grow_are_explained_as_they_are_now(tmp_path, told):
 def test_of_a_shuffled_loader_whose_pictures_grow_others_are_taken_with_a_word(tmp_path):
     callback, spy = spying(num_samples=3)
     val = squares(shuffle=True)
-    with pytest.warns(
-        SESSWarning, match="kept so far are of 32x32 px and those that pass now are of 48x48 px"
-    ):
+    with pytest.warns(SESSWarning, match="kept so far are 32x32 px, those of this validation 48x48 px"):
         its = fit(tmp_path, callback, Growing(val.dataset), val=val, max_epochs=2, num_sanity_val_steps=0)
     assert [tuple(image.shape[1:]) for image in spy.images] == [(32, 32)] * 3 + [(48, 48)] * 3
     assert "sess/drift_previous" not in its.callback_metrics

@@ -101,7 +101,9 @@ def test_after_three_failures_in_a_row_a_sink_is_tried_on_in_silence(desk, verb)
     for epoch in range(5):
         desk.run(epoch)
     assert len(desk.told) == 4
-    assert desk.told[3] == "one failed three times in a row; it is tried on without further warnings."
+    assert (
+        desk.told[3] == "one failed three times in a row; from now on it is tried without further warnings."
+    )
     desk.shelves[0].broken = set()
     desk.run(5)
     assert [what.epoch for kind, what in desk.shelves[0].kept if kind == verb] == [5]

@@ -128,7 +128,7 @@ class Content:
         return Tile(name, f"{last.scalars[score.key]:.3f}", _interval(last, score.key), note, rows)
 
     def _flat_maps(self) -> Iterator[Tile]:
-        """Yield how many maps show nothing, if there are any; controls are no maps of the model."""
+        """Yield how many maps show nothing, if there are any; controls are not maps of the model."""
         last = self.last
         methods = [method for method in ("", *self.methods) if method not in CONTROLS]
         counts = {

@@ -21,7 +21,7 @@ from sess_lightning.reporting.report.records import RunRecord, outlines, picture
 
 MAX_BYTES = 10_000_000
 HEAD = 2_000
-"""Within so many bytes, the page says which training it is of."""
+"""The page names its training within this many bytes."""
 
 
 def write_report(
@@ -52,7 +52,7 @@ def write_report(
         make_way(path, runs[-1][0].run)
         while not _fits(path, _page(content, places, folder, every, others(path)), max_bytes):
             if every >= len(runs):
-                raise ValueError(f"write_report: one run takes more bytes; raise max_bytes={max_bytes}.")
+                raise ValueError(f"write_report: not even one run fits; raise max_bytes={max_bytes}.")
             every = every * 5 // 4 + 1
     return path
 

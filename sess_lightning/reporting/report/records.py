@@ -64,7 +64,7 @@ class RunRecord:
         panel: The samples that are shown.
         tables: Name -> rows.
         settings: How the scores were measured, as text.
-        alerts: What the user was warned of.
+        alerts: Texts of the alarms that were raised.
         method: Display name of the explained method.
         names: Key of a compared method -> display name.
         accuracy: Key of the accuracy among ``metrics``, empty if there is none; None in older records.
@@ -105,7 +105,7 @@ def read(folder: str | Path, run: str | None = None) -> list[RunRecord]:
     """Return the runs of a training, in order.
 
     A run replaces all earlier ones from its own epoch and step on: they are left over from before the
-    training was resumed from an earlier checkpoint. Lines that are no runs are skipped.
+    training was resumed from an earlier checkpoint. Lines that are not runs are skipped.
 
     Args:
         folder: Where the records are.
@@ -193,7 +193,7 @@ def jpeg(picture: Picture, side: int = SIDE, limit: int = PICTURE_BYTES) -> byte
 
 
 def _parsed(values: Any, names: dict[str, str], *, outline: bool = False) -> RunRecord | None:
-    """Return the run in a line, with the fields that this version knows; None if it is no run."""
+    """Return the run in a line, with the fields that this version knows; None if it is not a run."""
     try:
         known = {
             part.name: READERS[part.name](values[part.name])
@@ -244,7 +244,7 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no name")
+        raise TypeError(f"{value!r} is not a name")
     return value
 
 

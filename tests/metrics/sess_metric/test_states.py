@@ -225,7 +225,9 @@ def test_what_is_no_method_is_refused(unchecked):
         SESSMetric(TWO_SCALES, compare={"": GradCAM()})
     with pytest.raises(ValueError, match="'minus_blur': \"minus_\" begins the keys of differences"):
         SESSMetric(TWO_SCALES, compare={"minus_blur": GradCAM()})
-    with pytest.raises(ValueError, match="cannot be told from 'SESS', the name of the explained method"):
+    with pytest.raises(
+        ValueError, match="cannot be told apart from 'SESS', the name of the explained method"
+    ):
         SESSMetric(TWO_SCALES, compare={"SESS": GradCAM()})
 
 
