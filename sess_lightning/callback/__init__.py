@@ -1,4 +1,4 @@
-"""What happens inside somebody's training."""
+"""What happens inside a user's training."""
 
 from sess_lightning.callback.callback import SESSCallback
 

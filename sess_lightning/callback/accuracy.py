@@ -1,4 +1,4 @@
-"""The validation accuracy of somebody's training: under which key it is, and in which unit."""
+"""The validation accuracy that a training logs: under which key, and in which unit."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def find_accuracy(metrics: Mapping[str, object], prefix: str, loader: int = 0, n
         metrics: All that is logged, by key.
         prefix: First part of the callback's own keys.
         loader: The loader that is watched; what is logged of another one is left alone.
-        named: The key that the user has named; else the shortest one is taken that speaks of accuracy
-            (``acc``, ``accuracy``, ``top1``), and neither of training nor of errors.
+        named: The key that the user has named; else the shortest one is taken that names an accuracy
+            (``acc``, ``accuracy``, ``top1``), and neither training nor errors.
     """
     keys = [key for key in metrics if of_loader(key, loader) and not key.startswith(f"{prefix}/")]
     if named:
@@ -42,12 +42,12 @@ def find_accuracy(metrics: Mapping[str, object], prefix: str, loader: int = 0, n
 
 
 def is_accuracy(key: str) -> bool:
-    """Return whether a key speaks of an accuracy: the higher, the better."""
+    """Return whether a key names an accuracy: the higher, the better."""
     return bool(RIGHT.search(key.lower())) and not WRONG.search(key.lower())
 
 
 def is_error(key: str) -> bool:
-    """Return whether a key speaks of errors, and not of accuracy as well."""
+    """Return whether a key names errors, and no accuracy as well."""
     spoken = WRONG.sub(" ", key.lower())
     return spoken != key.lower() and not re.search(r"accuracy|(^|[^a-z])acc([^a-z]|$)", spoken)
 
@@ -73,7 +73,7 @@ def doubt(key: str, named: str, metrics: Mapping[str, Tensor], prefix: str) -> s
         prefix: First part of the callback's own keys.
     """
     if named and is_error(named):
-        return f"accuracy={named!r} speaks of errors; the alarm and {prefix}/selection are off."
+        return f"accuracy={named!r} names an error rate; the alarm and {prefix}/selection are off."
     if named and not key:
         logged = ", ".join(sorted(name for name in metrics if not _is_ours(name, prefix))) or "none"
         return f"accuracy={named!r} is not among the logged keys ({logged}); the alarm is off."

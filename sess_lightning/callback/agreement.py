@@ -10,9 +10,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 LEVEL = 0.999
-"""Two-sided level: once in a thousand times, an agreeing training is warned of."""
+"""Two-sided level: of a thousand trainings that agree, one gets a warning."""
 CERTAIN = 0.01
-"""An accuracy is kept this far from 0 and 1: rounding may decide on an image, too."""
+"""An accuracy is kept this far from 0 and 1, since rounding may decide an image."""
 
 
 def disagrees(accuracy: float, right: Bool[Tensor, " N"], targets: Sequence[int]) -> bool:

@@ -80,7 +80,7 @@ class SESSCallback(Remembering, RunHooks):
         display_channels: The images' channels to show as red, green and blue, or a single one as grey; None
             searches for ``rgb_bands`` there, otherwise takes the first three.
         dataloader_idx: Which validation loader to watch.
-        report: Whether to write a page next to the logger's files, ``report.html``, that replays it all.
+        report: Whether to write a page next to the logger's files, ``report.html``, to replay the training.
         alarm: Whether to warn, once, when validation accuracy rises while the maps leave the object
             (``findings`` says what is tested). A string is taken as ``accuracy``.
         accuracy: Key under which the validation accuracy is logged, for the alarm and ``sess/selection``;

@@ -105,7 +105,7 @@ class Examiner:
 
     @property
     def text(self) -> str:
-        """What is explained, and what was chosen for it, in words."""
+        """What is explained, and what was chosen for it, as text."""
         chosen = None if self._asked.method is not None else self._settings.method
         if isinstance(chosen, SESS) and isinstance(chosen.base, Gradient):
             return f"{self.watcher.text}; no layer of it has places, which Grad-CAM needs: {chosen} instead"
@@ -178,7 +178,7 @@ class Examiner:
         if trainer.world_size > 1 and self.watcher.communicates and not self.is_sharded:
             raise UnsafeError(
                 "the model's forward pass communicates between processes (all_gather or the like), but they "
-                "explain different numbers of images and would wait for each other for ever. Explain it in a "
+                "explain different numbers of images and would wait for each other forever. Explain it in a "
                 "Trainer of its own, Trainer(devices=1, callbacks=[SESSCallback()]).validate(model, ...), or "
                 "say what gives logits without that, SESSCallback(forward=lambda module, images: logits)."
             )

@@ -23,7 +23,7 @@ MOST_TOLD = 2000
 UNKNOWN = 'SESSCallback(on_error="raise") shows where it happened.'
 """The remedy where no better one is known."""
 PATIENCE = 3
-"""After so many failed runs in a row the callback is switched off."""
+"""The callback is switched off after this many failed runs in a row."""
 
 
 class UnsafeError(RuntimeError):
@@ -162,7 +162,7 @@ _NO_ACCESS = (
 
 
 def refuse_shards(strategy: object) -> bool:
-    """Refuse strategies on which processes that explain could wait for each other for ever.
+    """Refuse strategies on which processes that explain could wait for each other forever.
 
     Returns:
         Whether the model is sharded, but in such a way that its parameters can be gathered beforehand.
@@ -180,7 +180,7 @@ def refuse_shards(strategy: object) -> bool:
     elif "FSDPStrategy" in names or getattr(strategy, "zero_stage_3", False):
         reason = (
             "parameters are sharded, so that all processes would have to explain equally many samples, or "
-            "wait for each other for ever (ModelParallelStrategy(tensor_parallel_size=1) works)"
+            "wait for each other forever (ModelParallelStrategy(tensor_parallel_size=1) works)"
         )
     if not reason:
         return False

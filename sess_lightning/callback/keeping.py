@@ -84,8 +84,8 @@ class SampleKeeper:
             return ""
         height, width = size_of(earlier[0].samples.images)
         return (
-            f"the samples kept so far are of {height}x{width} px and those that pass now are of "
-            f"{size[0]}x{size[1]} px: from here on others are explained, and compared among themselves."
+            f"the samples kept so far are {height}x{width} px, those of this validation "
+            f"{size[0]}x{size[1]} px: from now on others are explained, and compared with each other."
         )
 
     def _restored(self, part: Share, rank: int) -> list[Kept]:

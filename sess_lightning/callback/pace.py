@@ -43,7 +43,7 @@ class TrainingClock:
 
         Args:
             runs: Their number.
-            every_n_epochs: After so many epochs there is a run; the first one may come earlier.
+            every_n_epochs: There is a run after this many epochs; the first one may come earlier.
         """
         return self._seconds / runs * max(1.0, every_n_epochs / max(1, self._epochs))
 

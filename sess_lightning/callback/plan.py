@@ -144,7 +144,7 @@ def _details(
     budget: Budget,
     shares: int,
 ) -> dict[str, Any]:
-    """Say in words and numbers how scores are measured."""
+    """Return how scores are measured, in words and numbers."""
     size, world, names = size_of(batch.images), trainer.world_size, legend.names
     scored = {
         key: (budget.samples if method.forwards > 0 else budget.controls) * shares

@@ -1,4 +1,4 @@
-"""Progress: a run that takes long shows how far it is, and what runs cost is said in seconds."""
+"""Progress: a long run shows how far it is, and the log says how many seconds runs take."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sess_lightning.methods import SESS, GradCAM
 LONG = 3.0
 """Seconds from which on a run counts as long: it shows a bar, and is compared with the training."""
 MEASURED, MANY = 1.0, 64
-"""What a run takes is estimated after so many seconds of batches, and forward passes, or a quarter of all."""
+"""A run's time is estimated after this many seconds of batches, and forward passes, or a quarter of all."""
 FEWEST = 4
 """Fewer samples than these are not advised: their scores would be chance."""
 
@@ -48,7 +48,7 @@ class Progress:
         return {**self.__dict__, "_bar": None, "_laps": None}  # A display has threads, an event a device.
 
     def start(self) -> None:
-        """Begin to fit, validate or test: what runs take is said once more."""
+        """Begin to fit, validate or test: how long runs take is said once more."""
         self._is_said, self._is_warned, self._is_off = False, False, False
         self._runs, self._seconds = 0, 0.0
         self.start_run()

@@ -31,7 +31,7 @@ def spread_in_batch(count: int, size: int, batch_idx: int) -> list[int]:
 
 
 def numbering(count: int) -> list[int]:
-    """Return a number for each of ``count`` samples in order, so that low numbers are spread out, too."""
+    """Return a number for each of ``count`` samples in order, so that low numbers are spread out as well."""
     ranked = sorted(range(count), key=lambda k: SILVER * k % 1)
     return sorted(range(count), key=ranked.__getitem__)
 

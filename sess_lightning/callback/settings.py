@@ -28,7 +28,7 @@ class Settings:
     """The arguments of ``SESSCallback``; its docstring describes them.
 
     Raises:
-        TypeError: If the method is no saliency method.
+        TypeError: If the method is not a saliency method.
         ValueError: If an argument is out of range.
     """
 
