@@ -66,7 +66,7 @@ def _exact_products_before_torch_2_9() -> Iterator[None]:
 
 def sent(numbers: Sequence[Any], device: torch.device) -> Int[Tensor, ...]:
     """Return whole numbers as a tensor on a device; ``torch.tensor(device=)`` would wait for it."""
-    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def wait_for(device: torch.device | str) -> None:

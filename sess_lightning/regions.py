@@ -65,9 +65,9 @@ def read_regions(
     return read_boxes(regions) if boxes else read_masks(regions, labels)
 
 
-def as_tensor(region: Any) -> Tensor | None:
+def as_tensor(region: Any) -> Any:
     """Return an image's regions as a tensor; None for an image without any."""
-    return region if region is None or isinstance(region, Tensor) else torch.as_tensor(region)
+    return region if region is None or isinstance(region, Tensor) else torch.as_tensor(region, device="cpu")
 
 
 def _are_boxes(region: Tensor, size: tuple[int, int] | None) -> bool:
@@ -93,7 +93,7 @@ def read_boxes(boxes: Any) -> list[Float[Tensor, "_ 4"]]:
 def _corners(boxes: Any) -> Tensor:
     # BoundingBoxes lose their format when they are indexed or stacked.
     form = getattr(getattr(boxes, "format", None), "value", "XYXY")
-    plain = torch.as_tensor(boxes if boxes is not None else []).as_subclass(Tensor).float()
+    plain: Tensor = as_tensor([] if boxes is None else boxes).as_subclass(Tensor).float()
     return plain if form == "XYXY" else convert_boxes(plain, form)  # Their shape is checked later.
 
 
@@ -198,9 +198,7 @@ def read_masks(masks: Any, labels: Labels | None = None) -> Bool[Tensor, "B h w"
     if isinstance(masks, Tensor):
         stacked = masks.as_subclass(Tensor)
     else:
-        masks = [
-            None if mask is None else _union(torch.as_tensor(mask).as_subclass(Tensor)) for mask in masks
-        ]
+        masks = [None if mask is None else _union(mask.as_subclass(Tensor)) for mask in map(as_tensor, masks)]
         given = [mask for mask in masks if mask is not None]
         sizes = {tuple(mask.shape) for mask in given}
         if len(sizes) != 1:

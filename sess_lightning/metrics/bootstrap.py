@@ -29,9 +29,10 @@ def bootstrap_counts(images: int, rows: int | None = None) -> Iterator[Float[Ten
     generator = torch.Generator().manual_seed(0)
     chunk = max(1, ELEMENTS // max(images, rows or images))
     for start in range(0, RESAMPLES, chunk):
-        drawn = torch.randint(images, (min(chunk, RESAMPLES - start), images), generator=generator)
-        counts = torch.zeros(drawn.shape, dtype=torch.float64)
-        yield counts.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand_as(drawn))
+        size = (min(chunk, RESAMPLES - start), images)
+        drawn = torch.randint(images, size, generator=generator, device=generator.device)
+        counts = drawn.new_zeros(size, dtype=torch.float64)
+        yield counts.scatter_add_(1, drawn, counts.new_ones(()).expand_as(drawn))
 
 
 class Mean:
@@ -76,7 +77,7 @@ class ClassMean:
         self._hits, self._image_of = hits, image_of
         classes, self._class_of = targets.unique(return_inverse=True)
         self._classes = len(classes)
-        self.value = float(self(torch.ones(1, int(image_of.max()) + 1, dtype=torch.float64)))
+        self.value = float(self(hits.new_ones(1, int(image_of.max()) + 1)))
 
     def __call__(self, counts: Float[Tensor, "R G"]) -> Float[Tensor, " R"]:
         """Return the mean of each resample; NaN where it drew no sample."""
@@ -109,4 +110,4 @@ def interval(resampled: Float[Tensor, " R"]) -> list[float]:
     finite = resampled[resampled.isfinite()]
     if not len(finite):
         return []
-    return torch.quantile(finite, torch.tensor([0.025, 0.975], dtype=finite.dtype)).tolist()
+    return torch.quantile(finite, finite.new_tensor([0.025, 0.975])).tolist()

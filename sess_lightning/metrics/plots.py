@@ -45,7 +45,7 @@ def plot_scores(
     """
     steps = [values] if isinstance(values, Mapping) else list(values)
     known = [key for key in keys if all(key in step for step in steps)]
-    points = [{key: torch.tensor(float(step[key])) for key in known} for step in steps]
+    points = [{key: torch.tensor(float(step[key]), device="cpu") for key in known} for step in steps]
     return plot_single_or_multi_val(points if len(points) > 1 else points[0], ax=ax, name="SESSMetric")
 
 
@@ -59,7 +59,7 @@ def plot_curves(curves: Mapping[str, Float[Tensor, " T"]], ax: Any, name: str) -
     """
     figure = None
     for key, curve in curves.items():
-        share = torch.linspace(0, 1, len(curve))
+        share = torch.linspace(0, 1, len(curve), device=curve.device)
         made, ax = plot_curve(
             (share, curve, share), score=curve_auc(curve), ax=ax,
             label_names=("share of pixels changed, most salient first", "probability"), name=name,

@@ -132,8 +132,8 @@ def in_order(states: Mapping[str, Tensor], left_out: int = 0) -> Rows:
     order = numbers.argsort(stable=True)
     rows = {name: state[order] for name, state in states.items()}
     image_of = rows.pop("begins").sign().cumsum(0) - 1
-    rows.setdefault("small", torch.empty(len(order), 0, 0))
-    rows.setdefault("digests", torch.zeros(len(order), dtype=torch.int64))
+    rows.setdefault("small", numbers.new_empty((len(order), 0, 0), dtype=torch.float32))
+    rows.setdefault("digests", numbers.new_zeros(len(order)))
     return Rows(numbers[order], image_of, **rows, left_out=left_out)
 
 
