@@ -132,13 +132,16 @@ class RunGuard:
 
 def _told(error: Exception, costs: str) -> str:
     try:
-        text, remedy = str(error)[:MOST_TOLD], _remedy(error)
+        text, remedy = str(error)[:MOST_TOLD].strip(), _remedy(error)
     except Exception:  # noqa: BLE001
         text, remedy = "its text cannot be read.", UNKNOWN
     if isinstance(error, UnsafeError):
         return f"off until the next start: {text}"
     lost = costs or "explanations are left out"
-    return f"{type(error).__name__}: {text} Training goes on; this run's {lost}. {remedy}"
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return (
+        f"{said}{'' if said.endswith(('.', '!', '?')) else '.'} Training goes on; this run's {lost}. {remedy}"
+    )
 
 
 def _remedy(error: Exception) -> str:

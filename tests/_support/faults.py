@@ -301,7 +301,7 @@ UNSEEN = {**FINE, "failed": 2}
 FAULTS = {
     "the method raises": Fault("RuntimeError: out of luck", LOST, {"method": Red(RuntimeError)}),
     "out of memory": Fault(
-        "OutOfMemoryError: out of luck Training goes on; this run's explanations are left out. Smaller "
+        "OutOfMemoryError: out of luck. Training goes on; this run's explanations are left out. Smaller "
         "validation batches", LOST, {"method": Red(torch.OutOfMemoryError)},
     ),
     "an error without words": Fault("StopIteration: out of luck", LOST, {"method": Red(StopIteration)}),
@@ -314,7 +314,7 @@ FAULTS = {
         "MemoryError: out of luck", LOST, around=lambda folder: figures_fail_on_one_process()
     ),
     "the panel cannot be sent": Fault(
-        "RuntimeError: no pinned memory Training goes on; this run's panel is missing", UNSEEN, logger=False,
+        "RuntimeError: no pinned memory. Training goes on; this run's panel is missing", UNSEEN, logger=False,
         around=lambda folder: mock.patch.object(
             Exhibit, "sent", side_effect=RuntimeError("no pinned memory")
         ),

@@ -34,11 +34,25 @@ def test_a_run_that_fails_warns_once_and_three_in_a_row_switch_the_callback_off(
         "SESSCallback (process 0, epoch 0)", "SESSCallback (process 0, epoch 1)",
         "SESSCallback (process 0, epoch 2)", "SESSCallback (process 0, epoch 2)",
     ]  # fmt: skip
-    assert all("RuntimeError: out of luck Training goes on" in text for text in told[:3])
+    assert all("RuntimeError: out of luck. Training goes on" in text for text in told[:3])
     assert "three runs failed in a row; SESSCallback is off" in told[3]
     assert len(broken.calls) == 3
     assert its.logger.of("sess/failed") == [1, 2, 3]
     assert its.current_epoch == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AssertionError(), "AssertionError. Training"),
+        (ValueError("no"), "ValueError: no. Training"),
+        (ValueError("Use what?\n"), "ValueError: Use what? Training"),
+    ],
+    ids=repr,
+)
+def test_an_error_is_said_in_whole_sentences(error, said):
+    with pytest.warns(SESSWarning, match=rf"epoch 0\): {re.escape(said)} goes on"), RunGuard().protect():
+        raise error
 
 
 def test_of_two_callbacks_it_is_said_which_one_fails(tmp_path, told):
@@ -199,7 +213,7 @@ def test_a_state_that_cannot_be_written_or_read_does_not_end_the_training(tmp_pa
     fit(tmp_path, quick(), kept)
     monkeypatch.setattr(part, verb, fail)
     again = ModelCheckpoint(tmp_path / "again", save_last=True)
-    with pytest.warns(SESSWarning, match="no state Training goes on; this run's state"):
+    with pytest.warns(SESSWarning, match="no state. Training goes on; this run's state"):
         its = fit(tmp_path, quick(on_error="warn"), again, max_epochs=2, ckpt_path=kept.last_model_path)
     assert its.logger.of("sess/n") == [4]
     assert "failed" in torch.load(again.last_model_path)["callbacks"]["SESSCallback[prefix='sess']"]
