@@ -356,14 +356,18 @@ def _is_images(leaf: Any, channels: int | None = None) -> bool:
 
 def _are_same_classes(loss: Read, labels: Tensor) -> bool | None:
     """Return whether a loss's targets are the labels; None if they are no classes of these images."""
-    targets, classes = target_classes(loss), max(2, width(loss[1]))
-    if targets is None or targets.shape != labels.shape:
+    targets, classes, count = target_classes(loss), max(2, width(loss[1])), len(labels)
+    if targets is None or targets.ndim != 1 or not count or not len(targets) or len(targets) % count:
         return None
     labels = labels.to(targets)
-    is_class = (targets >= 0) & (targets < classes)  # Unknown ones may be mapped to -100.
+    # Several views of each image, one after the other or all images' first ones first.
+    views = [*targets.reshape(-1, count), *targets.reshape(count, -1).T]
+    is_class = [(view >= 0) & (view < classes) for view in views]  # Unknown ones may be mapped to -100.
     if loss[2].is_floating_point() and len(labels[labels >= classes].unique()) == 1:
-        is_class &= labels < classes  # Such as 255, where targets have no number for unknown ones.
-    return torch.equal(targets[is_class], labels[is_class])
+        # Such as 255, where targets have no number for unknown ones.
+        is_class = [known & (labels < classes) for known in is_class]
+    pairs = zip(views, is_class, strict=True)
+    return any(torch.equal(view[known], labels[known]) for view, known in pairs)
 
 
 def is_compiled(root: nn.Module) -> bool:

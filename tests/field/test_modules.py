@@ -650,6 +650,41 @@ def test_targets_that_are_no_class_do_not_contradict_the_labels(tmp_path):
     assert its.callback_metrics["sess/n"] == 5
 
 
+class Turned(Plain):
+    """A pretext task: by how many quarters a picture was turned."""
+
+    def validation_step(self, batch, batch_idx):
+        views = torch.cat([batch[0].rot90(quarters, (2, 3)) for quarters in range(4)])
+        targets = torch.arange(4).repeat_interleave(len(batch[0]))
+        self.log("val_loss", F.cross_entropy(self(views), targets))
+
+
+def test_targets_of_a_pretext_task_contradict_the_labels_and_the_remedy_works(tmp_path):
+    with pytest.raises(ValueError, match=r"read as 1, 0, 3, .* targets 0, 0, 0, .*batch_adapter"):
+        figures(tmp_path / "a", Turned())
+    zero = {"batch_adapter": lambda batch: (batch[0], 0 * batch[1])}
+    agree(figures(tmp_path / "b", Turned(), **zero), figures(tmp_path / "c", Plain(), **zero))
+
+
+class Paired(Plain):
+    """Two views of each image, and both their labels as targets."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.join = join
+
+    def validation_step(self, batch, batch_idx):
+        views = self.join([batch[0], batch[0].flip(-1)])
+        self.log("val_loss", F.cross_entropy(self(views.flatten(0, -4)), self.join([batch[1]] * 2).flatten()))
+
+
+@pytest.mark.parametrize(
+    "join", [torch.cat, lambda parts: torch.stack(parts, 1)], ids=["one after another", "side by side"]
+)
+def test_targets_of_several_views_do_not_contradict_the_labels(tmp_path, plain, join):
+    agree(figures(tmp_path, Paired(join)), plain)
+
+
 OTHER_LABELS = {
     "an index before the label": (
         LabelsLast, [(picture(*SIZE, i), i % 4, label) for i, label in enumerate(LABELS)],
