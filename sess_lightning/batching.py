@@ -108,20 +108,19 @@ def in_batches(
                 if len(part) == 1 or not is_out_of_memory(error):
                     raise
                 size, reason = len(part) // 2, str(error).partition("\n")[0]
-            else:
-                if (tick := _WATCHER.get()) is not None:
-                    tick(len(part))
-                yield result
-                held, place = held[len(part) :], place + len(part)
-                continue
-            if not warned:
+                if not warned:
+                    warnings.warn(
+                        f"Out of memory with {len(part)} images at once ({reason}); continuing with {size}. "
+                        "Set a smaller batch_size to avoid the failed attempt.",
+                        SESSWarning,
+                        stacklevel=2,
+                    )
                 warned = True
-                warnings.warn(
-                    f"Out of memory with {len(part)} images at once ({reason}); continuing with {size}. Set "
-                    "a smaller batch_size to avoid the failed attempt.",
-                    SESSWarning,
-                    stacklevel=2,
-                )
+                continue
+            if (tick := _WATCHER.get()) is not None:
+                tick(len(part))
+            yield result
+            held, place = held[len(part) :], place + len(part)
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:
@@ -144,7 +143,7 @@ def blank_batch(count: int, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "
 
 
 def by_image(which: slice, each: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yield, for a slice of items of which every image has ``each``: image, its items, their places."""
+    """Split a slice of items, ``each`` of every image: yield image, its items, their places in the slice."""
     for image in range(which.start // each, -(-which.stop // each)):
         start, stop = max(which.start, image * each), min(which.stop, (image + 1) * each)
         items = slice(start - image * each, stop - image * each)

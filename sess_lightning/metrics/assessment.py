@@ -47,7 +47,7 @@ class Scene(NamedTuple):
     size: tuple[int, int] | None
 
 
-def placed(
+def region_scores(
     maps: Sequence[Float[Tensor, "B H W"]], scene: Scene, tolerance: float
 ) -> tuple[list[Int[Tensor, " B"]], list[Float[Tensor, " B"]]]:
     """Return the Pointing Game's hits of each method's maps, and the share of each inside the regions.
@@ -58,11 +58,11 @@ def placed(
         unknown = torch.full_like(maps[0][:, 0, 0], torch.nan)
         return [torch.full_like(scene.targets, NO_TRIAL)] * len(maps), [unknown] * len(maps)
     # For all methods at once: on an accelerator, a small step costs as much for one map as for many.
-    every, times, regions = torch.cat([*maps]), len(maps), scene.regions
+    stacked, times, regions = torch.cat([*maps]), len(maps), scene.regions
     regions = regions.repeat(times, 1, 1) if isinstance(regions, Tensor) else [*regions] * times
-    hit = pointing_hits(every, regions, tolerance, scene.size)
-    hits: Tensor = torch.where(has_region(regions, every.device), hit, NO_TRIAL)
-    mass = relevance_mass(every, regions, scene.size)
+    hit = pointing_hits(stacked, regions, tolerance, scene.size)
+    hits: Tensor = torch.where(has_region(regions, stacked.device), hit, NO_TRIAL)
+    mass = relevance_mass(stacked, regions, scene.size)
     return [*hits.split(len(scene.targets))], [*mass.split(len(scene.targets))]
 
 

@@ -69,7 +69,7 @@ def insertion_curve(
     >>> insertion_curve(model, images, maps, targets, steps=4).shape
     torch.Size([1, 5])
     """
-    start = blurred_baseline(images) if baseline is None else _like(images, baseline)
+    start = blurred_baseline(images) if baseline is None else _checked(baseline, images)
     scenes = _Scenes((start, images), ends, targets, ((0, 1),))
     return _draw(model, scenes, [maps], steps, ties, activation, batch_size)[0, 0]
 
@@ -95,7 +95,7 @@ def deletion_curve(
     >>> deletion_curve(model, images, maps, targets, steps=4).shape
     torch.Size([1, 5])
     """
-    end = torch.zeros_like(images) if baseline is None else _like(images, baseline)
+    end = torch.zeros_like(images) if baseline is None else _checked(baseline, images)
     scenes = _Scenes((images, end), ends, targets, ((0, 1),))
     return _draw(model, scenes, [maps], steps, ties, activation, batch_size)[0, 0]
 
@@ -335,7 +335,7 @@ def curve_auc(curves: Float[Tensor, "*B T"]) -> Float[Tensor, "*B"]:
     return (curves.sum(-1) - (curves[..., 0] + curves[..., -1]) / 2) / (curves.shape[-1] - 1)
 
 
-def _like(images: Tensor, baseline: Tensor) -> Tensor:
+def _checked(baseline: Tensor, images: Tensor) -> Tensor:
     if baseline.shape != images.shape:
         raise ValueError(
             f"baseline has shape {tuple(baseline.shape)}; it must be that of images, {tuple(images.shape)}."

@@ -15,7 +15,7 @@ from sess_lightning.batching import batch_limit, in_batches, joined, stacked
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.logits import check_inputs, classify, log_scores, predict_beside
 from sess_lightning.introspection.probabilities import warn_of_probabilities
-from sess_lightning.metrics.assessment import Assessment, Scene, method_rows, placed
+from sess_lightning.metrics.assessment import Assessment, Scene, method_rows, region_scores
 from sess_lightning.metrics.functional import blurred_baseline, insertion_and_deletion_curves
 from sess_lightning.metrics.per_sample import PerSample, keep_apart
 from sess_lightning.metrics.plots import MAIN, plot_scores
@@ -205,7 +205,7 @@ class SESSMetric(PerSample):
         maps = [maps for maps, _ in explained]
         curves = self._curves(model, maps, scene, numbers)
         # The last map covers all of the image: its share is the region's.
-        hits, [*masses, share] = placed([*maps, torch.ones_like(maps[0])], scene, self.tolerance)
+        hits, [*masses, share] = region_scores([*maps, torch.ones_like(maps[0])], scene, self.tolerance)
         assessed = {
             name: Assessment(maps[i], curves[name][0], curves[name][1], hits[i], masses[i], explained[i][1])
             for i, name in enumerate(self.methods)
@@ -261,7 +261,7 @@ class SESSMetric(PerSample):
         self, model: nn.Module, maps: Sequence[Tensor], scene: Scene, numbers: Sequence[int]
     ) -> dict[str, Float[Tensor, "2 B T"]]:
         """Return every method's curves; NaN where its limit leaves an image out."""
-        which = [_drawn(numbers, self.limits.get(name)) for name in self.methods]
+        which = [_within(numbers, self.limits.get(name)) for name in self.methods]
         image, blurred, zeros = scene.ends.unbind(1)
         curves = insertion_and_deletion_curves(
             model, scene.images, maps, scene.targets,
@@ -335,8 +335,8 @@ def _logits(model: nn.Module, images: Tensor, batch_size: int | None) -> Float[T
     return joined(logits).float()
 
 
-def _drawn(numbers: Sequence[int], limit: int | None) -> Sequence[int]:
-    """Return the places of the images whose curves are measured."""
+def _within(numbers: Sequence[int], limit: int | None) -> Sequence[int]:
+    """Return the indices of the numbers below a limit."""
     return [i for i, number in enumerate(numbers) if limit is None or number < limit]
 
 
