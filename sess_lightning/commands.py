@@ -214,9 +214,10 @@ def _is_grey(model: nn.Module) -> bool:
 
 def _per_channel(network: Network) -> Network:
     """Return a network of colour images with a mean and a deviation per channel; one value stands for all."""
-    if len(network.mean) > 1 or _is_grey(network.model):
+    if _is_grey(network.model):
         return network
-    return network._replace(mean=tuple(network.mean) * 3, std=tuple(network.std) * 3)
+    mean, std = (values * 3 if len(values) == 1 else values for values in (network.mean, network.std))
+    return network._replace(mean=mean, std=std)
 
 
 def _plain(given: Any) -> Any:

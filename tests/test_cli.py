@@ -707,6 +707,18 @@ class ByHand(nn.Module):
         return self.head(self.conv(images).relu().mean((2, 3)))
 
 
+@pytest.mark.parametrize(("mean", "std"), [("[0.5]", None), (None, "[0.2]"), ("[0.5]", "[0.2]")])
+def test_one_value_of_the_mean_or_the_deviation_stands_for_all_channels(mean, std, capsys, cat, tmp_path):
+    def line(times):
+        """Return what ``explain`` prints where each value is given so many times."""
+        given = {"--model.mean": mean, "--model.std": std}
+        options = [f"{name}={[float(text.strip('[]'))] * times}" for name, text in given.items() if text]
+        cli.main(["explain", cat, "--method", "GradCAM", *RANDOM, "--out", f"{tmp_path}/a.png", *options])
+        return capsys.readouterr().out
+
+    assert line(1) == line(3)
+
+
 def test_a_model_of_grey_squares_is_explained_and_evaluated(tmp_path, capsys):
     root = write_own(tmp_path / "own")  # 96 x 64 px and the like, in colour.
     (root / "annotations.json").unlink()

@@ -82,6 +82,11 @@ class Experiment:
             raise ValueError(f"limits must not be negative, got {self.limits}; leave them out for no limit.")
         if not 0 < self.tolerance < math.inf:
             raise ValueError(f"tolerance must be positive px, got {self.tolerance}.")
+        if len(self.mean) not in (1, 3) or len(self.std) not in (1, len(self.mean)):
+            raise ValueError(
+                f"mean and std need a value for each of 3 channels, or one for all, got {[*self.mean]} and "
+                f"{[*self.std]}."
+            )
         if not all(0 < deviation < math.inf for deviation in self.std):
             raise ValueError(f"std must be positive, got {[*self.std]}; [1, 1, 1] leaves pixels in 0..1.")
         if not all(-1 <= mean <= 1 for mean in self.mean):

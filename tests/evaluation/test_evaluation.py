@@ -253,6 +253,8 @@ def test_samples_are_drawn_the_same_every_time():
         ({"tolerance": float("nan")}, "tolerance must be positive px, got nan"),
         ({"limits": {"base": -1}}, "limits must not be negative, .* leave them out for no limit"),
         ({"std": (0.2, 0.2, 0.0)}, r"std must be positive, got \[0.2, 0.2, 0.0\]"),
+        ({"mean": (0.5, 0.5)}, r"a value for each of 3 channels, or one for all, got \[0.5, 0.5\] and"),
+        ({"mean": (0.5,), "std": (0.2, 0.2, 0.2)}, r"got \[0.5\] and \[0.2, 0.2, 0.2\]"),
         ({"mean": (123.0, 117.0, 104.0)}, "mean is of pixels in 0..1, got .*; divide it, and std, by 255"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
