@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from lightning.pytorch import Trainer
 
-from sess_lightning.scores import DRIFTS, OF_REGIONS, SCORES, SELECTION, split
+from sess_lightning.scores import DRIFTS, OF_REGIONS, SCORES, SELECTION, Key, split
 
 NEEDS = {SELECTION: "a validation accuracy: log one, or name its key in accuracy="} | dict.fromkeys(
     OF_REGIONS, "boxes or masks in the batches"
@@ -98,6 +98,7 @@ def advice(trainer: Trainer, prefix: str, every_n_epochs: int) -> list[str]:
     epochs, between = trainer.max_epochs or -1, trainer.check_val_every_n_epoch or 1
     runs = -(-epochs // max(every_n_epochs, between)) if epochs > 0 else float("inf")
     for name, callbacks in monitors(trainer, prefix).items():
+        texts += _against(f"{prefix}/{name}", split(name), callbacks)
         texts += [
             f"ModelCheckpoint(monitor='{prefix}/{name}', save_top_k={callback.save_top_k}) will also keep "
             f"epochs that were never explained: there are to be {runs} runs. Use a smaller every_n_epochs "
@@ -116,6 +117,18 @@ def advice(trainer: Trainer, prefix: str, every_n_epochs: int) -> list[str]:
             "validation_step and fit() a validation loader (limit_val_batches above 0)."
         )
     return texts
+
+
+def _against(key: str, parts: Key | None, callbacks: Iterable[Any]) -> list[str]:
+    """Return a text about each monitor that takes the worst end of a score for the best."""
+    better = SCORES[parts.score].better if parts is not None else ""
+    mode = {"higher": "max", "lower": "min"}.get(better)
+    return [
+        f"{type(callback).__name__} follows {key!r} with mode={callback.mode!r}, but {better} is better: "
+        f"use mode={mode!r}."
+        for callback in callbacks
+        if mode is not None and getattr(callback, "mode", mode) != mode
+    ]
 
 
 def _plans(trainer: Trainer, prefix: str) -> list[Any]:

@@ -11,7 +11,9 @@ from lightning_models import (
     Classifier,
     fit,
     small_net,
+    trainer,
 )
+from sess_lightning.callback.monitors import advice
 from sess_lightning.types import SESSWarning
 
 
@@ -217,6 +219,39 @@ def test_monitors_that_cannot_do_what_is_asked_of_them_are_named_at_the_start(tm
     assert len(told) == 2
     assert "save_top_k=3) will also keep epochs that were never explained: there are to be 2 runs" in told[0]
     assert "ReduceLROnPlateau counts validations without a run" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "mode", "told"),
+    [
+        ("sess/overall", "min", "'sess/overall' with mode='min', but higher is better: use mode='max'."),
+        ("sess/minus_base/deletion", "max", "mode='max', but lower is better: use mode='min'."),
+        ("sess/overall", "max", ""),
+        ("sess/deletion", "min", ""),
+        ("sess/drift_previous", "min", ""),
+        ("sess/unknown", "min", ""),
+    ],
+)
+def test_a_monitor_that_takes_the_worst_for_the_best_is_told_of(tmp_path, key, mode, told):
+    ways = [EarlyStopping(key, mode=mode), ModelCheckpoint(tmp_path, monitor=key, mode=mode)]
+    texts = advice(trainer(tmp_path, *ways, max_epochs=2), "sess", 1)
+    texts = [text for text in texts if "validation" not in text]
+    if told:
+        assert [text.split()[0] for text in texts] == ["EarlyStopping", "ModelCheckpoint"]
+    assert all(text.endswith(told) for text in texts)
+    assert bool(texts) == bool(told)
+
+
+class Descending(Classifier):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        plan = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plan, "monitor": "sess/insertion"}}
+
+
+def test_so_is_a_learning_rate_that_does(tmp_path):
+    with pytest.warns(SESSWarning, match="ReduceLROnPlateau follows 'sess/insertion' with mode='min'"):
+        fit(tmp_path, quick(), module=Descending)
 
 
 FAILING = {"method": Broken(), "compare": {}, "on_error": "warn"}
