@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import ExitStack
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import torch
@@ -291,9 +292,9 @@ class _Reader:
             f"seen: {tried}). Name target_layer, state its grid with OnGrid(name, Grid(...)), use larger "
             "images, or a method that needs no layer, such as SESS(Gradient())."
         )
-        name, runs = Counter(passage.name for passage in self.passages).most_common(1)[0]
-        if runs > 1:
-            text += f" {name} runs {runs} times in one forward pass: on views that one map cannot sum?"
+        runs = median_low(Counter(passage.name for passage in self.passages).values())
+        if runs > 1:  # Of most layers: activations are often shared.
+            text += f" Most layers run {runs} times a forward pass, perhaps on views that no one map shows."
         spatial = any(may_be_grid(tuple(features.shape)) for _, features, _ in self.passages)
         return ValueError(text) if spatial else NoPlacesError(text)
 

@@ -145,6 +145,15 @@ def test_views_of_parts_are_refused(layer):
         GradCAM(layer)(model, square(), torch.tensor([1]))
 
 
+@pytest.mark.parametrize(("views", "hints"), [(2, True), (1, False)])
+def test_views_are_suspected_only_where_most_layers_run_several_times(views, hints):
+    relu = nn.ReLU()  # Used twice, as in a block of ResNet.
+    net = nn.Sequential(nn.Conv2d(3, 4, 64), relu, nn.Conv2d(4, 4, 1), relu, nn.Flatten(), nn.Linear(4, 5))
+    with pytest.raises(ValueError, match="No layer with spatial features") as caught:
+        find_target_layer(Views(net, *[lambda images: images] * views), square())
+    assert ("Most layers run 2 times" in str(caught.value)) is hints
+
+
 def test_views_are_refused_by_packages_that_know_one_layer_call():
     model = Views(Planes(), lambda images: images, FLIPS["mirrored"])
     with pytest.raises(ValueError, match=r"net.features runs on several views"):
