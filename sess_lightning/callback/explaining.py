@@ -108,7 +108,7 @@ class Examiner:
         """What is explained, and what was chosen for it, as text."""
         chosen = None if self._asked.method is not None else self._settings.method
         if isinstance(chosen, SESS) and isinstance(chosen.base, Gradient):
-            return f"{self.watcher.text}; no layer of it has places, which Grad-CAM needs: {chosen} instead"
+            return f"{self.watcher.text}; no layer keeps a spatial grid, as Grad-CAM needs: {chosen} instead"
         return self.watcher.text
 
     def disagreement(self, runs: Sequence[Run], key: str) -> str:

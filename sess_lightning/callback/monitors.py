@@ -108,13 +108,13 @@ def advice(trainer: Trainer, prefix: str, every_n_epochs: int) -> list[str]:
         ]
     texts += [
         f"ReduceLROnPlateau counts validations without a run as ones without progress on {plan.monitor!r}: "
-        f"set its patience to {every_n_epochs} times as many."
+        f"multiply its patience by {every_n_epochs}."
         for plan in (_plans(trainer, prefix) if every_n_epochs > 1 else ())
     ]
     if not trainer.enable_validation:
         texts.append(
-            "this training has no validation, in which explanations are made: give the module a "
-            "validation_step and fit() a validation loader (limit_val_batches above 0)."
+            "this training has no validation, and models are explained during validation: give the module a "
+            "validation_step, and fit() a validation loader with limit_val_batches above 0."
         )
     return texts
 

@@ -128,7 +128,7 @@ class Progress:
             return
         self._is_warned = True
         self._guard.warn(
-            f"a run takes {in_words(seconds)}, the training between two runs {in_words(training)}. "
+            f"a run takes {in_words(seconds)}, and the training between two runs takes {in_words(training)}. "
             + remedies(plan, self._settings, seconds / max(training, 1e-3))
         )
 

@@ -50,15 +50,15 @@ EMBEDDED = (
 """Why an output is an embedding."""
 
 STRANGE = (
-    "a call of validation's takes {} images, none of which is one of its batch's own, as where a step "
-    "normalises them: those of the batch are explained as they are ({}). Give them as the model gets them, "
+    "validation calls the model on {} images that are not the batch's own, as where a step normalises them: "
+    "the batch's images are explained as they are ({}). Give them as the model gets them, "
     "SESSCallback(batch_adapter=lambda batch: (normalised(batch[0]), batch[1]))."
 )
 """What is wrong where the images that a model gets cannot be assigned to those of a batch."""
 
 PERMUTED = (
-    "the step gives a batch's images to the model in another order: they would be explained with other "
-    "images' labels. Say what is validated, then the batch's own are taken, "
+    "the step gives the batch's images to the model in another order: they would be explained with other "
+    "images' labels. Say what is validated, and they are taken in the batch's order, "
     "SESSCallback(forward=lambda module, images: logits)."
 )
 """What is wrong where a step sorts or shuffles a batch."""
@@ -70,9 +70,9 @@ OTHERS = (
 """Why labels are refused."""
 
 MOVED = (
-    "the images that the model gets do not show what the batch's images show at the same places (correlation "
-    "{:.2f}). If the step crops, pads or flips them, boxes and masks lie elsewhere, and the scores that need "
-    "these are wrong: do it in the data set, or give images and regions as the model gets them, "
+    "the images that reach the model do not show the same things at the same places as the batch's images "
+    "(correlation {:.2f}). If the step crops, pads or flips them, boxes and masks no longer fit, and scores "
+    "that need these are wrong: do it in the data set, or give images and regions as the model gets them, "
     "SESSCallback(batch_adapter=...)."
 )
 """What is wrong where the step moves images."""
@@ -109,7 +109,7 @@ class Watcher:
         if self._forward is not None:
             return "explains what forward= returns"
         if self._call is None:
-            return "explains module(images); forward= says it if that is not what is validated"
+            return "explains module(images); pass forward= if validation calls something else"
         doubts = f" ({self._call.doubts}; forward= decides)" if self._call.doubts else ""
         ending = f"; {self._ending}" if self._ending else ""
         return f"explains {self._call.text}{doubts}{ending}"
@@ -286,10 +286,10 @@ class Watcher:
             return ""
         self._has_disagreed = True
         return (
-            f"of the {len(right)} explained samples {int(right.sum())} are classified correctly, more or "
-            f"less than chance allows (99.9 %) for {key} = {run.accuracy:.3f}: {self.text}. Say what is "
-            "validated, SESSCallback(forward=lambda module, images: logits), or which key has the accuracy "
-            "of these images, accuracy=."
+            f"{int(right.sum())} of the {len(right)} explained samples are classified correctly, which does "
+            f"not fit {key} = {run.accuracy:.3f} (p < 0.001): {self.text}. Say what is validated, "
+            "SESSCallback(forward=lambda module, images: logits), or under which key the accuracy of these "
+            "images is logged, SESSCallback(accuracy=...)."
         )
 
     def doubt(self, metric: SESSMetric, validated: Float[Tensor, "B N"] | None) -> str:
@@ -304,7 +304,7 @@ class Watcher:
         if self._is_missed:
             self._is_missed = False
             return (
-                f"validation did not make the call that is explained in each step: {self.text}. Say what is "
+                f"some validation steps did not make the call that is explained: {self.text}. Say what is "
                 "validated, SESSCallback(forward=lambda module, images: logits)."
             )
         if self._strangers:
@@ -328,7 +328,7 @@ class Watcher:
         if not away > LARGEST:
             return ""
         return (
-            f"the model that is explained gives an image a probability {away:.3f} away from validation's: "
+            f"for one image, the explained model's probability is {away:.3f} away from validation's: "
             f"{self.text}. Say what is validated, SESSCallback(forward=lambda module, images: logits)."
         )
 

@@ -69,8 +69,8 @@ def told(tmp_path, module, **kwargs):
 
 def test_explained_samples_that_the_logged_accuracy_is_not_of_are_warned_of(tmp_path):
     (text,) = told(tmp_path, Other())
-    assert "of the 16 explained samples 4 are classified correctly" in text
-    assert "val_acc = 1.000: explains module(images)" in text
+    assert "4 of the 16 explained samples are classified correctly" in text
+    assert "does not fit val_acc = 1.000 (p < 0.001): explains module(images)" in text
     assert "forward=lambda module, images: logits" in text
     assert "accuracy=" in text
 

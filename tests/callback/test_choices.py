@@ -25,13 +25,13 @@ def figures(its):
 def test_an_mlp_is_explained_by_gradients_and_the_start_line_says_so(tmp_path, told, recwarn):
     options = {"num_samples": 4, "report": False, "on_error": "raise"}
     found = figures(fit(tmp_path / "a", SESSCallback(**options), module=Dense, val=squares()))
-    assert "no layer of it has places, which Grad-CAM needs: SESS(Gradient()) instead" in told()[0]
+    assert "no layer keeps a spatial grid, as Grad-CAM needs: SESS(Gradient()) instead" in told()[0]
     stated = figures(
         fit(tmp_path / "b", SESSCallback(SESS(Gradient()), **options), module=Dense, val=squares())
     )
     first, second = [line for line in told() if "each run explains" in line]
-    assert "has places" in first
-    assert "has places" not in second
+    assert "spatial grid" in first
+    assert "spatial grid" not in second
     assert found == pytest.approx(stated, nan_ok=True)
     assert found["sess/n"] == 4
     assert not [each for each in recwarn if "SESS" in str(each.message)]

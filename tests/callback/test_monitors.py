@@ -199,7 +199,7 @@ class Unvalidated(LightningModule):
 )
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 def test_a_training_without_validation_is_warned_of_once(tmp_path, module, options):
-    with pytest.warns(SESSWarning, match="this training has no validation") as caught:
+    with pytest.warns(SESSWarning, match="this training has no validation, and models") as caught:
         fit(tmp_path, quick(), module=module, max_epochs=2, **options)
     assert len([each for each in caught if each.category is SESSWarning]) == 1
 

@@ -174,7 +174,7 @@ def test_runs_that_take_longer_than_the_training_are_warned_of_once_with_what_he
         fit(tmp_path, quick(**{**LONGER, "num_samples": 12}), module=Timed, max_epochs=3)
     (text,) = [str(one.message) for one in warned if "a run takes" in str(one.message)]
     # Four steps of a second, each with a forward pass of two.
-    assert "the training between two runs 12 s. SESSCallback(" in text
+    assert "and the training between two runs takes 12 s. SESSCallback(" in text
     assert "every_n_epochs=" in text
     assert "SESS(..., prefilter_ratio=0.9, coarse_to_fine=0.3) skips windows." in text
 

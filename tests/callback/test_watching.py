@@ -110,7 +110,7 @@ def test_images_that_the_step_moves_away_from_their_boxes_are_told_of_once(kind,
             return self(move(images))
 
     assert "sess/pointing_game" in scores(tmp_path, Moving())
-    text = "boxes and masks lie elsewhere"
+    text = "boxes and masks no longer fit"
     assert [text in str(warning.message) for warning in recwarn].count(True) == times
 
 
@@ -214,6 +214,6 @@ def test_a_first_batch_without_any_class_says_nothing_of_whose_images_a_call_tak
     images, labels = torch.rand(8, 3, 32, 32), torch.zeros(8, 4)
     labels[4:, :2] = 1
     callback, data = quick(num_samples=4), DataLoader(TensorDataset(images, labels), 4)
-    with pytest.warns(SESSWarning, match="none of which is one of its batch's own"):
+    with pytest.warns(SESSWarning, match="images that are not the batch's own"):
         its = validate(tmp_path, callback, module=InParts(), val=data)
     assert its.callback_metrics["sess/n"] > 0

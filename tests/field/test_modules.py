@@ -776,7 +776,7 @@ def test_images_of_a_call_that_are_none_of_the_batchs_are_told_of_and_the_remedy
     as_it_is = figures(tmp_path / "a", module(), **dark)
     assert as_it_is["sess/insertion"] != pytest.approx(plain["sess/insertion"])
     (text,) = [str(each.message) for each in recwarn if each.category is SESSWarning]
-    assert "none of which is one of its batch's own, as where a step normalises them" in text
+    assert "images that are not the batch's own, as where a step normalises them" in text
     adapter = {"batch_adapter": lambda batch: (4 * batch[0], batch[1])}
     agree(figures(tmp_path / "b", module(), **dark, **adapter), plain)
     assert len([each for each in recwarn if each.category is SESSWarning]) == 1

@@ -116,7 +116,7 @@ class Content:
         yield from self._flat_maps()
 
     def _tile(self, score: Score) -> Tile:
-        last, note = self.last, f"{_better(score)}; {self.last.method} less the others:"
+        last, note = self.last, f"{_better(score)}; {self.last.method} minus the others:"
         rows = [
             (self._name(method, score), f"{last.scalars[key]:.3f}", _difference(last, score, method))
             for method in self.methods
@@ -257,8 +257,8 @@ class Content:
         known = [record.settings.get("seconds") for record in self.records]
         seconds = [value for value in known if isinstance(value, (int, float))]
         if seconds:
-            text = f"{seconds[-1]:.1f} s the last run, {sum(seconds):.0f} s all {len(seconds)} runs"
-            yield "time of explaining and scoring", text
+            text = f"{seconds[-1]:.1f} s for the last run, {sum(seconds):.0f} s for all {len(seconds)} runs"
+            yield "time spent explaining and scoring", text
 
 
 def when(record: RunRecord) -> str:
