@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 NAME = ".sess_lightning.lock"
-"""The file that stays in a folder that was written to; empty."""
+"""The empty lock file that stays in a folder that was written to."""
 
 WAIT = 10.0
 """How long one training waits for another to finish writing, seconds."""

@@ -79,7 +79,7 @@ def doubt(key: str, named: str, metrics: Mapping[str, Tensor], prefix: str) -> s
         return f"accuracy={named!r} is not among the logged keys ({logged}); the alarm is off."
     value = float(metrics[key]) if key else 0.0
     if math.isfinite(value) and not -ROUNDING <= value <= PERCENT * (1 + ROUNDING):
-        return f"{key} is {value:.4g}: no accuracy, neither a share nor in percent; the alarm is off."
+        return f"{key} is {value:.4g}, which is neither a share nor a percentage; the alarm is off."
     return ""
 
 

@@ -91,7 +91,7 @@ def mostly_left_out(scores: Mapping[str, float]) -> str:
     if not lost >= explained > 0:
         return ""
     return (
-        f"{lost:.0f} samples are left out, {explained:.0f} explained: their labels are none of the model's "
+        f"{lost:.0f} samples are left out, {explained:.0f} explained: their labels are not among the model's "
         "classes (negative, NaN, 255, ...), or a pixel is not finite. If a negative label is a class, number "
         "classes from 0, SESSCallback(batch_adapter=lambda batch: (batch[0], (batch[1] > 0).long()))."
     )

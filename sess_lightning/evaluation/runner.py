@@ -252,7 +252,7 @@ def summarise(
     if entries and not scored and len(entries) == len(chosen):
         raise ValueError(
             f"None of the {len(chosen)} images has a class to explain. Give each an annotation or a class "
-            "folder; of images alone, the predicted class is explained."
+            "folder; for images alone, the predicted class is explained."
         )
     for entry in scored.values():
         metric.load_rows(entry["rows"])

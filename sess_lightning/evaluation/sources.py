@@ -148,7 +148,9 @@ def _pretrained(timm: ModuleType, name: str) -> str:
     architecture, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        raise ValueError(f"weights: timm has no {tag!r} for {architecture}, but {', '.join(tags) or 'none'}.")
+        raise ValueError(
+            f"weights: timm has no {tag!r} for {architecture}; it has {', '.join(tags) or 'none'}."
+        )
     return name
 
 

@@ -170,7 +170,7 @@ def _named(model: nn.Module, target_layer: TargetLayer) -> tuple[str | None, Gri
     if not isinstance(target_layer, str):
         raise TypeError(
             'target_layer must be one of the model\'s modules, its name such as "layer4.1", or OnGrid, got '
-            f"{type(target_layer).__name__}; name a single layer, of a Sequential by its number as text."
+            f"{type(target_layer).__name__}; name a single layer; those of a Sequential are named by numbers."
         )
     names = {_plain(name): name for name in modules}
     if not target_layer or _plain(target_layer) not in names:

@@ -17,7 +17,7 @@ from sess_lightning.introspection.pure import pure_modules
 from sess_lightning.introspection.state import State
 
 _TURN = RLock()
-"""Held while a model is lent: its modes and hooks, and torch's flags and generators, are there once only."""
+"""Held while a model is lent: its modes and hooks, and torch's flags and generators, exist only once."""
 _LENT: ContextVar[frozenset[int]] = ContextVar("_LENT", default=frozenset())
 """The ids of the modules that are lent right now."""
 _NOTED: ContextVar[frozenset[int]] = ContextVar("_NOTED", default=frozenset())

@@ -280,8 +280,8 @@ class _Reader:
         """Return why no layer was found, and a remedy."""
         if not self.passages:
             return ValueError(
-                "No layer's features reach the logits with a gradient: the module is traced or exported, or "
-                "scripted, and cannot be looked into, or its forward detaches them or runs in "
+                "No layer's features reach the logits with a gradient: the module is traced, exported or "
+                "scripted and cannot be looked into, or its forward detaches them or runs in "
                 "inference_mode. Explain the module that it was made of, change the forward, or use a method "
                 "without gradients: RISE()."
             )

@@ -127,7 +127,7 @@ def test_what_is_neither_a_share_nor_in_percent_is_no_accuracy(tmp_path):
         def on_validation_epoch_end(self):
             self.log("val_acc", 1234.0)
 
-    with pytest.warns(SESSWarning, match="val_acc is 1234: no accuracy, neither a share nor in percent"):
+    with pytest.warns(SESSWarning, match="val_acc is 1234, which is neither a share nor a percentage"):
         its = fit(tmp_path, straying(), module=Counting, val=squares(read=boxed))
     assert "sess/selection" not in its.callback_metrics
 

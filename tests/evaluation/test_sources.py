@@ -113,7 +113,7 @@ def test_timms_weights_are_taken_from_its_cache_or_not_at_all(cache, monkeypatch
     assert network.class_names[285].startswith("Egyptian cat")
     found.clear()
     for name, weights in (("resnet10t.in99k", "local"), ("resnet10t", "in99k")):
-        with pytest.raises(ValueError, match="timm has no 'in99k' for resnet10t, but c3_in1k"):
+        with pytest.raises(ValueError, match="timm has no 'in99k' for resnet10t; it has c3_in1k"):
             of_timm(name, weights, None)
     with pytest.raises(ValueError, match="timm/mobilenetv3_small_050's weights are not on this machine"):
         load_network("timm/mobilenetv3_small_050", "local")
