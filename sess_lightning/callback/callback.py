@@ -289,7 +289,7 @@ class SESSCallback(Remembering, RunHooks):
         outcome = None
         # The rest of a loader that ended before its announced length.
         with self.guard.protect(), unobserved(pl_module):
-            if not self.examiner.is_sharded:
+            if not (self.examiner.is_sharded or self.guard.is_broken):
                 self._explain(trainer, pl_module)
         if self.publisher.names:
             with self.guard.protect("panel is missing"):  # The copy runs while the figures are computed.

@@ -75,7 +75,7 @@ def test_tables_that_cannot_be_made_cost_nothing_else(tmp_path, monkeypatch, she
         raise ValueError("no such row")
 
     monkeypatch.setattr("sess_lightning.callback.gallery.standing_out", fail)
-    with pytest.warns(SESSWarning, match="no such row .* this run's tables are missing"):
+    with pytest.warns(SESSWarning, match=r"no such row\. .* this run's tables are missing"):
         its = fit(tmp_path, spying(on_error="warn")[0])
     assert len(shelf.shown) == len(shelf.drawn) == 1
     assert len(its.logger.of("sess/overall")) == 1

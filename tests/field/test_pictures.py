@@ -52,7 +52,7 @@ def test_floats_of_an_unknown_range_are_refused_and_the_remedy_works(tmp_path):
     path = tmp_path / "a.tiff"
     for values in (EIGHT.astype(np.float32) - 5, EIGHT.astype(np.float32) * 1000):
         Image.fromarray(values).save(path)
-        with pytest.raises(BrokenSampleError, match=r"fit no known range, 0\.\.1 or .*; save it as an 8-bit"):
+        with pytest.raises(BrokenSampleError, match=r"outside the known ranges, 0\.\.1 or .*; save it as an 8-bit"):
             read_pixels(path)
     Image.fromarray(EIGHT).save(tmp_path / "a.png")
     assert torch.equal(read_pixels(tmp_path / "a.png")[0], torch.from_numpy(EIGHT))
@@ -62,7 +62,7 @@ def test_a_picture_with_a_nan_pixel_is_a_broken_one(tmp_path):
     values = EIGHT.astype(np.float32)
     values[3, 4] = np.nan
     Image.fromarray(values).save(tmp_path / "a.tiff")
-    with pytest.raises(BrokenSampleError, match=r"a\.tiff: cannot be read as a picture \(its values nan"):
+    with pytest.raises(BrokenSampleError, match=r"a\.tiff: cannot be read as an image \(its values nan"):
         read_pixels(tmp_path / "a.tiff")
 
 
@@ -88,13 +88,13 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_no_picture_is_a_broken_sample(name, tmp_path):
     BROKEN[name](tmp_path / name)
-    with pytest.raises(BrokenSampleError, match=rf"{name}: cannot be read as a picture"):
+    with pytest.raises(BrokenSampleError, match=rf"{name}: cannot be read as an image"):
         read_pixels(tmp_path / name)
 
 
 def test_a_picture_that_would_fill_the_memory_has_no_size_either(tmp_path):
     bomb(tmp_path / "bomb.png")
-    with pytest.raises(BrokenSampleError, match=r"bomb\.png: cannot be read as a picture \(Image size"):
+    with pytest.raises(BrokenSampleError, match=r"bomb\.png: cannot be read as an image \(Image size"):
         size_on_disk(tmp_path / "bomb.png")
 
 
