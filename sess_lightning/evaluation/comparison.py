@@ -6,7 +6,6 @@ import ast
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -38,16 +37,14 @@ class Run(NamedTuple):
     Attributes:
         folder: Where its results are.
         options: The method's hyper-parameters and the other settings.
-        others: Names of the methods scored beside it.
         rows: The rows of ``results.csv``.
-        kinds: The classes of these methods, by their names.
+        kinds: The methods scored beside it: name -> name of its class.
     """
 
     folder: Path
     options: Mapping[str, Any]
-    others: Sequence[str]
     rows: Sequence[Mapping[str, str]]
-    kinds: Mapping[str, str] = MappingProxyType({})
+    kinds: Mapping[str, str]
 
 
 class Point(NamedTuple):
@@ -81,6 +78,7 @@ def read_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: If there are no results or no records.
+        ValueError: If the records do not show the methods.
     """
     folder = Path(path)
     if folder.suffix in (".yaml", ".yml"):
@@ -91,17 +89,21 @@ def read_run(path: str | Path) -> Run:
     with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     settings = read_settings(folder)
-    compare = ast.parse(settings.pop("compare"), mode="eval").body
+    try:
+        compare, method = (ast.parse(settings.pop(name), mode="eval").body for name in ("compare", "method"))
+    except SyntaxError as error:
+        raise ValueError(
+            f"{folder}: the records do not show its methods; give target layers by name, not as modules."
+        ) from error
     pairs = zip(compare.keys, compare.values, strict=True) if isinstance(compare, ast.Dict) else ()
     kinds = {ast.literal_eval(key): ast.unparse(value).partition("(")[0] for key, value in pairs if key}
-    return Run(folder, settings | _hyper_parameters(settings.pop("method")), [*kinds], rows, kinds)
+    return Run(folder, settings | _hyper_parameters(method), rows, kinds)
 
 
-def _hyper_parameters(method: str) -> dict[str, Any]:
-    """Read a method's repr without running any of it."""
-    call = ast.parse(method, mode="eval").body
+def _hyper_parameters(call: ast.expr) -> dict[str, Any]:
+    """Return the hyper-parameters in a method's repr, without running any of it."""
     if not isinstance(call, ast.Call):
-        return {"method": method}
+        return {"method": ast.unparse(call)}
     return {"method": ast.unparse(call.func)} | {
         str(keyword.arg): _value(keyword.value) for keyword in call.keywords
     }
@@ -137,12 +139,12 @@ def points(runs: Sequence[Run], x: str | None = None) -> tuple[str, list[Point]]
     for run, label in zip(runs, labels, strict=True):
         title = ", ".join(label)
         for row in run.rows:
-            is_explained = row["method"] not in run.others
             if not _is_shown(row, run):
                 continue
-            kind = str(run.options["method"]) if is_explained else run.kinds.get(row["method"], row["method"])
+            is_explained = row["method"] not in run.kinds
+            kind = str(run.options["method"]) if is_explained else run.kinds[row["method"]]
             name = kind if is_explained else row["method"]
-            if name == "base" and len({each.kinds.get(name) for each in runs if name in each.others}) > 1:
+            if name == "base" and len({each.kinds.get(name, kind) for each in runs}) > 1:
                 name = f"base, {kind}"
             if len(runs) == 1:
                 place, series = name, ""
@@ -173,9 +175,8 @@ def _axis(runs: Sequence[Run], x: str | None) -> tuple[str | None, list[str], li
 
 
 def _is_shown(row: Mapping[str, str], run: Run) -> bool:
-    is_difference = row["method"] not in run.others and row["method"].endswith(
-        tuple(f" - {name}" for name in run.others)
-    )
+    differences = tuple(f" - {name}" for name in run.kinds)
+    is_difference = row["method"] not in run.kinds and row["method"].endswith(differences)
     return row["figure"] in (*SHOWN, SECONDS) and not is_difference
 
 

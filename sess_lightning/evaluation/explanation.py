@@ -18,7 +18,7 @@ from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import classify, log_scores, predict
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
-from sess_lightning.reporting.panels import Panel, Picture, displayed, overlay
+from sess_lightning.reporting.panels import Panel, displayed, overlay
 from sess_lightning.types import SaliencyMethod
 
 
@@ -77,13 +77,9 @@ def explain_image(
     label = dict(enumerate(network.class_names)).get(chosen, f"class {chosen}")
     caption = "\n".join([f"target: {label}", f"probability: {probability:.3f}", *map(str, methods)])
     picture = displayed(images, (network.mean, network.std))[0]
-    panel = _panel(picture, maps, caption, label, path.name)
-    return ImageExplanation(panel, chosen, probability, maps)
-
-
-def _panel(picture: Picture, maps: dict[str, Tensor], caption: str, label: str, title: str) -> Panel:
     overlays = {name: overlay(picture, saliency) for name, saliency in maps.items()}
-    return Panel(picture, overlays, caption, label=label, title=title)
+    panel = Panel(picture, overlays, caption, label=label, title=path.name)
+    return ImageExplanation(panel, chosen, probability, maps)
 
 
 def _for_display(method: SaliencyMethod, maps: Float[Tensor, "1 h w"]) -> Float[Tensor, "1 h w"]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from matplotlib import rc_context
 from PIL import Image
+from torch import nn
 
 from evaluated import experiment, run
 from layouts import write_voc
@@ -51,7 +52,9 @@ def test_a_method_whose_name_has_a_dash_is_no_difference(folders):
     method = run.rows[0]["method"]
     names = {"base": "GradCAM - blurred", f"{method} - base": f"{method} - GradCAM - blurred"}
     rows = [{**row, "method": names.get(row["method"], row["method"])} for row in run.rows]
-    _, found = points([run._replace(rows=rows, others=["GradCAM - blurred", "random"])])
+    _, found = points(
+        [run._replace(rows=rows, kinds={"GradCAM - blurred": "Blurred", "random": "RandomMap"})]
+    )
     assert [point.x for point in found if point.figure == "overall"] == [
         "SESS",
         "GradCAM - blurred",
@@ -147,7 +150,7 @@ def test_a_method_keeps_its_colour_whatever_stands_beside_it(folders, monkeypatc
     runs = [read_run(folder) for folder in folders]
     alone = [row for row in runs[1].rows if row["method"] == "base"]
     named = {"method": "GradCAM"}  # An evaluation of what is the base elsewhere.
-    other = runs[1]._replace(options={**runs[1].options, **named}, others=[],
+    other = runs[1]._replace(options={**runs[1].options, **named}, kinds={},
                              rows=[{**row, **named} for row in alone])  # fmt: skip
     pictures = [colours(monkeypatch, chosen) for chosen in (runs, runs[:1], [other], [other, runs[0]])]
     found = {}
@@ -161,5 +164,11 @@ def test_a_method_keeps_its_colour_whatever_stands_beside_it(folders, monkeypatc
 def test_what_cannot_be_compared_is_named(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no results\.csv"):
         read_run(tmp_path)
+    shutil.copytree(folders[0], tmp_path / "a")
+    (records,) = (tmp_path / "a").glob("*.jsonl")
+    layer = repr(nn.Sequential(nn.ReLU())).replace("\n", "\\n")
+    records.write_text(records.read_text().replace("target_layer=None", f"target_layer={layer}"))
+    with pytest.raises(ValueError, match="give target layers by name, not as modules"):
+        read_run(tmp_path / "a")
     with pytest.raises(ValueError, match=r"x must be one of .*'num_scales'.*, got 'scale'"):
         compare(folders, tmp_path, x="scale")
