@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sess_lightning.engine.fusion import smooth
 from sess_lightning.evaluation.datasets import read_pixels
@@ -16,6 +16,7 @@ from sess_lightning.evaluation.experiment import Experiment
 from sess_lightning.evaluation.weights import Network
 from sess_lightning.introspection.lending import explaining
 from sess_lightning.introspection.logits import classify, log_scores, predict
+from sess_lightning.introspection.probabilities import warn_of_probabilities
 from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.ops import min_max
 from sess_lightning.reporting.panels import Panel, displayed, overlay
@@ -65,10 +66,9 @@ def explain_image(
     """
     path, model = Path(path), network.model.to(device)
     method = SESS(GradCAM()) if method is None else method
-    framing = Experiment(method, size=size, antialias=True, mean=network.mean, std=network.std)
-    images = framing.framed_for(model).images(read_pixels(path)).to(device)
-    with explaining(model), torch.no_grad():
-        logits = classify(model, images.clone())
+    images = _read(path, network, size).to(device)
+    logits = _logits(model, images)
+    warn_of_probabilities("explain_image", logits)
     chosen = _class_index(target, network.class_names, logits)
     targets = torch.tensor([chosen], device=device)
     probability = float(log_scores(logits, targets, method.activation).exp())
@@ -80,6 +80,16 @@ def explain_image(
     overlays = {name: overlay(picture, saliency) for name, saliency in maps.items()}
     panel = Panel(picture, overlays, caption, label=label, title=path.name)
     return ImageExplanation(panel, chosen, probability, maps)
+
+
+def _read(path: Path, network: Network, size: int) -> Float[Tensor, "1 C h w"]:
+    framing = Experiment(size=size, antialias=True, mean=network.mean, std=network.std)
+    return framing.framed_for(network.model).images(read_pixels(path))
+
+
+def _logits(model: nn.Module, images: Float[Tensor, "1 C h w"]) -> Float[Tensor, "1 N"]:
+    with explaining(model), torch.no_grad():
+        return classify(model, images.clone())
 
 
 def _for_display(method: SaliencyMethod, maps: Float[Tensor, "1 h w"]) -> Float[Tensor, "1 h w"]:

@@ -8,6 +8,7 @@ from layouts import photograph
 from sess_lightning.evaluation.explanation import explain_image
 from sess_lightning.evaluation.weights import Network
 from sess_lightning.methods import SESS, GradCAM
+from sess_lightning.types import SESSWarning
 
 SMALL = SESS(GradCAM(), num_scales=2, window=64)
 
@@ -46,6 +47,12 @@ def test_a_single_logit_predicts_either_of_two_classes(file, network, sign, pred
     explained = explain_image(file, network._replace(model=OneLogit()), GradCAM(), size=64)
     assert explained.target == predicted
     assert explained.probability > 0.5
+
+
+def test_probabilities_that_are_read_as_logits_are_warned_of(file, network):
+    ending = torch.nn.Sequential(network.model, torch.nn.Softmax(1))
+    with pytest.warns(SESSWarning, match="explain_image: the model returns probabilities"):
+        explain_image(file, network._replace(model=ending), GradCAM("0.features"), size=64)
 
 
 def test_the_base_stands_beside_sess(file, network):
