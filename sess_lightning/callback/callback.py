@@ -242,9 +242,9 @@ class SESSCallback(Remembering, RunHooks):
         """Settle, on a first batch, which samples are explained and what a run costs, and say so."""
         before = self.examiner.plan
         plan = self.examiner.settle(trainer, pl_module, batch, batch_idx)
-        text = self.keeper.settle(plan.part, plan.size, trainer.global_rank, restores=not trainer.testing)
+        self.guard.warn(self.keeper.settle(plan.part, plan.size, trainer.global_rank, not trainer.testing))
         self.gallery.legend = plan.legend
-        self.guard.warn(text)
+        self.guard.warn(plan.misfit, once=True)
         if before is None or before.line != plan.line:
             rank_zero_info(f"{self.guard.name}: {plan.line}; {self.examiner.text}; {self.publisher.text}.")
 

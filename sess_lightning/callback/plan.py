@@ -35,6 +35,7 @@ class RunPlan:
         legend: How samples and methods are named and displayed.
         details: How the scores are measured, in words and numbers.
         cut: Why there are fewer samples than asked for; empty if there are as many.
+        misfit: Which arguments do not fit the model or its images; empty if all do.
     """
 
     size: tuple[int, int]
@@ -46,6 +47,7 @@ class RunPlan:
     legend: Legend
     details: Mapping[str, Any]
     cut: str = ""
+    misfit: str = ""
 
     @property
     def forwards(self) -> int:
@@ -105,7 +107,8 @@ def plan_run(
     legend = _legend(settings, {OWN: method, **compare}, owners, batch, logits)
     details = _details(settings, trainer, model, batch, legend, budget, shares)
     part, cut = order.choose(budget.samples), _cut(settings, budget, available, shares)
-    return RunPlan(size, source, part, budget, limits, available * shares, legend, details, cut)
+    misfit = settings.misfit(logits, batch.images.shape[1])
+    return RunPlan(size, source, part, budget, limits, available * shares, legend, details, cut, misfit)
 
 
 def _legend(

@@ -156,6 +156,26 @@ class Settings:
         shown = self.display_channels or find_display_channels(*owners, channels=channels)
         return Legend(methods, self.target, names, normalisation, shown, self.show_names)
 
+    def misfit(self, logits: int | None, channels: int) -> str:
+        """Return which names and values for display do not fit, as text; empty if all do.
+
+        Args:
+            logits: Number of the model's logits, where known.
+            channels: Number of the images' channels.
+        """
+        texts, names, classes = [], self.class_names, logits and max(2, logits)
+        if isinstance(names, (list, tuple)) and classes and len(names) != classes:
+            texts.append(
+                f"class_names has {len(names)} names and the model {classes} classes: classes may be shown "
+                "under the names of others."
+            )
+        if any(len(values) not in (1, channels) for values in self.normalisation or ()):
+            texts.append(
+                f"normalisation has other numbers of values than the images' {channels} channels, and is not "
+                "undone for display."
+            )
+        return " ".join(texts)
+
     def tolerance_on(self, batch: Batch) -> float:
         """Return the Pointing Game's tolerance, px of the batch's regions."""
         size = size_of(batch.images)

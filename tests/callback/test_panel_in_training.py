@@ -17,6 +17,7 @@ from sess_lightning.callback import gallery
 from sess_lightning.callback.gallery import Exhibit
 from sess_lightning.methods import GradCAM, RandomMap
 from sess_lightning.reporting.panels import displayed
+from sess_lightning.types import SESSWarning
 
 
 def test_the_panel_travels_to_the_host_while_the_figures_are_computed(tmp_path, monkeypatch, shelf):
@@ -89,6 +90,25 @@ def test_names_ids_and_normalisation_may_be_given(tmp_path, shelf):
     assert [panel.label for panel in panels] == ["abcd"[i % 4] for i in PICKED]
     image = squares().dataset[PICKED[1]][0]
     assert np.array_equal(panels[1].image, displayed(image[None], ([0.0], [0.5]))[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"class_names": ["none", "a", "b", "c", "d"]}, "class_names has 5 names and the model 4 classes: "),
+        (
+            {"normalisation": ([0.5, 0.5], [0.5])},
+            "normalisation has other numbers of values than the images' 3",
+        ),
+        ({"class_names": [*"abcd"], "normalisation": ([0.5] * 3, [0.5])}, ""),
+    ],
+    ids=["names", "values", "fitting"],
+)
+def test_names_and_values_that_do_not_fit_are_told_of_once(tmp_path, options, told, recwarn):
+    fit(tmp_path, quick(**options), max_epochs=2)
+    texts = [str(each.message) for each in recwarn if each.category is SESSWarning]
+    assert len(texts) == bool(told)
+    assert all(told in text for text in texts)
 
 
 def test_where_nothing_names_the_classes_their_numbers_do(tmp_path, shelf):

@@ -52,7 +52,9 @@ def test_floats_of_an_unknown_range_are_refused_and_the_remedy_works(tmp_path):
     path = tmp_path / "a.tiff"
     for values in (EIGHT.astype(np.float32) - 5, EIGHT.astype(np.float32) * 1000):
         Image.fromarray(values).save(path)
-        with pytest.raises(BrokenSampleError, match=r"outside the known ranges, 0\.\.1 or .*; save it as an 8-bit"):
+        with pytest.raises(
+            BrokenSampleError, match=r"outside the known ranges, 0\.\.1 or .*; save it as an 8-bit"
+        ):
             read_pixels(path)
     Image.fromarray(EIGHT).save(tmp_path / "a.png")
     assert torch.equal(read_pixels(tmp_path / "a.png")[0], torch.from_numpy(EIGHT))
