@@ -8,6 +8,7 @@ batch                                                read as
 ``(images, labels)``, ``[images, labels, ...]``      the first two
 ``{"image": ..., "label": ..., "boxes": ...}``       the usual keys (``IMAGE_KEYS``, ``LABEL_KEYS``, ...)
 a dataclass or a named tuple with such fields        likewise; other named tuples like any tuple
+a list of one of these, as NVIDIA DALI gives it      what is in it
 ``(images, {"label": ..., "mask": ...})``            likewise
 ``(images, [{"labels": ..., "boxes": ...}, ...])``   of each dict its first label and that label's boxes and
                                                      masks; each of its labels if the model is multi-label
@@ -88,12 +89,20 @@ def read_batch(
         ValueError: If their shapes do not fit, or if nothing decides what values mean (``check_boxes`` checks
             where boxes lie).
     """
-    parts = _parts(batch if adapter is None else adapter(batch))
+    parts = _parts(batch if adapter is None else _adapted(batch, adapter))
     _check_shapes(parts.images, parts.labels)
     try:
         return _rows(parts, _classes(parts.labels, activation))
     except ValueError as error:
         raise ValueError(f"{error} {HELP}") from error
+
+
+def _adapted(batch: Any, adapter: Callable[[Any], Any]) -> Any:
+    try:
+        return adapter(batch)
+    except Exception as error:
+        error.__notes__ = ["This was batch_adapter=, called with one of validation's batches."]
+        raise
 
 
 def _check_shapes(images: Any, labels: Any) -> None:
@@ -157,6 +166,8 @@ def _parts(batch: Any) -> _Parts:
 
 
 def _split(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, (list, tuple)) and len(batch) == 1 and not isinstance(batch[0], Tensor):
+        batch = batch[0]
     kind = "dict" if isinstance(batch, Mapping) else type(batch).__name__
     batch = _by_name(batch)
     if isinstance(batch, Mapping):

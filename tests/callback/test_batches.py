@@ -287,6 +287,12 @@ def test_what_cannot_be_read_is_named_with_a_way_out(given, error, names, unchec
     assert "models that do not classify images cannot be explained" in str(caught.value)
 
 
+def test_an_adapter_that_fails_is_named():
+    with pytest.raises(TypeError, match="list indices must be") as caught:
+        read_batch([IMAGES, LABELS], lambda batch: (batch["image"], batch["label"]))
+    assert caught.value.__notes__ == ["This was batch_adapter=, called with one of validation's batches."]
+
+
 @pytest.mark.parametrize(
     "box",
     [[-1.0, 0, 3, 3], [0.0, -2, 3, 3], [0.0, 0, 12, 3], [0.0, 0, 3, 10], [3.0, 0, 1, 3], [0.0, 3, 3, 1]],

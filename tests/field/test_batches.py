@@ -85,6 +85,14 @@ def named_fields():
     is_plain(Nameless(IMAGES, LABELS))
 
 
+def a_list_of_one():
+    is_plain([{"data": IMAGES, "label": LABELS[:, None].int()}])
+    is_plain([(IMAGES, LABELS)])
+    is_plain(([IMAGES, {"label": LABELS, "boxes": BOXES}],), BOXES)
+    with pytest.raises(TypeError, match="The batch is a list without labels"):
+        read_batch([IMAGES])
+
+
 def targets():
     is_plain((IMAGES, {"label": LABELS, "boxes": BOXES}), BOXES)
     is_plain((IMAGES, {"labels": LABELS, "mask": MASKS}), masks=MASKS)
@@ -258,7 +266,7 @@ def undecided():
 
 CASES = dict(zip([
     "`(images, labels)`", "`(images, labels, ...)`", '`{"image": ..., "label": ...}`',
-    "a dataclass or a named tuple with such fields",
+    "a dataclass or a named tuple with such fields", "a list of one of these, as NVIDIA DALI gives it",
     '`(images, {"label": ..., "boxes": ...})`', '`(images, [{"labels": ..., "boxes": ...}, ...])`',
     "`Batch(images, labels, ...)`", "labels (B, 1)", "labels (B, N), rows that sum to 1",
     "labels (B, N), 0 and 1", "labels (B,), floats in 0..1", "labels -1, -100, NaN, no positive class",
@@ -269,9 +277,9 @@ CASES = dict(zip([
     "masks (B, N, H, W) beside labels (B, N)", "boxes or masks in a list, as arrays or None",
     "masks that no convention decides",
 ], [
-    pairs, more, usual_keys, named_fields, targets, a_dict_each, a_batch, a_column, soft, multi_hot, binary,
-    unknown, without_logit, regression, as_bytes, not_finite, boxes, bounding_boxes, coco, bbox,
-    boxes_elsewhere, masks, conventions, by_class, arrays_and_none, undecided,
+    pairs, more, usual_keys, named_fields, a_list_of_one, targets, a_dict_each, a_batch, a_column, soft,
+    multi_hot, binary, unknown, without_logit, regression, as_bytes, not_finite, boxes, bounding_boxes, coco,
+    bbox, boxes_elsewhere, masks, conventions, by_class, arrays_and_none, undecided,
 ], strict=True))  # fmt: skip
 
 
