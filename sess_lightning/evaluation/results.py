@@ -113,7 +113,7 @@ class Results:
             if paper.keys() & {*keys, *([build(SECONDS, name)] if SECONDS in shown else [])}:
                 beside = (_beside(self.figures, paper, key) for key in keys)
                 add("  in the paper", beside, str(paper.get(build(SECONDS, name), "-")))
-        for name in self.others:
+        for name in self.others if scores else ():
             keys = [build(score, name, minus=True) for score in scores]
             add(f"{short} - {name}", (_cell(self.figures, key, signed=True) for key in keys), "")
         return lines

@@ -152,6 +152,8 @@ def test_without_curves_and_regions_it_is_the_seconds_that_are_told(tmp_path):
     told = results.table({"seconds_per_image": 0.03}).splitlines()
     assert [line.split() for line in told[3:5]] == [["Seconds"], ["per", "image"]]
     assert told[5].split() == ["SESS", f"{results.seconds['']:.3g}"]
+    beside = replace(results, others=("base",), seconds={**results.seconds, "base": 0.5}).table()
+    assert [line.split()[0] for line in beside.splitlines()[5:-2]] == ["SESS", "base"]  # And no differences.
     results.write(tmp_path / "out", {"seconds_per_image": 0.03}, parquet=False)
     compare([tmp_path / "out"], tmp_path / "compare")
     assert told[5].split()[1] in (tmp_path / "compare" / "compare.txt").read_text()
