@@ -260,11 +260,8 @@ def run_explain(arguments: Sequence[str]) -> None:
     explained = explain_image(config.image, network, method, config.target, size=size, device=config.device)
     panel = explained.panel
     Image.fromarray(sheet([panel], side=max(SIDE, panel.image.shape[0]))).save(config.out)
-    name = (
-        panel.label
-        if panel.label == f"class {explained.target}"
-        else f"{panel.label} (class {explained.target})"
-    )
+    number = f"class {explained.target}"
+    name = panel.label if panel.label == number else f"{panel.label} ({number})"
     sys.stdout.write(
         f"{config.image}: {name}, probability {explained.probability:.3f}\n"
         f"{' beside '.join(map(str, panel.overlays))}: {config.out}\n"

@@ -170,8 +170,8 @@ def first_tensor(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    values = output.values() if isinstance(output, Mapping) else output
-    if isinstance(values, (tuple, list)) or isinstance(output, Mapping):
+    values = [*output.values()] if isinstance(output, Mapping) else output
+    if isinstance(values, (tuple, list)):
         for value in values:
             if isinstance(value, Tensor):
                 return value

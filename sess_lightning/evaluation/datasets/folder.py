@@ -140,16 +140,17 @@ class PictureFolder(Benchmark):
         image = self._images[index]
         size = (image["height"], image["width"]) if "height" in image else size_on_disk(path)
         objects = self._boxes.get(image["id"], [])
+        asked = self._asked(image, objects)
         regions: dict[int, Region] = {
             target: _checked(of_target, size, path)
-            for target in self._asked(image, objects)
+            for target in asked
             if (of_target := self._of(target, objects))
         }
         hard = (bool(image["hard"]),) * len(self.class_names) if "hard" in image else None
         trials = make_trials(
             regions, size, hard or self.flags_of(path.stem), len({item["category_id"] for item in objects})
         )
-        blind = (Trial(target, None, None) for target in self._asked(image, objects) if target not in regions)
+        blind = (Trial(target, None, None) for target in asked if target not in regions)
         return Sample(self.ids[index], path, size, (*trials, *blind))
 
     def _of(self, target: int, objects: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -203,7 +204,7 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 def _places(folders: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
     """Return each class folder's class index."""
-    names = {_plain(name): index for index, name in reversed([*enumerate(classes)])}
+    names = _indices_by_name(classes)
     unknown = [folder for folder in folders if _plain(folder) not in names]
     if not unknown:
         return {folder: names[_plain(folder)] for folder in folders}
@@ -232,6 +233,11 @@ def _numbers(folders: Sequence[str], places: Mapping[str, int]) -> dict[str, int
             f"the model's own indices with leading zeros, such as {padded}."
         )
     return numbers
+
+
+def _indices_by_name(classes: Sequence[str]) -> dict[str, int]:
+    """Return the index of each class by its plain name; of equal names, the first one's."""
+    return {_plain(name): index for index, name in reversed([*enumerate(classes)])}
 
 
 def _plain(name: str) -> str:
@@ -275,7 +281,7 @@ def _indices(
 
 def _by_name(categories: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> dict[Any, int]:
     """Return the class indices of categories by their names; none if their places have to do."""
-    names = {_plain(name): index for index, name in reversed([*enumerate(classes)])}
+    names = _indices_by_name(classes)
     unknown = [str(category["name"]) for category in categories if _plain(str(category["name"])) not in names]
     if not unknown:
         return {category["id"]: names[_plain(str(category["name"]))] for category in categories}
