@@ -320,7 +320,9 @@ def _probe(traced: Trace) -> Float[Tensor, ""]:
         for tensor in (given, features)
         if tensor is not None and tensor.ndim == 2 and tensor.shape[1] != logits.shape[1]
     ]
-    if not logits.any() and before_head:
+    probe = (logits * mix).sum()
+    slope = try_gradient(probe, traced.image) if before_head else None
+    if slope is not None and not slope.any():
         # A head of zeros, as in an untrained torchvision ViT, stops every gradient: look in front of it.
         return before_head[-1].cumsum(1).sum()
-    return (logits * mix).sum()
+    return probe

@@ -179,7 +179,8 @@ def test_the_search_finds_the_same_layer_of_a_vit_whose_head_is_zeros_as_of_a_tr
     assert not GradCAM()(model, image, torch.tensor([0])).any()
 
 
-def test_the_search_looks_in_front_of_a_head_of_zeros(images):
+@pytest.mark.parametrize("bias", [0.0, -4.6])
+def test_the_search_looks_in_front_of_a_head_of_zeros(images, bias):
     class ZeroHead(Net):
         def classify(self, features):
             return self.head(self.norm(features.mean((2, 3))))
@@ -187,7 +188,7 @@ def test_the_search_looks_in_front_of_a_head_of_zeros(images):
     model = made(ZeroHead)
     model.norm = nn.LayerNorm(16)
     nn.init.zeros_(model.head.weight)
-    nn.init.zeros_(model.head.bias)
+    nn.init.constant_(model.head.bias, bias)
     assert find_target_layer(model, images) is model.features
 
 
