@@ -252,8 +252,8 @@ def _draw(
     which: Sequence[Sequence[int]] | None = None,
 ) -> Float[Tensor, "M K B {steps}+1"]:
     """Return the target's probability along every curve of every map; batches run across curves."""
-    for start, _ in scenes.ways if len(scenes.pool[0]) else ():
-        check_inputs("Insertion and deletion", scenes.pool[start], scenes.targets)
+    for images in scenes.pool if len(scenes.pool[0]) else ():
+        check_inputs("Insertion and deletion", images, scenes.targets)
     count, which = len(scenes.targets), which or [range(len(scenes.targets))] * len(maps)
     for one in maps:
         _check_maps(one, count, size_of(scenes.pool[0]))

@@ -257,6 +257,14 @@ def test_a_baseline_of_another_shape_is_refused(curve, four, unchecked):
         curve(Sum(), four, four[:, 0], ONE, baseline=torch.zeros(1, 1, 3, 3))
 
 
+@pytest.mark.parametrize("curve", [insertion_curve, deletion_curve])
+def test_nan_is_refused_at_either_end_of_a_curve(curve, four, unchecked):
+    nan = four * torch.nan
+    for images, baseline in ((nan, four), (four, nan)):
+        with pytest.raises(ValueError, match="images hold NaN"):
+            curve(Sum(), images, four[:, 0], ONE, baseline=baseline)
+
+
 @pytest.mark.parametrize("batch", [1, 5, 64])
 def test_an_accelerator_paints_the_images_that_a_cpu_paints(batch):
     generator = torch.Generator().manual_seed(0)
