@@ -82,6 +82,12 @@ class CentreGaussian(_Blind):
     sigma: float = 0.25
     activation: Activation = "softmax"
 
+    def __post_init__(self) -> None:
+        if not self.sigma > 0:
+            raise ValueError(
+                f"CentreGaussian: sigma must be positive, a share of each side, got {self.sigma}."
+            )
+
     def draw(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
         """Draw a map for each image."""
         return _gaussian(size_of(images), self.sigma, images.device).expand(len(images), -1, -1)

@@ -72,6 +72,8 @@ class ExtremalPerturbation(MapMethod):
         self.check_counts("steps", "step", "sigma", "batch_size")
         if not self.areas or not all(0 < area < 1 for area in self.areas):
             raise ValueError(f"ExtremalPerturbation: areas must be shares between 0 and 1, got {self.areas}.")
+        if not self.smooth >= 0:
+            raise ValueError(f"ExtremalPerturbation: smooth must not be negative, got {self.smooth}.")
         if self.sigma % self.step:
             raise ValueError(
                 f"ExtremalPerturbation: sigma must be a multiple of step, got {self.sigma} and {self.step}."

@@ -336,7 +336,7 @@ class SmoothGrad(MapMethod, WrappingMethod):
     def __post_init__(self) -> None:
         self.check_base("Gradient()")
         self.check_counts("num_samples", "batch_size")
-        if self.noise < 0:
+        if not self.noise >= 0:
             raise ValueError(f"SmoothGrad: noise must not be negative, got {self.noise}.")
 
     def count_forwards(self, model: nn.Module, size: tuple[int, int]) -> int:

@@ -61,6 +61,9 @@ class GroupCAM(ExtractingMethod):
     batch_size: int | None = None
     activation: Activation = "softmax"
 
+    def __post_init__(self) -> None:
+        self.check_counts("groups", "batch_size")
+
     @property
     def forwards(self) -> int:  # type: ignore[override]
         """One for the features, one for the blurred image, one per group."""

@@ -61,3 +61,9 @@ def test_the_centre_gaussian_peaks_in_the_middle_and_is_symmetric(tiny, images, 
     assert divmod(maps[0].argmax().item(), 200) in {(y, x) for y in (111, 112) for x in (99, 100)}
     y, x = ((torch.arange(n) + 0.5) / n - 0.5 for n in (224, 200))
     close(maps[0], min_max(torch.exp(-(y[:, None] ** 2 + x**2) / (2 * 0.25**2))[None])[0])
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan")])
+def test_a_gaussian_without_width_is_refused(sigma):
+    with pytest.raises(ValueError, match=f"CentreGaussian: sigma must be positive, .* got {sigma}"):
+        CentreGaussian(sigma)

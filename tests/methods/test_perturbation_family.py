@@ -8,7 +8,7 @@ from torch import nn
 
 from formula import Tiny, fill
 from real_weights import EGYPTIAN_CAT, TABBY, cats, mobilenet
-from sess_lightning.methods import RISE, ExtremalPerturbation, ScoreCAM
+from sess_lightning.methods import RISE, ExtremalPerturbation, GroupCAM, ScoreCAM
 from sess_lightning.methods.extremal import Bumps, fading_blur, perturbed
 from sess_lightning.methods.perturbation import rise_masks
 from sess_lightning.ops import upsample
@@ -365,6 +365,10 @@ def test_wrong_hyper_parameters_are_refused():
         ValueError, match="ExtremalPerturbation: sigma must be a multiple of step, got 20 and 7"
     ):
         ExtremalPerturbation(sigma=20)
+    with pytest.raises(ValueError, match=r"ExtremalPerturbation: smooth must not be negative, got -0\.1"):
+        ExtremalPerturbation(smooth=-0.1)
+    with pytest.raises(ValueError, match="GroupCAM: groups must be at least 1, got 0"):
+        GroupCAM(groups=0)
     with pytest.raises(ValueError, match="ScoreCAM: batch_size must be at least 1, got 0"):
         ScoreCAM(batch_size=0)
 
