@@ -42,6 +42,12 @@ NO_CLASS = (
 )
 """Why an output is no logit."""
 
+NO_CLASSES = (
+    "validation computes {} and reads no classes, so this does not look like a classifier. If it is one, say "
+    "what its logits are, SESSCallback(forward=lambda module, images: logits)."
+)
+"""Why a model is not explained at all."""
+
 EMBEDDED = (
     "validation compares the model's outputs with each other ({}) and reads no classes off them: an "
     "embedding has no class to explain. Say what has one, such as the similarity to each class's mean "
@@ -179,6 +185,8 @@ class Watcher:
                 self._compare(labels, self._witness.contradiction(self._call, labels))
             elif are_read and items is not None and self._witness.denies(self._call, labels, items):
                 self._refusal = OTHERS.format(_by_image(labels, items), "other targets")
+            if unread := self._witness.reading.unread:
+                self._refusal = NO_CLASSES.format(unread)
             if comparison := self._witness.comparison(self._call):
                 self._refusal = EMBEDDED.format(comparison)
             regression = self._witness.regression(self._call)

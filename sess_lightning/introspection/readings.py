@@ -94,6 +94,17 @@ class Readings(Endings):
         self.readings: list[Read] = []
         self.regressions: list[Read] = []
         self.comparisons: list[Read] = []
+        self.dense: list[Read] = []
+
+    @property
+    def unread(self) -> str:
+        """The loss of a step that reads no classes: one of values, or one of pixels; empty if it reads any.
+
+        A regression on one-hot targets reads classes.
+        """
+        if self.losses or self.readings or any(target_classes(one) is not None for one in self.regressions):
+            return ""
+        return next((name for name, _, _ in (*self.regressions, *self.dense)), "")
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -110,4 +121,6 @@ class Readings(Endings):
                 self.comparisons += [(name, given, None)] if name in COMPARISONS else []
                 self.regressions += [(name, given, targets)] if name in REGRESSIONS else []
                 self.losses += [(name, given, targets)] if name in LOSSES else []
+            elif isinstance(given, Tensor) and not reads:
+                self.dense.append((name, given, targets))
         return super().__torch_function__(func, types, args, kwargs)

@@ -177,7 +177,7 @@ class Witness:
         self._channels = channels
         self._records: list[_Record] = []
         self._open: list[_Record] = []
-        self._reading = Readings(self._open)
+        self.reading = Readings(self._open)
         self._stack = ExitStack()
         if is_compiled(root):  # Hooks and modes would cause a recompilation, or would not be seen.
             return
@@ -188,7 +188,7 @@ class Witness:
                 if not isinstance(module, torch.jit.ScriptModule) and module not in fused:
                     hooked(stack, root, name, partial(self._begin, name), partial(self._end, name))
             if not fused:
-                stack.enter_context(self._reading)
+                stack.enter_context(self.reading)
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ class Witness:
         # Features have another number of channels than the images that a surrounding call was given.
         outer = self._open[0].leaves[self._open[0].place] if self._open else leaves[place]
         is_inner = leaves[place].shape[1] != outer.shape[1]
-        passed = len(self._reading.passed)
+        passed = len(self.reading.passed)
         record = _Record(name, leaves, spec, place, len(self._open), turn, is_inner, (passed, passed))
         record.exchanged = -collectives()
         self._records.append(record)
@@ -217,7 +217,7 @@ class Witness:
         if name in names:
             while (record := self._open.pop()).module != name:
                 pass
-            record.output, record.passed = output, (record.passed[0], len(self._reading.passed))
+            record.output, record.passed = output, (record.passed[0], len(self.reading.passed))
             record.exchanged += collectives()
 
     def call(self, labels: Tensor | None = None) -> Call | None:
@@ -248,9 +248,9 @@ class Witness:
 
         Where a head is called by itself, of features that another call returned, there is none.
         """
-        losses = self._reading.losses
+        losses = self.reading.losses
         meant = [loss for loss in losses if labels is not None and _are_same_classes(loss, labels)]
-        for evidence in (meant, losses, self._reading.readings):
+        for evidence in (meant, losses, self.reading.readings):
             read = [one for one in found if any(is_same(one[2], tensor) for _, tensor, _ in evidence)]
             if read:
                 return read
@@ -260,29 +260,29 @@ class Witness:
     def widths(self) -> set[int]:
         """Return how many values an image has where a loss is computed from them, or classes are read off."""
         counts = {len(record.leaves[record.place]) for record in self._records}
-        met = (*self._reading.losses, *self._reading.readings)
+        met = (*self.reading.losses, *self.reading.readings)
         return {width(tensor) for _, tensor, _ in met if tensor.ndim and len(tensor) in counts}
 
     def contradiction(self, call: Call | None, labels: Tensor) -> Tensor | None:
         """Return the targets of the losses computed from a call's logits, if they are not the labels."""
-        losses = self._computed_from(call, self._reading.losses)
+        losses = self._computed_from(call, self.reading.losses)
         given = {_are_same_classes(loss, labels): target_classes(loss) for loss in losses}
         return None if True in given else given.get(False)
 
     def denies(self, call: Call | None, labels: Tensor, items: Sequence[int]) -> bool:
         """Return whether losses computed from a call's logits have other targets than images' classes."""
-        losses = self._computed_from(call, self._reading.losses)
+        losses = self._computed_from(call, self.reading.losses)
         return {denies(loss, labels, items) for loss in losses} - {None} == {True}
 
     def regression(self, call: Call | None) -> str:
         """Return the name of a loss for regressions that is computed from a call's logits; else ""."""
-        return next((name for name, _, _ in self._computed_from(call, self._reading.regressions)), "")
+        return next((name for name, _, _ in self._computed_from(call, self.reading.regressions)), "")
 
     def comparison(self, call: Call | None) -> str:
         """Return how a call's outputs are compared with each other where no classes are read off them."""
         if call is None or (seen := self.seen(call).logits) is None or width(seen) in self.widths():
             return ""
-        compared = self._reading.comparisons
+        compared = self.reading.comparisons
         return next((name for name, tensor, _ in compared if tensor.shape[1:] == seen.shape[1:]), "")
 
     def _computed_from(self, call: Call | None, losses: list[Read]) -> list[Read]:
@@ -325,12 +325,12 @@ class Witness:
         return Call(
             record.module, leaves, record.spec, record.place, rows, path, _in_words(record, path),
             "; ".join(_doubts(record, path, equal, all_)), self._activation(logits), record.turn,
-            self._reading.of(logits, slice(*record.passed)), record.exchanged > 0,
+            self.reading.of(logits, slice(*record.passed)), record.exchanged > 0,
         )  # fmt: skip
 
     def _activation(self, logits: Tensor) -> Activation | None:
-        says = {LOSSES[name] for name, tensor, _ in self._reading.losses if is_same(logits, tensor)}
-        read = {READINGS[name] for name, tensor, _ in self._reading.readings if is_same(logits, tensor)}
+        says = {LOSSES[name] for name, tensor, _ in self.reading.losses if is_same(logits, tensor)}
+        read = {READINGS[name] for name, tensor, _ in self.reading.readings if is_same(logits, tensor)}
         says = says or read - {None}
         return says.pop() if len(says) == 1 else None
 

@@ -311,6 +311,61 @@ def test_bytes_that_are_normalised_inside_the_model_are_explained(module, tmp_pa
         assert values[f"sess/{name}"] == pytest.approx(twin[f"sess/{name}"], abs=tolerance)
 
 
+class Autoencoder(Module):
+    """Lightning's first example: what forward returns is no output that validation reads classes off."""
+
+    def __init__(self, loss=F.mse_loss):
+        super().__init__(loss, 8)
+        self.decode = nn.Linear(8, 3 * 32 * 32)
+
+    def validation_step(self, batch, batch_idx):
+        images = batch[0].flatten(1).clamp(0, 1)
+        restored = self.decode(self(batch[0])).clamp(0, 1)
+        self.log("val_loss", self.compared(restored, images))
+
+    def compared(self, restored, images):
+        return self.loss(restored, images)
+
+
+class OfPixels(Autoencoder):
+    def compared(self, restored, images):
+        return self.loss(restored.view(-1, 3, 32, 32), images.view(-1, 3, 32, 32))
+
+
+class SquaredErrors(Module):
+    """A classifier by squared errors."""
+
+    def validation_step(self, batch, batch_idx):
+        targets = F.one_hot(batch[1], 4) * 0.9 + 0.025
+        self.log("val_loss", F.mse_loss(self(batch[0]), targets))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (lambda: Autoencoder(), "mse_loss"),
+        (lambda: Autoencoder(F.l1_loss), "l1_loss"),
+        (lambda: OfPixels(), "mse_loss"),
+        (lambda: OfPixels(F.binary_cross_entropy), "binary_cross_entropy"),
+    ],
+    ids=["values", "absolute", "pixels", "a VAE's"],
+)
+def test_a_model_that_validation_reads_no_classes_off_is_refused_and_the_remedy_works(module, name, tmp_path):
+    data = labelled([0, 1, 2, 3, 0, 1])
+    with pytest.raises(
+        ValueError, match=rf"computes {name} and reads no classes, so this does not look like"
+    ):
+        run(tmp_path / "a", data, module())
+    stated = run(tmp_path / "b", data, module(), forward=lambda module, images: module(images))
+    assert stated["sess/n"] == 6
+
+
+def test_squared_errors_of_one_hot_targets_are_a_classifiers(tmp_path):
+    data = labelled([0, 1, 2, 3, 0, 1])
+    stated = run(tmp_path / "a", data, SquaredErrors(), forward=lambda module, images: module(images))
+    assert run(tmp_path / "b", data, SquaredErrors()) == pytest.approx(stated, nan_ok=True)
+
+
 class Embedding(Module):
     """A module whose outputs validation compares with each other; classes are read off only if asked."""
 
