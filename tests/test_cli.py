@@ -17,7 +17,8 @@ from lightning_models import fit, validate
 from sess_lightning import cli, commands
 from sess_lightning.evaluation import weights
 from sess_lightning.evaluation.weights import fit_names, load_network, read_state
-from sess_lightning.methods import SESS
+from sess_lightning.introspection import Grid, OnGrid
+from sess_lightning.methods import SESS, GradCAM
 from sess_lightning.types import SaliencyMethod
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "paper").glob("*.yaml"))
@@ -705,6 +706,15 @@ class ByHand(nn.Module):
 
     def forward(self, images):
         return self.head(self.conv(images).relu().mean((2, 3)))
+
+
+def test_a_layer_on_a_stated_grid_is_written_as_it_prints_itself(capsys, cat, tmp_path):
+    method = str(GradCAM(OnGrid("features.12", Grid("channels", 3, 6))))
+    given = ["explain", cat, *RANDOM, "--size", "64", "--out", f"{tmp_path}/a.png"]
+    cli.main([*given, "--method", method])
+    assert capsys.readouterr().out.endswith(f"GradCAM: {tmp_path}/a.png\n")
+    fails(*given, "--method", method.replace("height=3", "height=4"))
+    assert_one_line(capsys, "explain", "lie on no grid")
 
 
 @pytest.mark.parametrize(("mean", "std"), [("[0.5]", None), (None, "[0.2]"), ("[0.5]", "[0.2]")])

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from sess_lightning import methods
+from sess_lightning.introspection import Grid, OnGrid
 from sess_lightning.types import SaliencyMethod
 
 
@@ -19,7 +20,7 @@ def method_spec(text: str) -> dict[str, Any]:
 
     Args:
         text: As methods print themselves. Names are those of ``sess_lightning.methods``, or dotted paths of
-            your own classes; arguments are literals and other methods.
+            your own classes; arguments are literals, other methods, and ``OnGrid(LAYER, Grid(...))``.
 
     Raises:
         ValueError: If the text is not such a call; the message suggests similar names.
@@ -71,10 +72,9 @@ def _parsed(text: str) -> ast.expr:
         raise ValueError(f"{text!r} is not a call such as SESS(GradCAM(), num_scales=2).") from error
 
 
-def _spec(node: ast.expr) -> dict[str, Any]:
+def _spec(node: ast.expr, kind: type[Any] | None = None) -> dict[str, Any]:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    path = ast.unparse(call.func)
-    kind = _method(path)
+    kind = _method(ast.unparse(call.func)) if kind is None else kind
     init_args = _arguments(kind, call)
     is_known = kind.__name__ in methods.__all__
     module = methods.__name__ if is_known else kind.__module__
@@ -118,13 +118,17 @@ def _arguments(found: Callable[..., Any], call: ast.Call) -> dict[str, Any]:
 
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call):
-        return _spec(node)
+        return _spec(node, _LAYERS.get(ast.unparse(node.func)))
     if isinstance(node, (ast.Name, ast.Attribute)):  # Methods print names without quotes.
         return ast.unparse(node)
     try:
         return ast.literal_eval(node)
     except ValueError as error:
         raise ValueError(f"{ast.unparse(node)!r} is neither a plain value nor a method.") from error
+
+
+_LAYERS: dict[str, type[Any]] = {"OnGrid": OnGrid, "Grid": Grid}
+"""What says how a method's target layer lies on the image."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

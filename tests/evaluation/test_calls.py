@@ -1,10 +1,12 @@
 import inspect
 import json
+from importlib import import_module
 
 import pytest
 
 from sess_lightning import methods
 from sess_lightning.evaluation.calls import imported_call, method_spec
+from sess_lightning.introspection import Grid, OnGrid
 from sess_lightning.methods import (
     RISE,
     SESS,
@@ -22,7 +24,8 @@ def built(spec):
         name: built(value) if isinstance(value, dict) and "class_path" in value else value
         for name, value in spec["init_args"].items()
     }
-    return getattr(methods, spec["class_path"].rpartition(".")[2])(**arguments)
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(import_module(module), name)(**arguments)
 
 
 def test_every_method_is_read_back_from_what_it_prints():
@@ -46,6 +49,7 @@ def test_every_method_is_read_back_from_what_it_prints():
         ContrastiveSESS(num_scales=2),
         Captum("IntegratedGradients", n_steps=20),
         PytorchGradCAM("EigenCAM", target_layer="layer4"),
+        SESS(GradCAM(OnGrid("blocks.11", Grid("tokens", 14, 14, extra=5)))),
     ],
     ids=str,
 )
