@@ -97,7 +97,7 @@ def _aligned(
 
 
 def _as_maps(maps: Real[Tensor, "B h w"], regions: Regions) -> Float[Tensor, "B h w"]:
-    """Return maps as floats, with 0 for NaN; refuse those that are not one per region."""
+    """Return maps in float32 at least, with 0 for NaN; refuse those that are not one per region."""
     if maps.ndim != 3:
         raise ValueError(
             f"maps must be (B, h, w), got {tuple(maps.shape)}; use maps[:, 0] for maps with a channel, "
@@ -105,7 +105,9 @@ def _as_maps(maps: Real[Tensor, "B h w"], regions: Regions) -> Float[Tensor, "B 
         )
     if len(regions) != len(maps):
         raise ValueError(f"regions: got {len(regions)} for {len(maps)} maps; give one per map.")
-    return maps.nan_to_num(0) if maps.is_floating_point() else maps.float()
+    if not maps.is_floating_point() or maps.dtype.itemsize < 4:  # A sum over pixels exceeds float16.
+        maps = maps.float()
+    return maps.nan_to_num(0)
 
 
 def _highest(maps: Float[Tensor, "B H W"]) -> tuple[Tensor, Tensor, Bool[Tensor, " B"]]:

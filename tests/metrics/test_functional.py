@@ -235,6 +235,12 @@ def test_boxes_that_reach_beyond_the_image_or_are_a_single_pixel_are_scored():
     assert pointing_hits(peak(32, 32, 0, 0), [torch.tensor([[0.0, 0, 1, 1]])], 1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_relevance_mass_of_maps_of_other_types_does_not_overflow(dtype):
+    maps = torch.ones(1, 300, 300, dtype=dtype)  # More pixels than float16 counts to.
+    assert relevance_mass(maps, half_open([[0, 0, 149, 299]])).tolist() == [0.5]
+
+
 def test_relevance_mass_of_an_empty_region_is_nan():
     empty = [torch.zeros(0, 4), torch.tensor([[1.0, 1, 1, 3]])]
     assert relevance_mass(torch.ones(2, 4, 4), empty).isnan().all()
