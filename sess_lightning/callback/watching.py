@@ -141,8 +141,13 @@ class Watcher:
             self._seen = self._open.enter_context(self._call.watching(model))
 
     def leave(self) -> None:
-        """Give the module back; the record of the step is kept until the next one."""
+        """Give the module back; the record of the step is kept until the next one.
+
+        What the call takes beside images, such as a temperature or prototypes, is as in the latest step.
+        """
         self._open.close()
+        if self._call is not None and self._seen is not None and self._seen.others:
+            self._call = replace(self._call, leaves=self._seen.others)
 
     @property
     def classes(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -121,3 +121,13 @@ def _set_forward(root: nn.Module, forward: Callable[..., Any] | None) -> None:
         vars(root).pop("forward", None)
     else:
         vars(root)["forward"] = forward
+
+
+def kept_of(leaves: Sequence[Any]) -> list[Any]:
+    """Return a call's arguments, tensors as copies: the caller may write to them afterwards."""
+    return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def without(leaves: Sequence[Any], places: Collection[int]) -> tuple[Any, ...]:
+    """Return a call's arguments with None at some places."""
+    return tuple(None if place in places else leaf for place, leaf in enumerate(leaves))

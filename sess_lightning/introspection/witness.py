@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sess_lightning.introspection.calls import calling, hooked
+from sess_lightning.introspection.calls import calling, hooked, kept_of, without
 from sess_lightning.introspection.collectives import collectives
 from sess_lightning.introspection.outputs import Step, agreement, fits, is_named, logits_at, outputs, width
 from sess_lightning.introspection.probabilities import Ending, is_same, noting, to_logits
@@ -120,8 +120,9 @@ class Call:
             alike = spec == self.spec and _is_images(leaves[self.place])
             is_it.append(alike and next(turns) == self.turn)
             if is_it[-1]:
-                seen.images = leaves[self.place].detach().clone()
-                seen.rows = [leaves[leaf].detach().clone() for leaf in self.rows]
+                kept = kept_of(leaves)
+                seen.images, seen.rows = kept[self.place], [kept[leaf] for leaf in self.rows]
+                seen.others = without(kept, (self.place, *self.rows))
 
         def after(output: Any) -> None:
             if is_it and is_it.pop() and output is not None:
@@ -140,11 +141,13 @@ class Seen:
         images: The images as the module got them; None before the call.
         rows: The other arguments with a row for each image.
         logits: Its logits.
+        others: Its arguments, flattened, without images and rows; empty before the call.
     """
 
     images: Float[Tensor, "B C H W"] | None = None
     rows: list[Tensor] = field(default_factory=list)
     logits: Float[Tensor, "B N"] | None = None
+    others: tuple[Any, ...] = ()
 
 
 @dataclass
@@ -200,8 +203,7 @@ class Witness:
         place = next((i for i, leaf in enumerate(leaves) if _is_images(leaf, self._channels)), None)
         if place is None:
             return
-        # Cloned: the step may write to them afterwards.
-        leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves = kept_of(leaves)
         turn = sum(record.module == name and record.spec == spec for record in self._records)
         # Features have another number of channels than the images that a surrounding call was given.
         outer = self._open[0].leaves[self._open[0].place] if self._open else leaves[place]
@@ -319,9 +321,7 @@ class Witness:
             i for i, leaf in enumerate(record.leaves)
             if i != record.place and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count
         )  # fmt: skip
-        leaves = tuple(
-            None if i == record.place or i in rows else leaf for i, leaf in enumerate(record.leaves)
-        )
+        leaves = without(record.leaves, (record.place, *rows))
         return Call(
             record.module, leaves, record.spec, record.place, rows, path, _in_words(record, path),
             "; ".join(_doubts(record, path, equal, all_)), self._activation(logits), record.turn,

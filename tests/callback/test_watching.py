@@ -135,6 +135,49 @@ def test_an_output_of_another_form_costs_the_run_and_not_the_training(tmp_path):
     assert callback.guard.failed == 1
 
 
+class Scaling(Classifier):
+    """Gives its net's head, and a factor, with the images; both are others in each epoch."""
+
+    def forward(self, images, head, factor=1.0):
+        return factor * F.linear(self.net[:-1](images), head)
+
+    def head(self):
+        return self.net[-1].weight.detach() * (1.0 + self.current_epoch)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        logits = self(batch[0], self.head(), factor=1.0 + self.current_epoch)
+        self.log("val_loss", F.cross_entropy(logits, batch[1]))
+
+
+class Scaled(Scaling):
+    """The same, of images alone."""
+
+    def forward(self, images):
+        return super().forward(images, self.head(), 1.0 + self.current_epoch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_what_a_call_takes_beside_images_is_that_of_the_runs_own_epoch(tmp_path):
+    found, twin = (
+        fit(
+            tmp_path / kind.__name__,
+            quick(num_samples=8),
+            module=kind,
+            max_epochs=3,
+            val=squares(batch_size=8),
+        )
+        for kind in (Scaling, Scaled)
+    )
+    for key in ("sess/insertion", "sess/deletion", "sess/base/insertion"):
+        assert found.logger.of(key) == pytest.approx(twin.logger.of(key), abs=1e-4)
+    assert len({round(value, 4) for value in found.logger.of("sess/insertion")}) == 3
+
+
 class Switching(Classifier):
     """Validates another net from the second epoch on."""
 
