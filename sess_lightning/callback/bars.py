@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from sess_lightning.reporting.loggers import kinds
+
 
 class Bar(ABC):
     """Shows how much of something is done.
@@ -44,11 +46,9 @@ def bar_beside(trainer: Trainer, name: str) -> Bar | None:
     theirs = trainer.progress_bar_callback
     if theirs is None or not trainer.is_global_zero or getattr(theirs, "is_disabled", True):
         return None
-    # By name, since the same bars come out of `pytorch_lightning`, too.
-    makes = {kind.__name__ for kind in type(theirs).__mro__}
-    if "TQDMProgressBar" in makes:
+    if "TQDMProgressBar" in kinds(theirs):
         return TqdmBar(theirs, name)
-    return RichBar(theirs, name) if "RichProgressBar" in makes else None
+    return RichBar(theirs, name) if "RichProgressBar" in kinds(theirs) else None
 
 
 class TqdmBar(Bar):

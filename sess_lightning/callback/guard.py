@@ -16,6 +16,7 @@ from sess_lightning.callback.versions import Reader
 from sess_lightning.introspection.lending import keep_rng
 from sess_lightning.introspection.signals import comes_from_signal
 from sess_lightning.ops import is_out_of_memory
+from sess_lightning.reporting.loggers import kinds
 from sess_lightning.types import SESSWarning
 
 MOST_TOLD = 2000
@@ -173,9 +174,7 @@ def refuse_shards(strategy: object) -> bool:
     Raises:
         ValueError: Before training has begun.
     """
-    # By name, since the same strategies come out of `pytorch_lightning`, too.
-    names = {kind.__name__ for kind in type(strategy).__mro__}
-    reason = ""
+    names = kinds(strategy)
     if "ModelParallelStrategy" in names:
         if getattr(strategy, "_tensor_parallel_size", None) == 1:
             return True
@@ -185,7 +184,7 @@ def refuse_shards(strategy: object) -> bool:
             "parameters are sharded, so that all processes would have to explain equally many samples, or "
             "wait for each other forever (ModelParallelStrategy(tensor_parallel_size=1) works)"
         )
-    if not reason:
+    else:
         return False
     raise ValueError(
         f"SESSCallback does not work with {type(strategy).__name__}: {reason}. Use DDP, or leave the "

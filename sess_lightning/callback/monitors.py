@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from lightning.pytorch import Trainer
 
+from sess_lightning.reporting.loggers import kinds
 from sess_lightning.scores import DRIFTS, OF_REGIONS, SCORES, SELECTION, Key, split
 
 NEEDS = {SELECTION: "a validation accuracy: log one, or name its key in accuracy="} | dict.fromkeys(
@@ -138,16 +139,11 @@ def _plans(trainer: Trainer, prefix: str) -> list[Any]:
 
 
 def _stops(callback: Any) -> bool:
-    return "EarlyStopping" in _kinds(callback)
+    return "EarlyStopping" in kinds(callback)
 
 
 def _saves(callback: Any) -> bool:
-    return "ModelCheckpoint" in _kinds(callback)
-
-
-def _kinds(callback: Any) -> set[str]:
-    # By name: the classes of pytorch_lightning are different ones.
-    return {cls.__name__ for cls in type(callback).__mro__}
+    return "ModelCheckpoint" in kinds(callback)
 
 
 def _worse_than_any(name: str, mode: str) -> float:

@@ -9,9 +9,9 @@ from typing import Any
 from sess_lightning.reporting.paths import safe_name
 
 
-def kinds(logger: Any) -> set[str]:
-    """Return the names of a logger's class and its base classes."""
-    return {cls.__name__ for cls in type(logger).__mro__}
+def kinds(thing: object) -> set[str]:
+    """Return the names of an object's class and its base classes, the same in ``pytorch_lightning``."""
+    return {cls.__name__ for cls in type(thing).__mro__}
 
 
 def is_dummy(logger: Any) -> bool:
