@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from sess_lightning.introspection.logits import classify
 
 
+class NeverRanError(RuntimeError):
+    """A layer did not run in the model's forward."""
+
+
 @dataclass
 class Tap:
     """The outputs of a layer's calls.
@@ -89,7 +93,7 @@ def cut_forward(
         calls: Which of the layer's calls, by number; None is all of them.
 
     Raises:
-        RuntimeError: If the layer never ran.
+        NeverRanError: If the layer never ran.
     """
     # A backbone inside the model's own `no_grad` switches recording off again on its way out; retried, its
     # surroundings have gradients on.
@@ -99,7 +103,7 @@ def cut_forward(
         if logits.requires_grad:
             break
     if not tap.calls:
-        raise RuntimeError(
+        raise NeverRanError(
             f"target_layer {type(layer).__name__} did not run in the model's forward, so its features are "
             "unknown; name one that does. Scripted, traced and exported modules cannot be looked into."
         )

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sess_lightning.introspection.grids import Grid, find_grid, is_certain
-from sess_lightning.introspection.hooks import cut_forward
+from sess_lightning.introspection.hooks import NeverRanError, cut_forward
 from sess_lightning.introspection.lending import borrowed, explaining
 from sess_lightning.introspection.search import place_layer, search
 from sess_lightning.ops import size_of
@@ -68,11 +68,11 @@ def read_features(
 
     The features are leaves of a graph up to the logits, by number of the layer's call. A layer that is to be
     found, or whose shape can be read in several ways, costs one more forward pass of one image, once per
-    model and image size.
+    model and image size. One that was found is looked for anew if it does not run any more.
 
     Raises:
         ValueError: If the model has no such layer, or its features lie on no grid.
-        RuntimeError: If the layer never ran.
+        NeverRanError: If the layer never ran.
     """
     name, stated = _named(model, target_layer)
     if name is None:
@@ -80,7 +80,14 @@ def read_features(
     else:
         site = _SITES.get(model, {}).get((name, stated, size_of(images)))
     if site is not None:
-        logits, features = cut_forward(model, _module(model, site.name), images, [*site.grids])
+        try:
+            logits, features = cut_forward(model, _module(model, site.name), images, [*site.grids])
+        except NeverRanError:
+            if name is not None:
+                raise
+            # The model goes another way now, such as through its averaged weights from some epoch on.
+            site = _found(model, stated, images, anew=True)
+            logits, features = cut_forward(model, _module(model, site.name), images, [*site.grids])
     else:
         site, logits, features = _settle(model, str(name), stated, images)
     for call, grid in site.grids.items():
@@ -90,10 +97,12 @@ def read_features(
     return logits, features, site
 
 
-def _found(model: nn.Module, stated: Grid | None, images: Float[Tensor, "B C H W"]) -> Site:
+def _found(
+    model: nn.Module, stated: Grid | None, images: Float[Tensor, "B C H W"], anew: bool = False
+) -> Site:
     """Return where features are read if no layer is named; the search runs once."""
     key, sites = (None, stated, size_of(images)), _SITES.setdefault(model, {})
-    if key not in sites or not _has_module(model, sites[key].name):
+    if anew or key not in sites or not _has_module(model, sites[key].name):
         with explaining(model):
             sites[key] = Site(*search(model, borrowed(images[:1]), stated))
     return sites[key]

@@ -179,6 +179,26 @@ def test_the_search_finds_the_same_layer_of_a_vit_whose_head_is_zeros_as_of_a_tr
     assert not GradCAM()(model, image, torch.tensor([0])).any()
 
 
+def test_a_layer_that_was_found_is_looked_for_anew_if_it_does_not_run_any_more(images):
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.average, self.is_late = made(Net), made(Net), False
+
+        def forward(self, images):
+            return (self.average if self.is_late else self.net)(images)
+
+    model, targets = Averaged().eval(), torch.zeros(len(images), dtype=torch.int64)
+    first = GradCAM()(model, images, targets)
+    model.is_late = True
+    assert torch.equal(GradCAM()(model, images, targets), GradCAM()(model.average, images, targets))
+    assert resolve_layer(model, None, images) is model.average.features
+    with pytest.raises(RuntimeError, match="did not run in the model's forward"):
+        GradCAM("net.features")(model, images, targets)
+    model.is_late = False
+    assert torch.equal(GradCAM()(model, images, targets), first)
+
+
 @pytest.mark.parametrize("bias", [0.0, -4.6])
 def test_the_search_looks_in_front_of_a_head_of_zeros(images, bias):
     class ZeroHead(Net):
