@@ -347,7 +347,8 @@ def given_keys(arguments: Sequence[str]) -> set[str]:
     texts += [text for option, text in pairwise(arguments) if option == "--config"]
     for path in texts:
         if Path(path).is_file():
-            names |= {*_dotted(get_loader("yaml")(Path(path).read_text(encoding="utf-8")))}
+            with Path(path).open(encoding="utf-8") as file:  # Errors of YAML then name it.
+                names |= {*_dotted(yaml.safe_load(file))}
     return {".".join(name.split(".")[:end]) for name in names for end in (1, 2)}
 
 

@@ -7,12 +7,14 @@ import re
 from argparse import ArgumentError
 from pathlib import Path
 
+import yaml
+
 from sess_lightning.evaluation.calls import method_spec
 from sess_lightning.evaluation.datasets import BrokenSampleError
 
 LONGEST = 600
 """The most characters of a line."""
-EXPECTED = (ArgumentError, BrokenSampleError, ImportError, OSError, ValueError)
+EXPECTED = (ArgumentError, BrokenSampleError, ImportError, OSError, ValueError, yaml.YAMLError)
 """Errors whose text says what to do."""
 
 

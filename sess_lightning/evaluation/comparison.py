@@ -78,11 +78,14 @@ def read_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: If there are no results or no records.
-        ValueError: If the records do not show the methods.
+        ValueError: If the records do not show the methods, or the file is not a config.
     """
     folder = Path(path)
     if folder.suffix in (".yaml", ".yml"):
-        config = yaml.safe_load(folder.read_text(encoding="utf-8")) or {}
+        with folder.open(encoding="utf-8") as file:
+            config = yaml.safe_load(file) or {}
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: not a config of sess-lightning evaluate.")
         folder = Path(config.get("out", OUT))
     if not (folder / "results.csv").is_file():
         raise FileNotFoundError(f"{folder}: no results.csv; let sess-lightning evaluate finish first.")

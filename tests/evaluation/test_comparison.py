@@ -97,6 +97,20 @@ def test_a_config_that_names_no_folder_means_the_one_evaluate_writes_to(text, fo
     assert read_run("a.yaml").rows == read_run(out).rows
 
 
+def test_what_is_not_a_config_is_refused_by_its_name(tmp_path, capsys):
+    wrong, broken = tmp_path / "list.yaml", tmp_path / "broken.yaml"
+    wrong.write_text("- out\n")
+    broken.write_text("out: [a\n")
+    with pytest.raises(ValueError, match=r"list\.yaml: not a config of sess-lightning evaluate"):
+        read_run(wrong)
+    for arguments in (["compare", str(broken)], ["evaluate", "--config", str(broken)]):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        error = capsys.readouterr().err
+        assert f'in "{broken}", line 1' in error
+        assert "Error" not in error
+
+
 def test_compare_writes_one_table_and_one_picture(folders, tmp_path, capsys):
     config = tmp_path / "n1.yaml"
     config.write_text(f"out: {folders[1]}\n")

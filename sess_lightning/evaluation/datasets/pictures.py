@@ -74,7 +74,7 @@ def size_on_disk(path: Path) -> tuple[int, int]:
 
 
 def is_turned(path: Path) -> bool:
-    """Return whether viewers rotate an image by its EXIF tag, as many of phones; False if unknown."""
+    """Return whether viewers rotate an image by its EXIF tag, as phones often set; False if unknown."""
     try:
         with _opened(path) as file:
             return file.getexif().get(ORIENTATION, 1) in range(2, 9)
