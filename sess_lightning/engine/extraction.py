@@ -59,7 +59,7 @@ class WindowExtractor:
         plan: The places of the windows.
         antialias: Antialias when a scale is smaller than the image.
         stretch: Give maps in [0, 1]; False gives each in its own strength.
-        batch_size: Windows that go through the model at once; None by the memory there is.
+        batch_size: Windows that go through the model at once; None takes what memory allows.
     """
 
     images: Float[Tensor, "B C H W"]

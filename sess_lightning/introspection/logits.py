@@ -48,7 +48,7 @@ def logits_of(output: Any, count: int | None = None) -> Float[Tensor, "B N"]:
 
 
 class UnknownClassError(ValueError):
-    """A target is none of the model's classes.
+    """A target is not one of the model's classes.
 
     Attributes:
         classes: Number of the model's classes.
@@ -63,7 +63,7 @@ def target_logits(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> F
     """Return each target's logit; a head with a single logit speaks for class 1, and negated for class 0.
 
     Raises:
-        UnknownClassError: If a target is none of the model's classes. If reading it would wait for the
+        UnknownClassError: If a target is not one of the model's classes. If reading it would wait for the
             device, it is not read, and such a target's logit is NaN.
     """
     scores = TargetScores(targets)
@@ -76,7 +76,7 @@ _ALL = slice(None)
 class TargetScores:
     """Reads targets' scores off batches of logits; what concerns the targets alone is computed once.
 
-    On a device, the score of a target that is none of the model's classes is another class's until ``known``.
+    On a device, a target that is not one of the model's classes has another class's score until ``known``.
 
     Args:
         targets: Class indices of all batches.
@@ -110,12 +110,12 @@ class TargetScores:
         return logits.gather(1, self._index[which][:, None]).squeeze(1)
 
     def known(self, scores: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """Return the scores of all targets, of which those that are none of the model's classes get NaN."""
+        """Return the scores of all targets, NaN for those that are not among the model's classes."""
         return scores if self._index is None else scores.masked_fill(self._index != self._targets, torch.nan)
 
 
 def check_targets(logits: Float[Tensor, "B N"], targets: Int[Tensor, " K"]) -> None:
-    """Refuse targets that are none of the model's classes; those on a device are not read.
+    """Refuse targets that are not among the model's classes; those on a device are not read.
 
     Raises:
         UnknownClassError: If there is one.

@@ -23,10 +23,10 @@ RIVALS = 50
 def logit(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[Tensor, "B N"]:
     """Weigh each target's logit by 1; a single logit speaks for class 1, and negated for class 0.
 
-    A target that is no class of the model has no weight at all.
+    A target that is not one of the model's classes has no weight at all.
 
     Raises:
-        ValueError: If a target on the CPU is no class.
+        ValueError: If a target on the CPU is not one of the model's classes.
     """
     check_targets(logits, targets)
     if logits.shape[1] == 1:
@@ -42,7 +42,7 @@ def log_odds(logits: Float[Tensor, "B N"], targets: Int[Tensor, " B"]) -> Float[
     classes the weighted sum is the log-odds of the target; a head with a single logit gives those by itself.
 
     Raises:
-        ValueError: If a target on the CPU is no class.
+        ValueError: If a target on the CPU is not one of the model's classes.
     """
     weights = logit(logits, targets)
     if logits.shape[1] == 1:

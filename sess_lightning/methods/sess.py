@@ -72,7 +72,7 @@ class SESS(WrappingMethod):
             so that a window without the class adds next to nothing. This needs a base with strength (the CAM
             family) and ``fusion`` ``"coverage"`` or ``"average"``, which have no threshold.
         smoothing: Blur the seams of the fused map: for display, not for scores.
-        batch_size: Windows that go through the model at once; None by the memory there is.
+        batch_size: Windows that go through the model at once; None takes what memory allows.
         coarse_to_fine: Share of the windows to score, in (0, 1]: all of the coarser scales, and of the finer
             ones those where the coarser maps are high; the others count as filtered out. None scores all. The
             maps are the base's if one forward pass gives scores and maps, else Grad-CAM's.

@@ -100,7 +100,7 @@ def is_small(images: Tensor) -> bool:
 def in_parts(
     explain: Callable[[Float[Tensor, "b C H W"], slice], Part], images: Float[Tensor, "B C H W"]
 ) -> list[Part]:
-    """Explain images in parts with their channels last: on a CPU, they take less time and memory so."""
+    """Explain images in parts, channels last: on a CPU that takes less time and memory."""
     limit = batch_limit(None, images)
     return [*in_batches(lambda rows, which: explain(stacked(rows), which), images.detach(), limit)]
 
