@@ -206,7 +206,10 @@ class Watcher:
 
     def _compare(self, labels: Tensor, targets: Tensor | None) -> None:
         if targets is not None:
-            read, given = (", ".join(map(str, classes[:4].tolist())) for classes in (labels, targets))
+            pairs = zip(labels.tolist(), targets.tolist(), strict=False)
+            first = next((i for i, (read, given) in enumerate(pairs) if read != given), 0)
+            first = first if first > 3 else 0
+            read, given = (", ".join(map(str, ids[first : first + 4].tolist())) for ids in (labels, targets))
             self._refusal = OTHERS.format(read, f"the targets {given}, ...")
 
     def _read(self, model: nn.Module, outputs: Float[Tensor, "B N"], noted: Ending | None) -> None:

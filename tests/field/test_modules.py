@@ -666,6 +666,21 @@ def test_targets_of_a_pretext_task_contradict_the_labels_and_the_remedy_works(tm
     agree(figures(tmp_path / "b", Turned(), **zero), figures(tmp_path / "c", Plain(), **zero))
 
 
+class OfPairs(Plain):
+    """Targets are places in the batch, as in contrastive losses of pairs."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), torch.arange(len(batch[0])) % 4))
+
+
+def test_labels_that_begin_as_the_targets_do_are_shown_from_where_they_differ(tmp_path):
+    callback = SESSCallback(METHOD, num_samples=6, num_images=0, report=False, on_error="raise")
+    data = [(picture(*SIZE, i), label) for i, label in enumerate([0, 1, 2, 3, 1, 0])]
+    text = r"read as 1, 0, \.\.\., but validation's loss has the targets 0, 1, \.\.\."
+    with pytest.raises(ValueError, match=text):
+        validate(tmp_path, callback, module=OfPairs(), val=DataLoader(data, 6))
+
+
 class Paired(Plain):
     """Two views of each image, and both their labels as targets."""
 
