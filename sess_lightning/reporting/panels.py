@@ -143,15 +143,14 @@ def sheet(panels: Sequence[Panel], side: int = 224) -> Picture:
         panels: The samples to show.
         side: Height of each image, px; less for one more than ``WIDEST`` times as wide.
     """
-    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    rows = [_row(panel, side, small) for panel in panels]
+    rows = [_row(panel, side) for panel in panels]
     head, gap = 26, 6
     width = max(row.width for row in rows)
     page = Image.new("RGB", (width, head + sum(row.height + gap for row in rows)), "white")
     draw = ImageDraw.Draw(page)
     column = _scaled(panels[0].image, side).width + 4
     for i, name in enumerate(("image", *panels[0].overlays)):
-        draw.text((i * column + 4, 4), name, fill="black", font=font)
+        draw.text((i * column + 4, 4), name, fill="black", font=_font(15, name))
     top = head
     for row in rows:
         page.paste(row, (0, top))
@@ -173,7 +172,7 @@ def _scaled(picture: Picture, side: int) -> Image.Image:
     )
 
 
-def _row(panel: Panel, side: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> Image.Image:
+def _row(panel: Panel, side: int) -> Image.Image:
     pictures = [_scaled(picture, side) for picture in (panel.image, *panel.overlays.values())]
     text_width = 300
     row = Image.new("RGB", (sum(p.width + 4 for p in pictures) + text_width, side), "white")
@@ -185,10 +184,26 @@ def _row(panel: Panel, side: int, font: ImageFont.ImageFont | ImageFont.FreeType
             if corners[2] > corners[0] and corners[3] > corners[1]:
                 draw.rectangle(corners, outline=(0, 255, 0), width=2)
         left += picture.width + 4
-    draw.multiline_text(
-        (left + 6, 4), f"{panel.title}\n{panel.caption}".strip(), fill="black", font=font, spacing=4
-    )
+    text = f"{panel.title}\n{panel.caption}".strip()
+    draw.multiline_text((left + 6, 4), text, fill="black", font=_font(13, text), spacing=4)
     return row
+
+
+def _font(size: int, text: str) -> Any:
+    """Return a font that has a text's letters: Pillow's own has no others than English ones."""
+    others = "".join(sorted({letter for letter in text if not letter.isascii()}))
+    return ImageFont.truetype(_font_with(others), size) if others else ImageFont.load_default(size)
+
+
+@lru_cache(maxsize=64)
+def _font_with(letters: str) -> str:
+    """Return the path of matplotlib's font, or where that lacks letters, of an installed one that has all."""
+    from matplotlib.font_manager import findfont, fontManager
+    from matplotlib.ft2font import FT2Font
+
+    installed = [entry.fname for entry in fontManager.ttflist if not entry.name.startswith("Last Resort")]
+    paths, wanted = [findfont("DejaVu Sans"), *installed], {*map(ord, letters)}
+    return next((path for path in paths if wanted <= FT2Font(path).get_charmap().keys()), paths[0])
 
 
 @contextmanager

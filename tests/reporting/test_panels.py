@@ -180,6 +180,12 @@ def test_a_sheets_captions_are_written_beside_the_pictures():
     assert (written < 128).any(2).sum() > (blank < 128).any(2).sum() > 0
 
 
+@pytest.mark.parametrize(("one", "other"), ["éè", "ßø", "жд", "πσ", "łż", "×−"])
+def test_letters_beyond_english_ones_are_drawn_and_not_as_boxes(one, other):
+    first, second = (sheet([a_panel(caption=f"label: {letter}")], side=112) for letter in (one, other))
+    assert (first != second).any()
+
+
 def test_pictures_that_are_wider_than_high_keep_their_shape():
     assert sheet([a_panel(height=50, width=100)], side=100).shape == (26 + 106, 3 * 204 + 300, 3)
 
