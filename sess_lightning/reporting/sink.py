@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from sess_lightning.reporting.run import Drawing, RunReport
-from sess_lightning.scores import ENDS, Key, split
+from sess_lightning.scores import ENDS, SCORES, Key, split
 
 SCORE_COLUMNS = ("value", *ENDS, "difference", *(f"difference_{end}" for end in ENDS))
 
@@ -72,7 +72,8 @@ def logged_tables(report: RunReport) -> dict[str, list[dict[str, Any]]]:
 def score_rows(report: RunReport) -> list[dict[str, Any]]:
     """Return a row per score and method, with its interval and the paired difference to the explained one.
 
-    Loggers draw charts of the main scores only, so that these are found.
+    In the order of ``SCORES``, counts last. Loggers draw charts of the main scores only, so that these are
+    found.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, value in report.values.items():
@@ -81,7 +82,8 @@ def score_rows(report: RunReport) -> list[dict[str, Any]]:
             "score": key.score, "method": report.label(key.method), **dict.fromkeys(SCORE_COLUMNS),
         })  # fmt: skip
         row["_".join(filter(None, ("difference" if key.minus else "", key.end))) or "value"] = value
-    return list(rows.values())
+    places = {score: place for place, score in enumerate(SCORES)}
+    return [rows[key] for key in sorted(rows, key=lambda key: places.get(key[0], len(places)))]
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,14 @@ def test_the_table_of_scores_drops_none():
     assert found == values
 
 
+def test_the_table_of_scores_has_counts_last():
+    names = ("of the future", "flat", "n", "deletion", "base/insertion", "insertion")
+    rows = score_rows(report(values=dict.fromkeys(names, 0.5)))
+    assert [row["score"] for row in rows] == [
+        "insertion", "insertion", "deletion", "n", "flat", "of the future",
+    ]  # fmt: skip
+
+
 def test_every_sink_keeps_every_score(tmp_path, monkeypatch, wandb_logger):
     values = {key: float(i + 1000) for i, key in enumerate(EVERY)}
     tensorboard = TensorBoardLogger(tmp_path)
