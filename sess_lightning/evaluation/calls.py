@@ -118,7 +118,8 @@ def _arguments(found: Callable[..., Any], call: ast.Call) -> dict[str, Any]:
 
 def _value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call):
-        return _spec(node, _LAYERS.get(ast.unparse(node.func)))
+        spec = _spec(node, kind := _LAYERS.get(ast.unparse(node.func)))
+        return spec["init_args"] if kind is Grid else spec  # All that jsonargparse 4.49 takes.
     if isinstance(node, (ast.Name, ast.Attribute)):  # Methods print names without quotes.
         return ast.unparse(node)
     try:

@@ -24,6 +24,8 @@ def built(spec):
         name: built(value) if isinstance(value, dict) and "class_path" in value else value
         for name, value in spec["init_args"].items()
     }
+    if "grid" in arguments:  # Of a record whose class is known, its fields.
+        arguments["grid"] = Grid(**arguments["grid"])
     module, _, name = spec["class_path"].rpartition(".")
     return getattr(import_module(module), name)(**arguments)
 
