@@ -95,8 +95,9 @@ def test_super_resolution_finds_what_the_views_show(blob):
     single = nn.functional.interpolate(maps[:1], (112, 112), mode="bilinear")[0]
     assert correlation(single, sought) < 0.91
     assert correlation(sharp, sought) > 0.97
-    peak = divmod(sharp.argmax().item(), 112)
-    assert peak == pytest.approx((40, 66), abs=3)
+    # The peak is a plateau, on which rounding decides which pixel is the highest.
+    centre = (sharp[0] > sharp.max() / 2).nonzero().double().mean(0)
+    assert centre.tolist() == pytest.approx([40, 66], abs=1)
 
 
 def test_the_misfit_is_the_formula(blob):
