@@ -101,7 +101,8 @@ def _adapted(batch: Any, adapter: Callable[[Any], Any]) -> Any:
     try:
         return adapter(batch)
     except Exception as error:
-        error.__notes__ = ["This was batch_adapter=, called with one of validation's batches."]
+        told = getattr(error, "__notes__", [])
+        error.__notes__ = [*told, "This was batch_adapter=, called with one of validation's batches."]
         raise
 
 

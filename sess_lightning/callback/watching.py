@@ -182,7 +182,7 @@ class Watcher:
             are_read: Whether they were read off the batch, and not chosen by the user.
         """
         if not len(labels) and items is None:
-            return
+            return  # A batch without images says nothing: the next step is watched.
         if self._witness is not None:
             self._call = self._witness.call(labels if items is None else None)
             self._seen, self._widths = self._witness.seen(self._call), self._witness.widths()

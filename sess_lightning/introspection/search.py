@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.jit._script import RecursiveScriptModule as Scripted  # It takes no hooks.
 
 from sess_lightning.introspection.footprints import coverage, read_grid, seen
 from sess_lightning.introspection.grids import Grid, find_grid, may_be_grid
@@ -60,6 +59,8 @@ _PASS_THROUGH = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.AvgPool1d, nn.MaxPool1d,
     nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.Softmax, nn.LogSoftmax,
 )  # fmt: skip
+_SHUT = torch.jit.ScriptModule
+"""Modules that take no hooks."""
 _TRIES = 4
 """How many times features of one shape may be found to lie on no grid before that shape is given up."""
 
@@ -72,7 +73,7 @@ def trace(model: nn.Module, image: Float[Tensor, "1 C H W"], wanted: nn.Module |
         image: A copy that may become a leaf.
         wanted: A layer that is recorded even if it only passes on.
     """
-    names = {part: name for name, part in model.named_modules() if name and not isinstance(part, Scripted)}
+    names = {part: name for name, part in model.named_modules() if name and not isinstance(part, _SHUT)}
     passages: list[Passage] = []
     passed: list[tuple[Tensor, int]] = []  # Kept alive, so that no tensor's id is used twice.
 

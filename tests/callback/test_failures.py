@@ -65,6 +65,24 @@ def test_of_two_callbacks_it_is_said_which_one_fails(tmp_path, told):
     ]  # fmt: skip
 
 
+def test_a_run_that_has_failed_explains_nothing_more(tmp_path):
+    passed = []
+
+    def adapt(batch):
+        passed.append(batch)
+        if len(passed) == 2:
+            raise KeyError("label")
+        return batch
+
+    spy = Spy()
+    callback = SESSCallback(spy, num_samples=16, compare={}, batch_adapter=adapt)
+    with pytest.warns(SESSWarning, match="batch_adapter=, called with one of validation's batches") as told:
+        validate(tmp_path, callback)
+    assert sum(each.category is SESSWarning for each in told) == 1
+    assert len(passed) == 2
+    assert spy.targets == []
+
+
 def test_the_next_start_gives_the_callback_another_chance(tmp_path):
     callback = SESSCallback(Broken(until=3), num_samples=4)
     with pytest.warns(SESSWarning) as caught:
