@@ -6,6 +6,7 @@ import torch
 from every_method import ON_DEVICE, made
 from sess_lightning import SESS, GradCAM, Insertion, PointingGame, SESSMetric
 from sess_lightning.metrics.functional import deletion_curve, insertion_curve, pointing_hits, relevance_mass
+from sess_lightning.regions import read_regions
 
 
 @pytest.mark.parametrize("name", ON_DEVICE)
@@ -32,7 +33,10 @@ def test_metrics_follow_their_images_and_compute_on_the_host(tiny, images, targe
         insertion.update(tiny, images, maps, targets)
         game.update(maps, boxes, targets)
         metric.plot(), insertion.plot()
-        return [*curves, *inside, metric.compute(), metric.curves(), insertion.compute(), game.compute()]
+        digests = metric.samples().digests
+        read = read_regions([[[4.0, 4.0, 9.0, 9.0]], None], size=(16, 16))
+        computed = [metric.compute(), metric.curves(), insertion.compute(), game.compute()]
+        return [*curves, *inside, *computed, digests, *read]
 
     expected = figures()
     with torch.device("meta"):

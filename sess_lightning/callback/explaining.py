@@ -185,7 +185,6 @@ class Examiner:
         note_fed(model, size_of(batch.images))
         if not self.is_sharded:
             self._choose(trainer, model, batch)
-            batch = fit_logits(batch, self.watcher.classes)  # Perhaps known only now.
         owners = None if self._loaders is None else self._loaders.structure
         self.plan = plan_run(
             self._settings, trainer, model, batch, batch_idx, self._source(), owners, self._activation,

@@ -251,7 +251,7 @@ class LooksFirstAtParts(LooksFirst):
 
 class ReadsByMax(LooksFirst):
     def step(self, batch):
-        (self(batch["image"].flip(-1)) - LABELS[:, None]).max()
+        self(batch["image"].flip(-1)).max()
         _, predicted = torch.max(self(batch["image"]), 1)
         return predicted
 
