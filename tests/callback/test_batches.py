@@ -314,3 +314,17 @@ def test_boxes_may_reach_to_the_very_border_and_refer_to_the_original_size():
     check_boxes(Batch(IMAGES, LABELS, boxes=[torch.tensor([[0.0, 0, 100, 80]])] * 2, size=(80, 100)))
     with pytest.raises(ValueError, match="does not lie in the 4x5 image"):
         check_boxes(Batch(IMAGES, LABELS, boxes=boxes, size=(4, 5)))
+
+
+def test_a_failing_adapters_own_notes_are_kept():
+    def adapt(batch):
+        error = KeyError("label")
+        error.__notes__ = ["first"]
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        read_batch((IMAGES, LABELS), adapt)
+    assert caught.value.__notes__ == [
+        "first",
+        "This was batch_adapter=, called with one of validation's batches.",
+    ]
